@@ -32,17 +32,28 @@ pub struct Error {
 impl Error {
     /// An error of work that failed.
     pub fn failed(what: impl Into<String>) -> Self {
-        Self { what: what.into(), location: None, hint: None, exit_code: EXIT_FAILED }
+        Self {
+            what: what.into(),
+            location: None,
+            hint: None,
+            exit_code: EXIT_FAILED,
+        }
     }
 
     /// An error of usage or configuration.
     pub fn usage(what: impl Into<String>) -> Self {
-        Self { exit_code: EXIT_USAGE, ..Self::failed(what) }
+        Self {
+            exit_code: EXIT_USAGE,
+            ..Self::failed(what)
+        }
     }
 
     /// An error of the host: a missing right, interface, kernel feature.
     pub fn host(what: impl Into<String>) -> Self {
-        Self { exit_code: EXIT_HOST, ..Self::failed(what) }
+        Self {
+            exit_code: EXIT_HOST,
+            ..Self::failed(what)
+        }
     }
 
     #[must_use]
@@ -83,7 +94,11 @@ pub struct Errors(pub Vec<Error>);
 impl Errors {
     /// The highest exit code among them.
     pub fn exit_code(&self) -> u8 {
-        self.0.iter().map(|error| error.exit_code).max().unwrap_or(EXIT_FAILED)
+        self.0
+            .iter()
+            .map(|error| error.exit_code)
+            .max()
+            .unwrap_or(EXIT_FAILED)
     }
 }
 

@@ -1,1 +1,26 @@
-fn main() {}
+//! The `forwarder` program: reads the command line, runs the verb, prints its errors, exits.
+//!
+//! Nothing else is here, so that tests and the verbs share one library.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use forwarder_user::cli::{
+    args::{Cli, Verb},
+    check::check,
+    output,
+};
+
+fn main() -> ExitCode {
+    // clap answers --help and --version itself, and exits with 2 on a wrong command line.
+    let outcome = match Cli::parse().verb {
+        Verb::Check(args) => check(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(errors) => {
+            output::errors(&errors);
+            ExitCode::from(errors.exit_code())
+        }
+    }
+}

@@ -1,1 +1,63 @@
-fn main() {}
+//! The project's chores: `cargo xtask <verb>`, one verb per file.
+//!
+//! xtask depends on no crate of the workspace: it runs cargo and binaries, so it works where they don't
+//! build yet. What it says goes to stderr.
+
+mod build;
+mod demo;
+mod lint;
+mod setup;
+mod test;
+#[allow(dead_code)] // shared with forwarder-user/build.rs; each of the two leaves some of it unused
+mod toolchain;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's chores")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Find what building, testing and the demo need, and install what is missing
+    Setup(setup::Arguments),
+    /// Build the release binary `forwarder`, with the BPF programs inside
+    Build,
+    /// Check format and lints; the BPF programs too
+    Lint,
+    /// Run the tests: everything there is, or one ring
+    Test(test::Arguments),
+    /// Show the forwarder at work, in a lab of network namespaces
+    Demo(demo::Arguments),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().verb {
+        Verb::Setup(arguments) => setup::run(&arguments),
+        Verb::Build => build::run(),
+        Verb::Lint => lint::run(),
+        Verb::Test(arguments) => test::run(&arguments),
+        Verb::Demo(arguments) => demo::run(&arguments),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints an error with its causes, and without a backtrace, which tells a user nothing.
+fn report(error: &anyhow::Error) {
+    eprintln!("error: {error}");
+    for cause in error.chain().skip(1) {
+        eprintln!("  cause: {cause}");
+    }
+}

@@ -1,7 +1,7 @@
 //! The configuration: what the operator wrote, checked and complete.
 //!
-//! `load` reads a file into `schema` (serde types with source positions), `validate` turns that into the
-//! [`Config`] below or into *all* errors at once. Whoever holds a [`Config`] holds one that can be applied:
+//! `load` reads a file into `schema` (values with their places, by way of `reader`), `validate` turns that
+//! into the [`Config`] below or into *all* errors at once. Whoever holds a [`Config`] holds one that can be applied:
 //! every name resolves, every default is filled in, no address is out of range. This module does no I/O
 //! beyond reading the file and knows nothing of maps.
 
@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr, net::SocketAddr, path::PathBuf, 
 use ipnet::Ipv4Net;
 
 pub mod load;
+pub mod reader;
 pub mod schema;
 pub mod validate;
 
@@ -143,7 +144,11 @@ pub enum Probe {
     /// A TCP handshake.
     Tcp,
     /// An HTTP/1.1 GET whose status must be one of `expect`.
-    Http { path: String, host: Option<String>, expect: Vec<StatusRange> },
+    Http {
+        path: String,
+        host: Option<String>,
+        expect: Vec<StatusRange>,
+    },
 }
 
 /// Inclusive range of HTTP status codes.

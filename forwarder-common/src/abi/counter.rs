@@ -1,0 +1,29 @@
+//! Counters, one copy per CPU; the agent adds them up.
+
+use bytemuck::{Pod, Zeroable};
+
+/// What is counted per listener and per backend. Bytes are IP bytes: header and payload, no link header.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct TrafficCounters {
+    pub flows_opened: u64,
+    pub request_packets: u64,
+    pub request_bytes: u64,
+    pub reply_packets: u64,
+    pub reply_bytes: u64,
+    /// TCP resets that came from clients.
+    pub client_resets: u64,
+    /// TCP resets that came from backends.
+    pub backend_resets: u64,
+    /// New flows refused: no backend, no binding, no room.
+    pub flows_refused: u64,
+}
+
+/// What is counted per reason.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct ReasonCounters {
+    pub packets: u64,
+    /// Frame bytes, with the link header where there is one.
+    pub bytes: u64,
+}

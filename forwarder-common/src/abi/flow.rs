@@ -1,0 +1,199 @@
+//! Flows: one entry per flow, which serves both directions.
+//!
+//! A flow's number ([`FlowId`]) is at the same time its SNAT binding (see `abi::snat`), so a full-NAT reply
+//! finds its entry by array index, with no second hash entry: both directions exist or neither does, because
+//! they are one entry. DNAT replies carry no binding and get a key of their own.
+//!
+//! The data path keeps no clock. A packet sets `seen`; the agent clears it on each sweep and keeps the time
+//! of the last sweep that found it set. So idle times survive an agent's restart as "seen just now", and a hit
+//! costs no clock read.
+use bytemuck::{Pod, Zeroable};
+
+use super::{backend::BackendId, listener::ListenerId};
+use crate::wire::{Be16, Ipv4Address, LinkPair};
+
+/// Index in the flow table.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default, Pod, Zeroable)]
+pub struct FlowId(pub u32);
+
+/// Key of the flow index: the 5-tuple as it stands in the packet.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
+pub struct FlowKey {
+    pub source: Ipv4Address,
+    pub destination: Ipv4Address,
+    pub source_port: Be16,
+    pub destination_port: Be16,
+    /// IP protocol number; 32 bits wide because a key has no bytes to spare for padding.
+    pub protocol: u32,
+}
+
+/// Value of the flow index.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct FlowReference {
+    pub id: FlowId,
+    pub direction: Direction,
+}
+
+/// Which way a packet goes.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Pod, Zeroable)]
+pub struct Direction(pub u32);
+
+impl Direction {
+    /// Client to backend.
+    pub const REQUEST: Self = Self(0);
+    /// Backend to client.
+    pub const REPLY: Self = Self(1);
+}
+
+/// The addresses and ports of a flow on both sides of the gateway.
+///
+/// Both rewrites come from here, so they cannot drift apart: a request leaves as `snat -> backend`, a reply as
+/// `vip -> client`. In DNAT mode `snat` equals `client`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct FlowBinding {
+    pub client: Ipv4Address,
+    pub vip: Ipv4Address,
+    pub snat: Ipv4Address,
+    pub backend: Ipv4Address,
+    pub client_port: Be16,
+    pub vip_port: Be16,
+    pub snat_port: Be16,
+    pub backend_port: Be16,
+    /// IP protocol number.
+    pub protocol: u32,
+    pub reserved: u32,
+}
+
+impl FlowBinding {
+    /// The 5-tuple of a request as it arrives.
+    #[inline(always)]
+    pub const fn request_key(&self) -> FlowKey {
+        FlowKey {
+            source: self.client,
+            destination: self.vip,
+            source_port: self.client_port,
+            destination_port: self.vip_port,
+            protocol: self.protocol,
+        }
+    }
+
+    /// The 5-tuple of a reply as it arrives.
+    #[inline(always)]
+    pub const fn reply_key(&self) -> FlowKey {
+        FlowKey {
+            source: self.backend,
+            destination: self.snat,
+            source_port: self.backend_port,
+            destination_port: self.snat_port,
+            protocol: self.protocol,
+        }
+    }
+
+    /// Does a reply arrive at the client's own address? Then it needs a key in the flow index.
+    #[inline(always)]
+    pub fn is_dnat(&self) -> bool {
+        self.snat == self.client && self.snat_port == self.client_port
+    }
+}
+
+/// What an entry is.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct FlowState(pub u8);
+
+impl FlowState {
+    /// Nobody's.
+    pub const FREE: Self = Self(0);
+    /// Its keys are in the flow index.
+    pub const LIVE: Self = Self(1);
+    /// Its keys are gone; the agent frees it when no packet can be using it any more.
+    pub const UNLINKED: Self = Self(2);
+}
+
+/// What the TCP tracker has seen, as bits; see `datapath::tcp_state`.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct TcpEvents(pub u8);
+
+/// How to reach the next station.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct HopKind(pub u8);
+
+impl HopKind {
+    /// Not looked up yet.
+    pub const UNKNOWN: Self = Self(0);
+    /// Frames leave `ifindex` straight from the program.
+    pub const DIRECT: Self = Self(1);
+    /// The rewritten packet goes up; the stack routes it.
+    pub const STACK: Self = Self(2);
+}
+
+/// Where a packet goes after its rewrite; cached in the flow until routes change.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct NextHop {
+    /// Link addresses of the frame; meaningful for `HopKind::DIRECT` from XDP.
+    pub link: LinkPair,
+    /// Egress interface.
+    pub ifindex: u32,
+    /// Value of `Settings::route_generation` when this was looked up.
+    pub generation: u32,
+    pub kind: HopKind,
+    /// Hook that looked it up (`datapath::Hook`); another hook asks anew, as it can send differently.
+    pub hook: u8,
+    pub reserved: u16,
+}
+
+/// One flow. 128 bytes: two cache lines, requests read the first.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct FlowEntry {
+    pub binding: FlowBinding,
+    pub state: FlowState,
+    /// Non-zero: a packet came since the agent's last sweep.
+    pub seen: u8,
+    pub tcp: TcpEvents,
+    pub reserved: u8,
+    pub listener: ListenerId,
+    pub backend: BackendId,
+    /// Checksum delta of a request's addresses, folded (`wire::checksum::Delta`); a reply's is its reverse.
+    pub address_delta: u16,
+    /// Checksum delta of a request's ports, folded.
+    pub port_delta: u16,
+    pub request_hop: NextHop,
+    pub reply_hop: NextHop,
+    pub idle_timeout_secs: u32,
+    pub reserved2: u32,
+    /// IP bytes.
+    pub request_bytes: u64,
+    /// IP bytes.
+    pub reply_bytes: u64,
+    pub request_packets: u32,
+    pub reply_packets: u32,
+}
+
+const _: () = assert!(size_of::<FlowEntry>() == 128);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dnat_binding_is_told_by_its_client_address() {
+        let mut binding = FlowBinding::zeroed();
+        binding.client = Ipv4Address::new([192, 0, 2, 7]);
+        binding.client_port = Be16::new(5000);
+        binding.snat = binding.client;
+        binding.snat_port = binding.client_port;
+        assert!(binding.is_dnat());
+        binding.snat = Ipv4Address::new([100, 64, 0, 2]);
+        assert!(!binding.is_dnat());
+        assert_eq!(binding.reply_key().destination, binding.snat);
+    }
+}

@@ -1,0 +1,27 @@
+//! Interfaces the programs are attached to.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::wire::MacAddress;
+
+/// Key of the interface table.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
+pub struct InterfaceKey {
+    pub ifindex: u32,
+}
+
+/// Bits of [`Interface::flags`].
+pub mod flag {
+    /// Frames may leave through this interface straight from XDP. Through all others the stack sends.
+    pub const SEND: u16 = 1;
+}
+
+/// Value of the interface table.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct Interface {
+    /// Link address we answer ARP with; all zeros where the link has none.
+    pub mac: MacAddress,
+    pub flags: u16,
+}

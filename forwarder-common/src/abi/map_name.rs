@@ -1,0 +1,35 @@
+//! Names of the maps, for both sides. The kernel keeps 15 bytes of a name.
+
+/// Array of one `Settings`.
+pub const SETTINGS: &str = "SETTINGS";
+/// Hash from `ListenerKey` to `Listener`.
+pub const LISTENERS: &str = "LISTENERS";
+/// Hash from `VipKey` to `Vip`.
+pub const VIPS: &str = "VIPS";
+/// Array of `BackendGroup`.
+pub const GROUPS: &str = "GROUPS";
+/// Array of `BackendId`: all Maglev tables.
+pub const SLOTS: &str = "SLOTS";
+/// Array of `Backend`.
+pub const BACKENDS: &str = "BACKENDS";
+/// Hash from `FlowKey` to `FlowReference`.
+pub const FLOW_INDEX: &str = "FLOW_INDEX";
+/// Array of `FlowEntry`, mapped into the agent's memory.
+pub const FLOWS: &str = "FLOWS";
+/// Queue of free `FlowId`; the agent fills it with all there are.
+pub const FREE_FLOWS: &str = "FREE_FLOWS";
+/// Hash from `InterfaceKey` to `Interface`.
+pub const INTERFACES: &str = "INTERFACES";
+/// Per-CPU array of `TrafficCounters` by `ListenerId`.
+pub const LISTENER_COUNTERS: &str = "LISTENER_COUNT";
+/// Per-CPU array of `TrafficCounters` by `BackendId`.
+pub const BACKEND_COUNTERS: &str = "BACKEND_COUNT";
+/// Per-CPU array of `ReasonCounters` by `Reason`.
+pub const REASON_COUNTERS: &str = "REASON_COUNT";
+
+/// XDP program for interfaces in native mode.
+pub const PROGRAM_XDP: &str = "forwarder_xdp";
+/// XDP program for interfaces in generic mode.
+pub const PROGRAM_XDP_GENERIC: &str = "forwarder_skb";
+/// tcx program for the ingress of tunnel devices.
+pub const PROGRAM_TUNNEL: &str = "forwarder_tunnel";

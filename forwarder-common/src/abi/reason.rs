@@ -1,0 +1,132 @@
+//! The one numbered list of outcomes.
+//!
+//! Every packet ends with exactly one reason, which is counted. Metrics, status and docs are derived from this
+//! list. A number is never reused: a retired reason stays, marked as such.
+
+/// What happens to a packet, without the details of `datapath::Verdict`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum VerdictKind {
+    /// It leaves straight from the program.
+    Send,
+    /// It goes up to the stack.
+    Pass,
+    Drop,
+}
+
+/// Why a packet got its verdict.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Reason(pub u32);
+
+/// What there is to say about a reason.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Description {
+    pub reason: Reason,
+    /// Stable name, snake_case: the value of the metrics' `reason` label.
+    pub name: &'static str,
+    /// What happens to the packet.
+    pub verdict: VerdictKind,
+    /// One sentence.
+    pub text: &'static str,
+    /// What an operator may do about it; empty where nothing is wrong.
+    pub hint: &'static str,
+}
+
+macro_rules! reasons {
+    ($($number:literal $constant:ident $name:literal $verdict:ident $text:literal $hint:literal;)*) => {
+        impl Reason {
+            $(#[doc = $text] pub const $constant: Self = Self($number);)*
+        }
+
+        /// All reasons, by number.
+        pub const DESCRIPTIONS: &[Description] = &[
+            $(Description {
+                reason: Reason($number), name: $name, verdict: VerdictKind::$verdict, text: $text, hint: $hint,
+            },)*
+        ];
+    };
+}
+
+reasons! {
+    0 REQUEST_FORWARDED "request_forwarded" Send
+        "A request was rewritten and sent towards its backend." "";
+    1 REPLY_FORWARDED "reply_forwarded" Send
+        "A reply was rewritten and sent towards its client." "";
+    2 REQUEST_TO_STACK "request_to_stack" Pass
+        "A request was rewritten and handed to the stack, which routes it: into a tunnel device, or to a neighbour that is not resolved yet." "";
+    3 REPLY_TO_STACK "reply_to_stack" Pass
+        "A reply was rewritten and handed to the stack, which routes it." "";
+    4 ARP_ANSWERED "arp_answered" Send
+        "An ARP request for a VIP or an SNAT address was answered." "";
+    5 ECHO_ANSWERED "echo_answered" Send
+        "An ICMP echo request to a VIP was answered." "";
+    6 NOT_IP "not_ip" Pass
+        "The frame is neither IPv4 nor an ARP request for us." "";
+    7 NOT_OURS "not_ours" Pass
+        "No listener, flow or SNAT address has the packet's destination." "";
+    8 NO_LISTENER "no_listener" Pass
+        "The destination is a VIP, but no listener has this port and protocol." "Add a listener, or ignore it: port scans end here.";
+    9 FRAGMENT "fragment" Pass
+        "The packet is an IPv4 fragment; fragments are not forwarded yet." "Lower the sender's MTU, or use TCP.";
+    10 TRUNCATED "truncated" Pass
+        "A header is cut short, or a length field claims more than there is." "";
+    11 UNSUPPORTED_PROTOCOL "unsupported_protocol" Pass
+        "The IP protocol is neither TCP, UDP nor an echo request to a VIP." "";
+    12 NOT_A_SYN "not_a_syn" Drop
+        "A TCP packet without a flow to a listener: only a SYN opens one." "Expected after idle timeouts and restarts; clients will reconnect.";
+    13 NO_BACKEND "no_backend" Drop
+        "No backend of the group takes new flows." "See the group's health in `forwarder status`.";
+    14 POOL_EXHAUSTED "pool_exhausted" Drop
+        "No SNAT binding is left for a new flow." "Add a prefix to [snat], or shorten idle timeouts.";
+    15 FLOW_TABLE_FULL "flow_table_full" Drop
+        "No flow entry is left for a new flow." "Raise agent.max_flows, and the pool with it: each flow holds one address and port.";
+    16 FLOW_CONFLICT "flow_conflict" Drop
+        "A DNAT flow of another listener already has this client port towards the same backend." "Use full NAT for backends that several listeners share.";
+    17 NO_FLOW "no_flow" Drop
+        "A packet to an SNAT address belongs to no flow." "Expected for a while after flows end; else look for scans of the pool.";
+    18 NO_ROUTE "no_route" Drop
+        "The kernel has no usable route to the packet's new destination." "See `ip route get`; the agent's diagnosis names the missing route.";
+    19 FORWARDING_DISABLED "forwarding_disabled" Drop
+        "The ingress interface does not forward." "sysctl -w net.ipv4.ip_forward=1";
+    20 TTL_EXCEEDED "ttl_exceeded" Drop
+        "The packet's time to live ended here." "Look for a routing loop.";
+    21 INTERNAL "internal" Drop
+        "A table held something impossible." "Please report this with the output of `forwarder status -o json`.";
+}
+
+impl Reason {
+    /// How many there are: the size of the counter table.
+    pub const COUNT: usize = DESCRIPTIONS.len();
+
+    /// The entry of the list; `None` for a number this build does not know.
+    pub fn description(self) -> Option<&'static Description> {
+        DESCRIPTIONS.get(self.0 as usize)
+    }
+}
+
+impl core::fmt::Debug for Reason {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self.description() {
+            Some(description) => f.write_str(description.name),
+            None => write!(f, "reason {}", self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_positions_and_names_are_unique() {
+        for (position, description) in DESCRIPTIONS.iter().enumerate() {
+            assert_eq!(description.reason.0 as usize, position, "{}", description.name);
+            let same = DESCRIPTIONS
+                .iter()
+                .filter(|other| other.name == description.name)
+                .count();
+            assert_eq!(same, 1, "{}", description.name);
+            assert!(description.text.ends_with('.'), "{}", description.name);
+        }
+    }
+}

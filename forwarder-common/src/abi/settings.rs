@@ -1,0 +1,26 @@
+//! What the whole data path shares; a table of one, which the agent may change at any time.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::snat::SnatPool;
+
+/// Bits of [`Settings::flags`].
+pub mod flag {
+    /// Some attached interface may hand us frames whose transport checksum its sender left to the device:
+    /// veth, tap, virtio. Without it the data path does not look.
+    pub const PARTIAL_CHECKSUMS: u32 = 1;
+}
+
+/// The settings.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct Settings {
+    /// `ABI_VERSION` of whoever wrote the tables.
+    pub abi_version: u32,
+    /// Counts changes of routes and neighbours; a next hop of another generation is looked up again.
+    pub route_generation: u32,
+    /// Of the flow hash; the same on all gateways of a fleet, so that they pick the same backends.
+    pub hash_seed: u32,
+    pub flags: u32,
+    pub pool: SnatPool,
+}

@@ -1,0 +1,241 @@
+//! Flows: find the one a packet belongs to, open one, keep it up to date.
+
+use super::{Stop, Tables, admission, parse::Frame, rewrite::Rewrite, tcp_state::Phase};
+use crate::abi::{
+    backend::BackendId,
+    flow::{
+        Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents,
+    },
+    listener::{Listener, ListenerId},
+    reason::Reason,
+    settings::Settings,
+    snat::SnatBinding,
+};
+
+/// What a packet of a flow needs from its entry: a copy, so that no table stays borrowed.
+#[repr(align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hit {
+    pub id: FlowId,
+    pub direction: Direction,
+    pub listener: ListenerId,
+    pub backend: BackendId,
+    pub rewrite: Rewrite,
+    pub hop: NextHop,
+}
+
+/// What `lookup` found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Found {
+    /// The packet belongs to this flow.
+    Hit(Hit),
+    /// The packet opens a TCP connection in place of one that has ended. The new one takes over the entry and
+    /// its binding: the client's own clock and sequence numbers tell the backend old from new (RFC 6191),
+    /// just as without a gateway.
+    Ended(FlowId),
+    /// The packet has no flow; it may open one.
+    Nothing,
+}
+
+/// The flow of a packet.
+///
+/// # Errors
+/// [`Reason::NO_FLOW`] for a packet to an SNAT address that belongs to no flow: it must not reach the stack,
+/// which would answer a stranger's reply with a reset.
+#[inline(always)]
+pub fn lookup<T: Tables>(tables: &mut T, settings: &Settings, frame: &Frame) -> Result<Found, Stop> {
+    let binding = SnatBinding {
+        address: frame.key.destination,
+        port: frame.key.destination_port,
+    };
+    if let Some(id) = settings.pool.flow(binding) {
+        let no_flow = Stop::drop(Reason::NO_FLOW);
+        let reference = FlowReference {
+            id: id.ok_or(no_flow)?,
+            direction: Direction::REPLY,
+        };
+        return match touch(tables, reference, frame) {
+            Found::Nothing => Err(no_flow),
+            found => Ok(found),
+        };
+    }
+    match tables.flow_reference(&frame.key) {
+        Some(reference) => Ok(touch(tables, reference, frame)),
+        None => Ok(Found::Nothing),
+    }
+}
+
+/// Marks the flow as seen, counts the packet, follows TCP.
+#[inline(always)]
+fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> Found {
+    let FlowReference { id, direction } = reference;
+    let Some(entry) = tables.flow(id) else {
+        return Found::Nothing;
+    };
+    let is_request = direction == Direction::REQUEST;
+    let expected = if is_request {
+        entry.binding.request_key()
+    } else {
+        entry.binding.reply_key()
+    };
+    if entry.state != FlowState::LIVE || frame.key != expected {
+        return Found::Nothing;
+    }
+    if frame.is_tcp() {
+        if is_request && admission::is_opening(frame) && entry.tcp.phase() == Phase::Closed {
+            return Found::Ended(id);
+        }
+        let tcp = entry.tcp.after(direction, frame.tcp_flags);
+        // Written only when it changes, here and below: the cache line stays shared between CPUs.
+        if tcp != entry.tcp {
+            entry.tcp = tcp;
+        }
+    }
+    if entry.seen == 0 {
+        entry.seen = 1;
+    }
+    let bytes = u64::from(frame.total_len);
+    if is_request {
+        entry.request_packets = entry.request_packets.wrapping_add(1);
+        entry.request_bytes = entry.request_bytes.wrapping_add(bytes);
+    } else {
+        entry.reply_packets = entry.reply_packets.wrapping_add(1);
+        entry.reply_bytes = entry.reply_bytes.wrapping_add(bytes);
+    }
+    Found::Hit(Hit {
+        id,
+        direction,
+        listener: entry.listener,
+        backend: entry.backend,
+        rewrite: Rewrite::of(entry, direction),
+        hop: if is_request {
+            entry.request_hop
+        } else {
+            entry.reply_hop
+        },
+    })
+}
+
+/// Opens a flow with its first packet: both directions or neither.
+///
+/// `ended` is the entry to take over, see [`Found::Ended`]; its request key is in the flow index already.
+#[inline(always)]
+pub fn open<T: Tables>(
+    tables: &mut T,
+    id: FlowId,
+    ended: bool,
+    binding: &FlowBinding,
+    listener: &Listener,
+    backend: BackendId,
+    frame: &Frame,
+) -> Result<Hit, Stop> {
+    let (address_delta, port_delta) = Rewrite::deltas(binding);
+    let entry = tables.flow(id).ok_or(Stop::drop(Reason::INTERNAL))?;
+    let previous = entry.binding;
+    *entry = FlowEntry {
+        binding: *binding,
+        state: FlowState::LIVE,
+        seen: 1,
+        tcp: TcpEvents::default().after(Direction::REQUEST, frame.tcp_flags),
+        reserved: 0,
+        listener: listener.id,
+        backend,
+        address_delta: address_delta.folded(),
+        port_delta: port_delta.folded(),
+        request_hop: NextHop::default(),
+        reply_hop: NextHop::default(),
+        idle_timeout_secs: listener.idle_timeout_secs,
+        request_bytes: u64::from(frame.total_len),
+        reply_bytes: 0,
+        request_packets: 1,
+        reply_packets: 0,
+        reserved2: 0,
+    };
+    let hit = Hit {
+        id,
+        direction: Direction::REQUEST,
+        listener: listener.id,
+        backend,
+        rewrite: Rewrite::of(entry, Direction::REQUEST),
+        hop: NextHop::default(),
+    };
+    if ended && previous.is_dnat() && previous.reply_key() != binding.reply_key() {
+        tables.remove_flow_reference(&previous.reply_key());
+    }
+    link(tables, id, ended, binding)?;
+    Ok(hit)
+}
+
+/// Enters the keys of a new flow into the flow index; takes back what it did if one cannot be entered.
+#[inline(always)]
+fn link<T: Tables>(tables: &mut T, id: FlowId, ended: bool, binding: &FlowBinding) -> Result<(), Stop> {
+    let reply_key = binding.reply_key();
+    if binding.is_dnat() {
+        let reply = FlowReference {
+            id,
+            direction: Direction::REPLY,
+        };
+        let is_present = tables
+            .flow_reference(&reply_key)
+            .is_some_and(|found| found.id == id);
+        if !is_present && !tables.insert_flow_reference(&reply_key, reply) {
+            return Err(unlink(tables, id, ended, binding, &reply_key));
+        }
+    }
+    let request_key = binding.request_key();
+    let request = FlowReference {
+        id,
+        direction: Direction::REQUEST,
+    };
+    if !ended && !tables.insert_flow_reference(&request_key, request) {
+        if binding.is_dnat() {
+            tables.remove_flow_reference(&reply_key);
+        }
+        return Err(unlink(tables, id, ended, binding, &request_key));
+    }
+    Ok(())
+}
+
+/// Gives the entry of a flow back whose key could not be entered, and says why it could not.
+#[inline(always)]
+fn unlink<T: Tables>(
+    tables: &mut T,
+    id: FlowId,
+    ended: bool,
+    binding: &FlowBinding,
+    refused: &FlowKey,
+) -> Stop {
+    if ended {
+        tables.remove_flow_reference(&binding.request_key());
+    }
+    if let Some(entry) = tables.flow(id) {
+        // The old connection's binding may still be in use by stragglers: then the agent frees it in its time.
+        entry.state = if ended {
+            FlowState::UNLINKED
+        } else {
+            FlowState::FREE
+        };
+    }
+    if !ended {
+        tables.return_flow(id);
+    }
+    // Another CPU may have opened the same flow just now: the client's next packet will find it.
+    let is_taken = tables.flow_reference(refused).is_some();
+    Stop::drop(if is_taken {
+        Reason::FLOW_CONFLICT
+    } else {
+        Reason::FLOW_TABLE_FULL
+    })
+}
+
+/// Stores where packets of a direction go, for the packets after this one.
+#[inline(always)]
+pub fn store_hop<T: Tables>(tables: &mut T, id: FlowId, direction: Direction, hop: NextHop) {
+    if let Some(entry) = tables.flow(id) {
+        if direction == Direction::REQUEST {
+            entry.request_hop = hop;
+        } else {
+            entry.reply_hop = hop;
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! The flow hash: which Maglev slot a flow starts from.
+//!
+//! Two rounds of a 64-bit multiply and fold (the finalizer of MurmurHash3, public domain), over the 5-tuple.
+//! Not a defence against somebody who knows the seed: such a client can aim at one backend, as with any
+//! consistent hash; it cannot make lookups slow, as the flow index has the kernel's own seeded hash.
+
+use crate::abi::flow::FlowKey;
+
+const ROUND_1: u64 = 0xff51_afd7_ed55_8ccd;
+const ROUND_2: u64 = 0xc4ce_b9fe_1a85_ec53;
+
+/// Hash of a flow's 5-tuple.
+#[inline(always)]
+pub const fn flow_hash(key: &FlowKey, seed: u32) -> u32 {
+    let addresses = key.source.0.raw().to_le() as u64 | (key.destination.0.raw().to_le() as u64) << 32;
+    let ports = key.source_port.raw().to_le() as u64
+        | (key.destination_port.raw().to_le() as u64) << 16
+        | (key.protocol as u64) << 32;
+    let mut hash = (addresses ^ seed as u64).wrapping_mul(ROUND_1);
+    hash ^= hash >> 32;
+    hash = (hash ^ ports).wrapping_mul(ROUND_2);
+    hash ^= hash >> 29;
+    hash = hash.wrapping_mul(ROUND_1);
+    (hash >> 32) as u32
+}
+
+/// Maps a hash evenly to `0..count` without a division.
+#[inline(always)]
+pub const fn scale(hash: u32, count: u32) -> u32 {
+    ((hash as u64 * count as u64) >> 32) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{Be16, Ipv4Address};
+
+    #[test]
+    fn neighbouring_client_ports_spread_evenly() {
+        const BINS: usize = 16;
+        let mut bins = [0u32; BINS];
+        for port in 1024..65024u16 {
+            let key = FlowKey {
+                source: Ipv4Address::new([192, 0, 2, 7]),
+                destination: Ipv4Address::new([198, 51, 100, 10]),
+                source_port: Be16::new(port),
+                destination_port: Be16::new(443),
+                protocol: 6,
+            };
+            bins[scale(flow_hash(&key, 7), BINS as u32) as usize] += 1;
+        }
+        for (bin, count) in bins.iter().enumerate() {
+            assert!((3800..4200).contains(count), "bin {bin} has {count} of 4000");
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! The packet walk: what becomes of a packet, and why.
+//!
+//! `pipeline::forward` runs the stages in order. A stage is a pure function of the packet and two things from
+//! outside, [`Tables`] (maps) and [`Env`] (routes). It returns what the next stage needs or a [`Stop`].
+//! Nothing in the walk is random and nothing reads a clock, so the same packet and tables give the same
+//! result in a test, in `forwarder explain` and in the kernel.
+//!
+//! Structs that stages hand on are aligned to 8: in the kernel they may end up on the stack, where the verifier
+//! refuses misaligned accesses ("misaligned stack access", all kernels), while the compiler, which is told that
+//! packet bytes may be misaligned, merges copies into 8-byte steps.
+//!
+//! Until `rewrite::apply` no byte of the packet is changed; from there on no policy decides.
+
+use crate::{
+    abi::{
+        backend::{Backend, BackendGroup, BackendId, GroupId},
+        flow::{FlowEntry, FlowId, FlowKey, FlowReference},
+        interface::{Interface, InterfaceKey, flag},
+        listener::{Listener, ListenerId, ListenerKey, Vip, VipKey},
+        reason::Reason,
+    },
+    wire::{LinkPair, WireHeader, checksum::Delta},
+};
+
+pub mod admission;
+pub mod arp;
+pub mod backend;
+pub mod echo;
+pub mod flow;
+pub mod hash;
+pub mod listener;
+pub mod next_hop;
+pub mod parse;
+pub mod pipeline;
+pub mod rewrite;
+pub mod snat;
+pub mod tcp_state;
+pub mod transport_checksum;
+
+/// What happens to a packet.
+///
+/// Not an enum with a payload: the compiler would leave the interface undefined where it has no meaning and might
+/// still spill it, which the verifier refuses ("R2 !read_ok", Linux 6.18).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Verdict {
+    pub action: Action,
+    /// Egress interface of a redirect, else zero.
+    pub ifindex: u32,
+}
+
+/// The kind of a verdict.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Out of the interface it came from.
+    Transmit,
+    /// Out of another interface.
+    Redirect,
+    /// Up to the stack.
+    Pass,
+    Drop,
+}
+
+impl Verdict {
+    pub const TRANSMIT: Self = Self {
+        action: Action::Transmit,
+        ifindex: 0,
+    };
+    pub const PASS: Self = Self {
+        action: Action::Pass,
+        ifindex: 0,
+    };
+    pub const DROP: Self = Self {
+        action: Action::Drop,
+        ifindex: 0,
+    };
+
+    /// Out of this interface.
+    #[inline(always)]
+    pub const fn redirect(ifindex: u32) -> Self {
+        Self {
+            action: Action::Redirect,
+            ifindex,
+        }
+    }
+}
+
+/// The end of a packet's walk.
+#[repr(align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Outcome {
+    pub verdict: Verdict,
+    pub reason: Reason,
+}
+
+/// An early end of the walk; the packet is unchanged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stop(pub Outcome);
+
+impl Stop {
+    /// Leave the packet to the stack.
+    #[inline(always)]
+    pub const fn pass(reason: Reason) -> Self {
+        Self(Outcome {
+            verdict: Verdict::PASS,
+            reason,
+        })
+    }
+
+    /// Drop the packet.
+    #[inline(always)]
+    pub const fn drop(reason: Reason) -> Self {
+        Self(Outcome {
+            verdict: Verdict::DROP,
+            reason,
+        })
+    }
+}
+
+/// Where the state "this transport checksum is not computed yet" lives; see `transport_checksum`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ChecksumOffload {
+    /// Nowhere once the frame leaves through the program, so it must be completed then (native XDP).
+    LostOnSend,
+    /// Beside the frame, on every way out (generic XDP).
+    Kept,
+    /// The kernel updates checksums itself on request (tcx).
+    Kernel,
+}
+
+/// The bytes of a frame.
+///
+/// Headers are typed and of fixed size: the kernel's verifier refuses slices whose length is known only at run
+/// time. A header borrows the packet, so none survives an operation that may move the bytes.
+pub trait Packet {
+    /// How this kind of packet treats checksums that are left to a device.
+    const CHECKSUM_OFFLOAD: ChecksumOffload;
+
+    /// The header at `offset` bytes from the frame's start.
+    ///
+    /// # Errors
+    /// [`Reason::TRUNCATED`] when the frame ends before the header does.
+    fn header<H: WireHeader>(&mut self, offset: usize) -> Result<&mut H, Stop>;
+
+    /// Length of the frame in bytes.
+    fn frame_len(&self) -> usize;
+
+    /// Folded sum of `len` bytes at `offset`, in machine order; an odd last byte is padded with zero. Asked for
+    /// where `CHECKSUM_OFFLOAD` is not `Kernel`.
+    ///
+    /// # Errors
+    /// [`Reason::TRUNCATED`] when the frame ends before that.
+    fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop>;
+
+    /// Applies deltas to the transport checksum at `offset`; called where `CHECKSUM_OFFLOAD` is `Kernel`.
+    fn adjust_checksum(&mut self, offset: usize, addresses: Delta, ports: Delta) -> Result<(), Stop>;
+}
+
+/// The tables that the agent fills and the walk reads.
+pub trait Tables {
+    fn vip(&self, key: &VipKey) -> Option<&Vip>;
+    fn listener(&self, key: &ListenerKey) -> Option<&Listener>;
+    fn group(&self, id: GroupId) -> Option<&BackendGroup>;
+    /// The backend in a slot of the slot table.
+    fn slot(&self, index: u32) -> Option<BackendId>;
+    fn backend(&self, id: BackendId) -> Option<&Backend>;
+    fn interface(&self, key: &InterfaceKey) -> Option<&Interface>;
+    /// Can frames leave through this interface straight from XDP?
+    #[inline(always)]
+    fn can_send(&self, ifindex: u32) -> bool {
+        self.interface(&InterfaceKey { ifindex })
+            .is_some_and(|interface| interface.flags & flag::SEND != 0)
+    }
+
+    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference>;
+    fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
+    /// Inserts unless the key exists; `false`: it does, or there is no room.
+    fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool;
+    fn remove_flow_reference(&mut self, key: &FlowKey);
+    /// The flow that has been free for longest, so that stragglers of its last connection have died out.
+    fn take_flow(&mut self) -> Option<FlowId>;
+    /// Gives a flow back that no packet has used.
+    fn return_flow(&mut self, id: FlowId);
+
+    fn count_listener(&mut self, id: ListenerId, event: TrafficEvent);
+    fn count_backend(&mut self, id: BackendId, event: TrafficEvent);
+    fn count_reason(&mut self, reason: Reason, frame_bytes: usize);
+}
+
+/// Something to count for a listener and a backend.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TrafficEvent {
+    FlowOpened,
+    FlowRefused,
+    /// A request or reply of so many IP bytes.
+    Request {
+        bytes: u16,
+        reset: bool,
+    },
+    Reply {
+        bytes: u16,
+        reset: bool,
+    },
+}
+
+impl crate::abi::counter::TrafficCounters {
+    /// Adds one event; wraps around after centuries.
+    #[inline(always)]
+    pub fn add(&mut self, event: TrafficEvent) {
+        match event {
+            TrafficEvent::FlowOpened => self.flows_opened = self.flows_opened.wrapping_add(1),
+            TrafficEvent::FlowRefused => self.flows_refused = self.flows_refused.wrapping_add(1),
+            TrafficEvent::Request { bytes, reset } => {
+                self.request_packets = self.request_packets.wrapping_add(1);
+                self.request_bytes = self.request_bytes.wrapping_add(u64::from(bytes));
+                self.client_resets = self.client_resets.wrapping_add(u64::from(reset));
+            }
+            TrafficEvent::Reply { bytes, reset } => {
+                self.reply_packets = self.reply_packets.wrapping_add(1);
+                self.reply_bytes = self.reply_bytes.wrapping_add(u64::from(bytes));
+                self.backend_resets = self.backend_resets.wrapping_add(u64::from(reset));
+            }
+        }
+    }
+}
+
+impl crate::abi::counter::ReasonCounters {
+    /// Counts one packet.
+    #[inline(always)]
+    pub fn add(&mut self, frame_bytes: usize) {
+        self.packets = self.packets.wrapping_add(1);
+        self.bytes = self.bytes.wrapping_add(frame_bytes as u64);
+    }
+}
+
+/// Where the walk runs; it decides how a packet can be sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Hook {
+    /// Frames can leave through interfaces marked so; both link addresses must be known.
+    Xdp = 1,
+    /// Packets can leave through any interface; the kernel resolves the neighbour.
+    Tcx = 2,
+}
+
+/// What the walk asks of its surroundings.
+pub trait Env {
+    fn hook(&self) -> Hook;
+    /// Interface the packet came in by.
+    fn ingress_ifindex(&self) -> u32;
+    /// The kernel's route for a packet with this 5-tuple.
+    fn route(&mut self, key: &FlowKey) -> Route;
+}
+
+/// Answer of the kernel's forwarding table.
+#[repr(align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Route {
+    /// The neighbour is known.
+    Neighbour { ifindex: u32, link: LinkPair },
+    /// The interface is known, the neighbour's link address is not, or the interface has none.
+    Interface { ifindex: u32 },
+    /// No route, or one that forbids.
+    None,
+    /// The ingress interface does not forward.
+    ForwardingDisabled,
+}

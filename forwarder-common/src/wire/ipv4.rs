@@ -1,0 +1,86 @@
+//! IPv4 (RFC 791).
+
+use bytemuck::{Pod, Zeroable};
+use network_types::ip::IpProto;
+
+use super::{Be16, Ipv4Address, WireHeader};
+
+/// Protocol number of ICMP.
+pub const PROTOCOL_ICMP: u8 = IpProto::Icmp as u8;
+/// Protocol number of TCP.
+pub const PROTOCOL_TCP: u8 = IpProto::Tcp as u8;
+/// Protocol number of UDP.
+pub const PROTOCOL_UDP: u8 = IpProto::Udp as u8;
+
+/// RFC 791 §3.1: more fragments follow.
+const MORE_FRAGMENTS: u16 = 0x2000;
+/// RFC 791 §3.1: offset in units of 8 bytes.
+const FRAGMENT_OFFSET: u16 = 0x1fff;
+
+/// The 20 fixed bytes; options follow where `header_len` says more.
+#[repr(C, packed)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct Ipv4Header {
+    /// Version in the high, header length in 32-bit words in the low four bits.
+    pub version_ihl: u8,
+    pub tos: u8,
+    /// Header and payload, in bytes.
+    pub total_len: Be16,
+    pub identification: Be16,
+    /// Three flag bits, then the fragment offset.
+    pub fragment: Be16,
+    pub ttl: u8,
+    pub protocol: u8,
+    pub checksum: Be16,
+    pub source: Ipv4Address,
+    pub destination: Ipv4Address,
+}
+
+impl WireHeader for Ipv4Header {}
+
+impl Ipv4Header {
+    /// 4 for IPv4.
+    #[inline(always)]
+    pub const fn version(&self) -> u8 {
+        self.version_ihl >> 4
+    }
+
+    /// Header length with options, in bytes; 0 to 60, so not yet checked.
+    #[inline(always)]
+    pub const fn header_len(&self) -> usize {
+        ((self.version_ihl & 0x0f) as usize) * 4
+    }
+
+    /// Is this packet one of several, first, middle or last?
+    #[inline(always)]
+    pub const fn is_fragment(&self) -> bool {
+        self.fragment.get() & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
+    }
+
+    /// TTL and protocol as the 16-bit word that the header checksum covers, in machine order.
+    #[inline(always)]
+    pub const fn ttl_word(&self) -> u16 {
+        u16::from_ne_bytes([self.ttl, self.protocol])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::checksum;
+
+    /// A TCP SYN as seen on a veth pair.
+    const SYN: [u8; 20] = [
+        0x45, 0, 0, 60, 0x1c, 0x46, 0x40, 0, 64, 6, 0, 0, 172, 16, 0, 10, 172, 16, 0, 100,
+    ];
+
+    #[test]
+    fn fields_of_a_captured_header() {
+        let header: &Ipv4Header = bytemuck::from_bytes(&SYN);
+        assert_eq!((header.version(), header.header_len()), (4, 20));
+        assert_eq!(header.total_len.get(), 60);
+        assert!(!header.is_fragment(), "don't-fragment alone is not a fragment");
+        assert_eq!(header.protocol, PROTOCOL_TCP);
+        assert_ne!(checksum::finish(checksum::sum_bytes(&SYN)), 0);
+    }
+}

@@ -1,0 +1,165 @@
+//! The maps, and `Tables` over them.
+//!
+//! Sizes here are the smallest that load; the agent sets the real ones before loading.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST},
+    btf_maps::{Array, HashMap, PerCpuArray, Queue},
+    macros::btf_map,
+};
+use forwarder_common::{
+    abi::{
+        backend::{Backend, BackendGroup, BackendId, GroupId},
+        counter::{ReasonCounters, TrafficCounters},
+        flow::{FlowEntry, FlowId, FlowKey, FlowReference},
+        interface::{Interface, InterfaceKey},
+        listener::{Listener, ListenerId, ListenerKey, Vip, VipKey},
+        reason::Reason,
+        settings::Settings,
+    },
+    datapath::{Tables, TrafficEvent},
+};
+
+use crate::packet::SCRATCH_WORDS;
+
+#[btf_map]
+static SETTINGS: Array<Settings, 1> = Array::new();
+#[btf_map]
+static LISTENERS: HashMap<ListenerKey, Listener, 1> = HashMap::new();
+#[btf_map]
+static VIPS: HashMap<VipKey, Vip, 1> = HashMap::new();
+#[btf_map]
+static GROUPS: Array<BackendGroup, 1> = Array::new();
+#[btf_map]
+static SLOTS: Array<BackendId, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+#[btf_map]
+static BACKENDS: Array<Backend, 1> = Array::new();
+#[btf_map]
+static INTERFACES: HashMap<InterfaceKey, Interface, 1> = HashMap::new();
+#[btf_map]
+static FLOW_INDEX: HashMap<FlowKey, FlowReference, 1> = HashMap::new();
+#[btf_map]
+static FLOWS: Array<FlowEntry, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+#[btf_map]
+static FREE_FLOWS: Queue<FlowId, 1> = Queue::new();
+#[btf_map]
+static LISTENER_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
+#[btf_map]
+static BACKEND_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
+#[btf_map]
+static REASON_COUNT: PerCpuArray<ReasonCounters, { Reason::COUNT }> = PerCpuArray::new();
+
+/// Where payload is copied to be summed: the BPF stack is too small.
+#[btf_map]
+static SCRATCH: PerCpuArray<[u64; SCRATCH_WORDS], 1> = PerCpuArray::new();
+
+/// This CPU's scratch buffer.
+#[inline(always)]
+pub(crate) fn scratch() -> Option<*mut [u64; SCRATCH_WORDS]> {
+    SCRATCH.get_ptr_mut(0)
+}
+
+/// The kernel's maps as the walk sees them.
+pub(crate) struct KernelTables;
+
+impl KernelTables {
+    /// The settings; `None` never happens, but the verifier wants to see it checked.
+    #[inline(always)]
+    pub(crate) fn settings() -> Option<&'static Settings> {
+        SETTINGS.get(0)
+    }
+}
+
+impl Tables for KernelTables {
+    #[inline(always)]
+    fn vip(&self, key: &VipKey) -> Option<&Vip> {
+        // SAFETY: the value is only read; the agent replaces values as a whole.
+        unsafe { VIPS.get(key) }
+    }
+
+    #[inline(always)]
+    fn listener(&self, key: &ListenerKey) -> Option<&Listener> {
+        // SAFETY: as for `vip`.
+        unsafe { LISTENERS.get(key) }
+    }
+
+    #[inline(always)]
+    fn group(&self, id: GroupId) -> Option<&BackendGroup> {
+        GROUPS.get(id.0)
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<BackendId> {
+        SLOTS.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn backend(&self, id: BackendId) -> Option<&Backend> {
+        BACKENDS.get(id.0)
+    }
+
+    #[inline(always)]
+    fn interface(&self, key: &InterfaceKey) -> Option<&Interface> {
+        // SAFETY: as for `vip`.
+        unsafe { INTERFACES.get(key) }
+    }
+
+    #[inline(always)]
+    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference> {
+        // SAFETY: the value is copied at once.
+        unsafe { FLOW_INDEX.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry> {
+        // SAFETY: array elements live as long as the program. Another CPU may write the same entry: fields
+        // are plain integers written whole, and none is trusted for memory safety.
+        FLOWS.get_ptr_mut(id.0).map(|entry| unsafe { &mut *entry })
+    }
+
+    #[inline(always)]
+    fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool {
+        FLOW_INDEX.insert(key, &reference, u64::from(BPF_NOEXIST)).is_ok()
+    }
+
+    #[inline(always)]
+    fn remove_flow_reference(&mut self, key: &FlowKey) {
+        // A key that is gone already is as good as removed.
+        let _ = FLOW_INDEX.remove(key);
+    }
+
+    #[inline(always)]
+    fn take_flow(&mut self) -> Option<FlowId> {
+        FREE_FLOWS.pop().ok().flatten()
+    }
+
+    #[inline(always)]
+    fn return_flow(&mut self, id: FlowId) {
+        // The queue has room for every flow there is.
+        let _ = FREE_FLOWS.push(id, u64::from(BPF_ANY));
+    }
+
+    #[inline(always)]
+    fn count_listener(&mut self, id: ListenerId, event: TrafficEvent) {
+        if let Some(counters) = LISTENER_COUNT.get_ptr_mut(id.0) {
+            // SAFETY: this CPU's own element; programs of one hook are not preempted by each other here.
+            unsafe { &mut *counters }.add(event);
+        }
+    }
+
+    #[inline(always)]
+    fn count_backend(&mut self, id: BackendId, event: TrafficEvent) {
+        if let Some(counters) = BACKEND_COUNT.get_ptr_mut(id.0) {
+            // SAFETY: as for `count_listener`.
+            unsafe { &mut *counters }.add(event);
+        }
+    }
+
+    #[inline(always)]
+    fn count_reason(&mut self, reason: Reason, frame_bytes: usize) {
+        if let Some(counters) = REASON_COUNT.get_ptr_mut(reason.0) {
+            // SAFETY: as for `count_listener`.
+            unsafe { &mut *counters }.add(frame_bytes);
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! `Packet` over an XDP frame and over a socket buffer.
+//!
+//! The only code that turns packet pointers into references. A reference is made after its own bounds check,
+//! in the pattern that the verifier recognises: pointer plus constant compared with the packet's end.
+
+use core::{ffi::c_void, mem::offset_of};
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{__sk_buff, BPF_F_PSEUDO_HDR, xdp_md},
+    helpers::generated::{bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_load_bytes},
+    programs::{TcContext, XdpContext},
+};
+use forwarder_common::{
+    abi::reason::Reason,
+    datapath::{ChecksumOffload, Packet, Stop},
+    wire::{
+        WireHeader,
+        checksum::{Delta, fold},
+    },
+};
+
+use crate::maps;
+
+/// Largest offset of anything that is read: keeps offsets within what the verifier tracks (MAX_PACKET_OFF,
+/// 65 535) when a length from the packet went into one.
+const OFFSET_MASK: u64 = 0x3fff;
+
+/// Keeps lengths within the scratch buffer.
+const SCRATCH_MASK: u64 = 511;
+/// Size of the scratch buffer in 8-byte words: a block and its padding.
+pub(crate) const SCRATCH_WORDS: usize = 65;
+/// Bytes summed at once: a multiple of four, and no more than the kernel's helper takes in one call (512, its
+/// own buffer).
+const BLOCK: u32 = 508;
+/// Enough blocks for a jumbo frame of 9000 bytes.
+const BLOCKS: u32 = 18;
+
+/// `BPF_F_MARK_MANGLED_0` (linux/bpf.h): leave a checksum of zero alone, write a computed zero as all ones.
+const MARK_MANGLED_0: u64 = 1 << 5;
+
+/// A packet pointer from the field at `OFFSET` bytes of a program's context.
+///
+/// The fields are 32 bits wide, and the kernel replaces the load by one of a pointer. A compiler that knows the
+/// width clears the upper half by shifts wherever it likes, which the verifier refuses ("pointer arithmetic on
+/// pkt_end prohibited", Linux 6.18). So the load is assembly, whose result is a 64-bit number.
+#[inline(always)]
+fn pointer<const OFFSET: usize>(ctx: *const c_void) -> usize {
+    let pointer: usize;
+    // SAFETY: reads a field of the context, which the kernel passes in and keeps while the program runs.
+    unsafe {
+        core::arch::asm!(
+            "{pointer} = *(u32 *)({ctx} + {offset})",
+            pointer = lateout(reg) pointer,
+            ctx = in(reg) ctx,
+            offset = const OFFSET,
+            options(pure, readonly, nostack)
+        );
+    }
+    pointer
+}
+
+/// A number that the verifier sees to be at most `MASK`. The mask is assembly, as the compiler would drop one
+/// that it knows to change nothing, and the verifier of Linux 6.1 does not infer the bound.
+#[inline(always)]
+fn masked<const MASK: u64>(mut number: usize) -> usize {
+    // SAFETY: arithmetic on one register.
+    unsafe {
+        core::arch::asm!(
+            "{number} &= {mask}",
+            number = inlateout(reg) number,
+            mask = const MASK,
+            options(pure, nomem, nostack)
+        );
+    }
+    number
+}
+
+/// A pointer to `size` bytes at `offset`, if they lie within `data..data_end`.
+#[inline(always)]
+fn bounded(data: usize, data_end: usize, offset: usize, size: usize) -> Option<usize> {
+    let start = data + masked::<OFFSET_MASK>(offset);
+    if start + size > data_end {
+        None
+    } else {
+        Some(start)
+    }
+}
+
+/// Folded sum of a frame's bytes; negative when there are fewer.
+///
+/// A function of its own in BPF as well: inlined, the verifier follows every number of blocks to the program's
+/// end (more than 1 000 000 instructions, Linux 6.18).
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_sum(ctx: *mut xdp_md, mut offset: u32, mut left: u32) -> i64 {
+    let Some(scratch) = maps::scratch() else { return -1 };
+    let mut total = 0u32;
+    for _ in 0..BLOCKS {
+        let len = masked::<SCRATCH_MASK>(left.min(BLOCK) as usize) as u32;
+        // The verifier refuses a length that may be zero.
+        if len == 0 {
+            break;
+        }
+        // SAFETY: `len` is less than the scratch buffer's size; the helper checks the offset.
+        if unsafe { bpf_xdp_load_bytes(ctx, offset, scratch.cast(), len) } < 0 {
+            return -1;
+        }
+        // SAFETY: `len` is at most SCRATCH_MASK, and there are 8 bytes behind that: the zeros that pad the block.
+        unsafe {
+            scratch
+                .cast::<u8>()
+                .add(len as usize)
+                .cast::<u32>()
+                .write_unaligned(0)
+        };
+        let padded = masked::<SCRATCH_MASK>(len as usize + 3) & !3;
+        // SAFETY: these bytes of the buffer were just written; the helper only reads them.
+        let block = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, scratch.cast(), padded as u32, 0) };
+        total = u32::from(fold(total + u32::from(fold(block as u32))));
+        offset += len;
+        left -= len;
+    }
+    i64::from(total)
+}
+
+/// A frame in XDP; `GENERIC`: the program runs in generic mode, on a socket buffer in disguise.
+pub(crate) struct XdpPacket<const GENERIC: bool> {
+    pub(crate) ctx: XdpContext,
+}
+
+impl<const GENERIC: bool> XdpPacket<GENERIC> {
+    #[inline(always)]
+    fn data(&self) -> usize {
+        pointer::<{ offset_of!(xdp_md, data) }>(self.ctx.as_ptr())
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        pointer::<{ offset_of!(xdp_md, data_end) }>(self.ctx.as_ptr())
+    }
+}
+
+impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
+    const CHECKSUM_OFFLOAD: ChecksumOffload = if GENERIC {
+        ChecksumOffload::Kept
+    } else {
+        ChecksumOffload::LostOnSend
+    };
+
+    #[inline(always)]
+    fn header<H: WireHeader>(&mut self, offset: usize) -> Result<&mut H, Stop> {
+        match bounded(self.data(), self.data_end(), offset, size_of::<H>()) {
+            // SAFETY: the bytes lie in the packet, `H` has alignment 1 and no invalid values, and the
+            // borrow of `self` ends before the packet can move.
+            Some(start) => Ok(unsafe { &mut *(start as *mut H) }),
+            None => Err(Stop::pass(Reason::TRUNCATED)),
+        }
+    }
+
+    #[inline(always)]
+    fn frame_len(&self) -> usize {
+        self.data_end() - self.data()
+    }
+
+    #[inline(always)]
+    fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
+        let sum = forwarder_sum(self.ctx.ctx, offset as u32, len as u32);
+        if sum < 0 {
+            Err(Stop::pass(Reason::TRUNCATED))
+        } else {
+            Ok(sum as u32)
+        }
+    }
+
+    #[inline(always)]
+    fn adjust_checksum(&mut self, _offset: usize, _addresses: Delta, _ports: Delta) -> Result<(), Stop> {
+        Err(Stop::drop(Reason::INTERNAL))
+    }
+}
+
+/// A packet in tcx.
+pub(crate) struct SkbPacket {
+    pub(crate) ctx: TcContext,
+}
+
+/// Bytes asked to be contiguous: Ethernet, IPv4 and TCP headers with all options.
+const HEADERS: u32 = 14 + 60 + 60;
+
+impl SkbPacket {
+    #[inline(always)]
+    pub(crate) fn new(ctx: TcContext) -> Self {
+        let packet = Self { ctx };
+        let wanted = packet.ctx.len().min(HEADERS);
+        if packet.data() + wanted as usize > packet.data_end() {
+            // SAFETY: the context is the one the kernel passed in. Failure shows when headers are read.
+            unsafe { bpf_skb_pull_data(packet.ctx.skb.skb, wanted) };
+        }
+        packet
+    }
+
+    #[inline(always)]
+    fn data(&self) -> usize {
+        pointer::<{ offset_of!(__sk_buff, data) }>(self.ctx.as_ptr())
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        pointer::<{ offset_of!(__sk_buff, data_end) }>(self.ctx.as_ptr())
+    }
+}
+
+impl Packet for SkbPacket {
+    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kernel;
+
+    #[inline(always)]
+    fn header<H: WireHeader>(&mut self, offset: usize) -> Result<&mut H, Stop> {
+        match bounded(self.data(), self.data_end(), offset, size_of::<H>()) {
+            // SAFETY: as in `XdpPacket::header`; what may move the bytes takes `&mut self`.
+            Some(start) => Ok(unsafe { &mut *(start as *mut H) }),
+            None => Err(Stop::pass(Reason::TRUNCATED)),
+        }
+    }
+
+    #[inline(always)]
+    fn frame_len(&self) -> usize {
+        self.ctx.len() as usize
+    }
+
+    #[inline(always)]
+    fn sum(&mut self, _offset: usize, _len: usize) -> Result<u32, Stop> {
+        // Never asked for where the kernel keeps the checksum.
+        Err(Stop::drop(Reason::INTERNAL))
+    }
+
+    #[inline(always)]
+    fn adjust_checksum(&mut self, offset: usize, addresses: Delta, ports: Delta) -> Result<(), Stop> {
+        let skb = self.ctx.skb.skb;
+        let update = |delta: Delta, flags: u64| {
+            // SAFETY: the context is the one the kernel passed in; the helper checks the offset.
+            unsafe {
+                bpf_l4_csum_replace(
+                    skb,
+                    offset as u32,
+                    0,
+                    u64::from(delta.folded()),
+                    flags | MARK_MANGLED_0,
+                )
+            }
+        };
+        if update(addresses, u64::from(BPF_F_PSEUDO_HDR)) < 0 || update(ports, 0) < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
+    }
+}

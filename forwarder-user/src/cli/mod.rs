@@ -1,0 +1,8 @@
+//! The command line: one file per verb, `args` with what can be typed, `output` with how it is answered.
+//!
+//! A verb returns `Result<(), Errors>`; `main` prints the errors and turns them into the exit code. Data goes
+//! to stdout, talk and errors to stderr.
+
+pub mod args;
+pub mod check;
+pub mod output;

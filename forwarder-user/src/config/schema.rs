@@ -1,0 +1,617 @@
+//! The configuration language: its tables, their keys, and the type and range of each value.
+//!
+//! [`Document`] is what the operator wrote, each value with its place. Everything that can be said of one
+//! key alone is checked here; what needs two places of the file (names that must exist, networks that must
+//! not overlap) is `validate`'s, and so are the defaults of whole objects. [`SHAPES`] lists every key; the
+//! test of `docs/configuration.md` reads it.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use forwarder_common::abi::snat::MAX_RANGES;
+use ipnet::Ipv4Net;
+use toml::de::{DeTable, DeValue};
+
+use super::{
+    NatMode, Protocol, Redirect, StatusRange, TunnelMode, XdpMode,
+    reader::{Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, number, one_of},
+};
+
+/// Range of `agent.max_flows`.
+pub const MAX_FLOWS: RangeInclusive<u32> = 1024..=16_777_216;
+/// Range of `agent.max_slots`; the upper end is 512 MiB of 4-byte slots.
+pub const MAX_SLOTS: RangeInclusive<u32> = 1024..=134_217_728;
+/// Prefixes in `snat.prefixes`, and runs of addresses that remain of them.
+pub const SNAT_PREFIXES: RangeInclusive<usize> = 1..=MAX_RANGES;
+/// CIDRs of one network, and allowed ranges of backends: enough for any routing plan, few enough to print.
+pub const CIDRS: RangeInclusive<usize> = 1..=256;
+/// Entries of a health check's `expect`.
+pub const EXPECTATIONS: RangeInclusive<usize> = 1..=32;
+/// Range of a port.
+pub const PORT: RangeInclusive<u16> = 1..=65535;
+/// Range of a health check's `interval`, in milliseconds.
+pub const INTERVAL_MS: RangeInclusive<u64> = 100..=300_000;
+/// Range of a health check's `timeout`, in milliseconds.
+pub const TIMEOUT_MS: RangeInclusive<u64> = 50..=300_000;
+/// Range of a health check's `rise` and `fall`.
+pub const THRESHOLD: RangeInclusive<u32> = 1..=10;
+/// Range of a listener's `idle_timeout`, in milliseconds.
+pub const IDLE_TIMEOUT_MS: RangeInclusive<u64> = 10_000..=4_000_000;
+/// Status codes of HTTP (RFC 9110 §15: three digits, the first of which is 1 to 5).
+pub const STATUS: RangeInclusive<u16> = 100..=599;
+
+/// Longest name of a group, backend, network or listener, in bytes; that of a DNS label.
+const NAME_BYTES: usize = 63;
+/// Longest name of a network interface: Linux's `IFNAMSIZ` without the final zero.
+const INTERFACE_NAME_BYTES: usize = 15;
+/// Longest path of a Unix socket: Linux's `sun_path` without the final zero.
+const SOCKET_PATH_BYTES: usize = 107;
+
+const FILE: Shape = Shape {
+    header: "",
+    keys: &[
+        "agent",
+        "snat",
+        "interface",
+        "tunnel",
+        "network",
+        "group",
+        "listener",
+    ],
+};
+const AGENT: Shape = Shape {
+    header: "agent",
+    keys: &[
+        "metrics_address",
+        "control_socket",
+        "max_flows",
+        "max_slots",
+        "allowed_backend_ranges",
+    ],
+};
+const SNAT: Shape = Shape {
+    header: "snat",
+    keys: &["prefixes", "probe_address"],
+};
+const INTERFACE: Shape = Shape {
+    header: "interface.NAME",
+    keys: &["mode", "redirect"],
+};
+const TUNNEL: Shape = Shape {
+    header: "tunnel.NAME",
+    keys: &["mode"],
+};
+const NETWORK: Shape = Shape {
+    header: "network.NAME",
+    keys: &["cidrs", "tunnel"],
+};
+const GROUP: Shape = Shape {
+    header: "group.NAME",
+    keys: &["nat", "health", "backend"],
+};
+const HEALTH: Shape = Shape {
+    header: "group.NAME.health",
+    keys: &[
+        "kind", "path", "host", "expect", "interval", "timeout", "rise", "fall", "port",
+    ],
+};
+const BACKEND: Shape = Shape {
+    header: "group.NAME.backend.NAME",
+    keys: &["address", "port", "weight"],
+};
+const LISTENER: Shape = Shape {
+    header: "listener.NAME",
+    keys: &["vip", "port", "protocol", "group", "idle_timeout"],
+};
+
+/// Every table of the language with every key.
+pub const SHAPES: &[&Shape] = &[
+    &FILE, &AGENT, &SNAT, &INTERFACE, &TUNNEL, &NETWORK, &GROUP, &HEALTH, &BACKEND, &LISTENER,
+];
+
+/// The whole file.
+#[derive(Clone, Debug)]
+pub struct Document {
+    pub agent: Result<Agent, Reported>,
+    pub snat: Result<Snat, Reported>,
+    pub interfaces: Named<Interface>,
+    pub tunnels: Named<Tunnel>,
+    pub networks: Named<Network>,
+    pub groups: Named<Group>,
+    pub listeners: Named<Listener>,
+}
+
+/// `[agent]`
+#[derive(Clone, Debug)]
+pub struct Agent {
+    pub metrics_address: OptionalField<SocketAddr>,
+    pub control_socket: OptionalField<PathBuf>,
+    pub max_flows: OptionalField<u32>,
+    pub max_slots: OptionalField<u32>,
+    pub allowed_backend_ranges: OptionalField<Vec<Field<Ipv4Net>>>,
+}
+
+/// `[snat]`
+#[derive(Clone, Debug)]
+pub struct Snat {
+    pub prefixes: Field<Vec<Field<Ipv4Net>>>,
+    pub probe_address: OptionalField<Ipv4Addr>,
+}
+
+/// `[interface.NAME]`
+#[derive(Clone, Debug)]
+pub struct Interface {
+    pub mode: OptionalField<XdpMode>,
+    pub redirect: OptionalField<Redirect>,
+}
+
+/// `[tunnel.NAME]`
+#[derive(Clone, Debug)]
+pub struct Tunnel {
+    pub mode: OptionalField<TunnelMode>,
+}
+
+/// `[network.NAME]`
+#[derive(Clone, Debug)]
+pub struct Network {
+    pub cidrs: Field<Vec<Field<Ipv4Net>>>,
+    pub tunnel: OptionalField<String>,
+}
+
+/// `[group.NAME]`
+#[derive(Clone, Debug)]
+pub struct Group {
+    pub nat: OptionalField<NatMode>,
+    pub health: Result<Health, Reported>,
+    pub backends: Named<Backend>,
+}
+
+/// What a health check sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HealthKind {
+    Tcp,
+    Http,
+    /// Nothing: backends are taken as healthy.
+    None,
+}
+
+/// `[group.NAME.health]`
+#[derive(Clone, Debug)]
+pub struct Health {
+    pub kind: OptionalField<HealthKind>,
+    pub path: OptionalField<String>,
+    pub host: OptionalField<String>,
+    pub expect: OptionalField<Vec<Field<StatusRange>>>,
+    pub interval: OptionalField<Duration>,
+    pub timeout: OptionalField<Duration>,
+    pub rise: OptionalField<u32>,
+    pub fall: OptionalField<u32>,
+    pub port: OptionalField<u16>,
+}
+
+/// `[group.NAME.backend.NAME]`
+#[derive(Clone, Debug)]
+pub struct Backend {
+    pub address: Field<Ipv4Addr>,
+    pub port: Field<u16>,
+    pub weight: OptionalField<u16>,
+}
+
+/// `[listener.NAME]`
+#[derive(Clone, Debug)]
+pub struct Listener {
+    pub vip: Field<Ipv4Addr>,
+    pub port: Field<u16>,
+    pub protocol: OptionalField<Protocol>,
+    pub group: Field<String>,
+    pub idle_timeout: OptionalField<Duration>,
+}
+
+impl Document {
+    /// Reads the whole file; what is wrong goes to `report`.
+    pub fn read(root: &DeTable<'_>, report: &Report) -> Self {
+        let file = Table::root(report, &FILE, root);
+        Self {
+            agent: file.table("agent", &AGENT, |table| Agent {
+                metrics_address: table.optional("metrics_address", socket_address),
+                control_socket: table.optional("control_socket", socket_path),
+                max_flows: table.optional("max_flows", integer(MAX_FLOWS)),
+                max_slots: table.optional("max_slots", integer(MAX_SLOTS)),
+                allowed_backend_ranges: table.optional_list("allowed_backend_ranges", CIDRS, prefix),
+            }),
+            snat: file.required_table("snat", &SNAT, |table| Snat {
+                prefixes: table.required_list("prefixes", "[\"100.64.0.0/26\"]", SNAT_PREFIXES, prefix),
+                probe_address: table.optional("probe_address", address),
+            }),
+            interfaces: file.required_named("interface", &INTERFACE, interface_name, |table| Interface {
+                mode: table.optional(
+                    "mode",
+                    one_of(&[
+                        ("auto", XdpMode::Auto),
+                        ("native", XdpMode::Native),
+                        ("generic", XdpMode::Generic),
+                    ]),
+                ),
+                redirect: table.optional(
+                    "redirect",
+                    one_of(&[
+                        ("auto", Redirect::Auto),
+                        ("on", Redirect::On),
+                        ("off", Redirect::Off),
+                    ]),
+                ),
+            }),
+            tunnels: file.named("tunnel", &TUNNEL, interface_name, |table| Tunnel {
+                mode: table.optional("mode", tunnel_mode),
+            }),
+            networks: file.named("network", &NETWORK, name, |table| Network {
+                cidrs: table.required_list("cidrs", "[\"192.168.0.0/16\"]", CIDRS, prefix),
+                tunnel: table.optional("tunnel", text("the name of a tunnel")),
+            }),
+            groups: file.named("group", &GROUP, name, |table| Group {
+                nat: table.optional("nat", one_of(&[("full", NatMode::Full), ("dnat", NatMode::Dnat)])),
+                health: table.table("health", &HEALTH, Health::read),
+                backends: table.required_named("backend", &BACKEND, name, |table| Backend {
+                    address: table.required("address", "\"192.168.1.10\"", address),
+                    port: table.required("port", "8080", integer(PORT)),
+                    weight: table.optional("weight", integer(0..=u16::MAX)),
+                }),
+            }),
+            listeners: file.required_named("listener", &LISTENER, name, |table| Listener {
+                vip: table.required("vip", "\"172.16.0.100\"", address),
+                port: table.required("port", "80", integer(PORT)),
+                protocol: table.optional(
+                    "protocol",
+                    one_of(&[("tcp", Protocol::Tcp), ("udp", Protocol::Udp)]),
+                ),
+                group: table.required("group", "\"web\"", text("the name of a backend group")),
+                idle_timeout: table.optional("idle_timeout", duration(IDLE_TIMEOUT_MS)),
+            }),
+        }
+    }
+}
+
+impl Health {
+    fn read(table: &Table<'_>) -> Self {
+        let kinds = one_of(&[
+            ("tcp", HealthKind::Tcp),
+            ("http", HealthKind::Http),
+            ("none", HealthKind::None),
+        ]);
+        Self {
+            kind: table.optional("kind", kinds),
+            path: table.optional("path", http_path),
+            host: table.optional("host", http_host),
+            expect: table.optional_list("expect", EXPECTATIONS, status_range),
+            interval: table.optional("interval", duration(INTERVAL_MS)),
+            timeout: table.optional("timeout", duration(TIMEOUT_MS)),
+            rise: table.optional("rise", integer(THRESHOLD)),
+            fall: table.optional("fall", integer(THRESHOLD)),
+            port: table.optional("port", integer(PORT)),
+        }
+    }
+}
+
+/// The rule of names that a name breaks, if any.
+fn name(name: &str) -> Option<&'static str> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let fits = (1..=NAME_BYTES).contains(&name.len()) && name.bytes().all(good);
+    (!fits).then_some("a name has 1 to 63 characters out of A-Z a-z 0-9 . _ -")
+}
+
+/// The rule of interface names that a name breaks, if any.
+fn interface_name(interface: &str) -> Option<&'static str> {
+    name(interface).or_else(|| {
+        let fits = interface.len() <= INTERFACE_NAME_BYTES && ![".", ".."].contains(&interface);
+        (!fits).then_some("the name of a network device has at most 15 characters and is not \".\" or \"..\"")
+    })
+}
+
+fn text(must_be: &'static str) -> impl Fn(&DeValue<'_>) -> Result<String, Wrong> {
+    move |value| {
+        value
+            .as_str()
+            .map(str::to_owned)
+            .ok_or_else(|| Wrong::must_be(must_be))
+    }
+}
+
+fn parsed<T: FromStr>(value: &DeValue<'_>) -> Option<T> {
+    value.as_str().and_then(|text| text.parse().ok())
+}
+
+const IPV4_ONLY: &str = "IPv6 is not supported yet";
+
+fn address(value: &DeValue<'_>) -> Result<Ipv4Addr, Wrong> {
+    parsed(value).ok_or_else(|| {
+        let wrong = Wrong::must_be("an IPv4 address such as \"10.0.0.1\"");
+        if parsed::<Ipv6Addr>(value).is_some() {
+            wrong.hint(IPV4_ONLY)
+        } else if parsed::<Ipv4Net>(value).is_some() {
+            wrong.hint("write the address without its prefix length")
+        } else {
+            wrong
+        }
+    })
+}
+
+fn prefix(value: &DeValue<'_>) -> Result<Ipv4Net, Wrong> {
+    let wrong = || Wrong::must_be("an IPv4 prefix such as \"10.0.0.0/8\"");
+    let Some(prefix) = parsed::<Ipv4Net>(value) else {
+        return Err(if let Some(address) = parsed::<Ipv4Addr>(value) {
+            wrong().hint(format!("write \"{address}/32\" for this one address"))
+        } else if parsed::<ipnet::Ipv6Net>(value).is_some() || parsed::<Ipv6Addr>(value).is_some() {
+            wrong().hint(IPV4_ONLY)
+        } else {
+            wrong()
+        });
+    };
+    if prefix.trunc() == prefix {
+        Ok(prefix)
+    } else {
+        Err(Wrong::must_be("a prefix without host bits").hint(format!("write \"{}\"", prefix.trunc())))
+    }
+}
+
+fn socket_address(value: &DeValue<'_>) -> Result<SocketAddr, Wrong> {
+    parsed(value).ok_or_else(|| {
+        let wrong = Wrong::must_be("an address and port such as \"127.0.0.1:9469\"");
+        match parsed::<IpAddr>(value) {
+            Some(address) => wrong.hint(format!("write \"{}\"", SocketAddr::new(address, 9469))),
+            None => wrong,
+        }
+    })
+}
+
+fn socket_path(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
+    let wrong = || Wrong::must_be(format!("an absolute path of at most {SOCKET_PATH_BYTES} bytes"));
+    let path = Path::new(value.as_str().ok_or_else(wrong)?);
+    let fits = path.is_absolute() && path.as_os_str().len() <= SOCKET_PATH_BYTES;
+    let printable = !path.to_string_lossy().contains(char::is_control);
+    if fits && printable {
+        Ok(path.to_owned())
+    } else {
+        Err(wrong())
+    }
+}
+
+fn tunnel_mode(value: &DeValue<'_>) -> Result<TunnelMode, Wrong> {
+    if value.as_str() == Some("native") {
+        return Err(Wrong::must_be("\"kernel\"").hint("native mode is not supported yet"));
+    }
+    one_of(&[("kernel", TunnelMode::Kernel)])(value)
+}
+
+/// Visible ASCII, so that it can stand in a request line or header (RFC 9110 §5.5, RFC 9112 §3).
+fn is_visible(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
+fn http_path(value: &DeValue<'_>) -> Result<String, Wrong> {
+    let path = value
+        .as_str()
+        .filter(|path| path.starts_with('/') && is_visible(path) && !path.contains('#'));
+    path.map(str::to_owned).ok_or_else(|| {
+        Wrong::must_be("a path that starts with \"/\" and has no space or \"#\"")
+            .hint("percent-encode such characters")
+    })
+}
+
+fn http_host(value: &DeValue<'_>) -> Result<String, Wrong> {
+    let host = value
+        .as_str()
+        .filter(|host| is_visible(host) && !host.contains(['/', '@', '?', '#']));
+    host.map(str::to_owned)
+        .ok_or_else(|| Wrong::must_be("a host name such as \"example.org\""))
+}
+
+/// `200`, `"200"` or `"200-399"`.
+fn status_range(value: &DeValue<'_>) -> Result<StatusRange, Wrong> {
+    let ends = match value {
+        DeValue::Integer(code) => number(code).map(|code| (code, code)),
+        DeValue::String(text) => {
+            let (first, last) = text.split_once('-').unwrap_or((text, text));
+            first.trim().parse().ok().zip(last.trim().parse().ok())
+        }
+        _ => None,
+    };
+    let range = ends.map(|(first, last)| StatusRange { first, last });
+    range
+        .filter(|range| {
+            STATUS.contains(&range.first) && STATUS.contains(&range.last) && range.first <= range.last
+        })
+        .ok_or_else(|| Wrong::must_be("a status code or range within 100 to 599, such as 200 or \"200-399\""))
+}
+
+/// Units of durations with their milliseconds, the longest first.
+const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
+
+/// A whole number with a unit: `"250ms"`, `"2s"`, `"1m"`, `"1h"`. One unit only, so that there is one way
+/// to write a duration and nothing to guess.
+fn duration(range_ms: RangeInclusive<u64>) -> impl Fn(&DeValue<'_>) -> Result<Duration, Wrong> {
+    move |value| {
+        let wrong = || {
+            let (first, last) = (show_duration(*range_ms.start()), show_duration(*range_ms.end()));
+            Wrong::must_be(format!("a duration from {first} to {last}"))
+        };
+        let text = match value {
+            DeValue::String(text) => text,
+            DeValue::Integer(number) => {
+                return Err(wrong().hint(format!("write it with a unit: \"{number}s\"")));
+            }
+            _ => return Err(wrong()),
+        };
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (count, unit) = text.split_at(digits);
+        let factor = UNITS
+            .iter()
+            .find(|(name, _)| *name == unit)
+            .map(|(_, factor)| *factor);
+        let (Ok(count), Some(factor)) = (count.parse::<u64>(), factor) else {
+            return Err(wrong().hint("write a whole number with one unit: \"250ms\", \"2s\", \"1m\", \"1h\""));
+        };
+        count
+            .checked_mul(factor)
+            .filter(|ms| range_ms.contains(ms))
+            .map(Duration::from_millis)
+            .ok_or_else(wrong)
+    }
+}
+
+/// A duration as one would write it: in seconds where they are whole, else in milliseconds.
+fn show_duration(ms: u64) -> String {
+    if ms.is_multiple_of(1000) {
+        format!("{}s", ms / 1000)
+    } else {
+        format!("{ms}ms")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOCS: &str = include_str!("../../../docs/configuration.md");
+
+    fn value(text: &str) -> DeValue<'_> {
+        DeValue::parse(text).unwrap().into_inner()
+    }
+
+    #[test]
+    fn durations_have_one_unit() {
+        let read = |text: &str| duration(50..=7_200_000)(&value(text)).ok().map(|d| d.as_millis());
+        assert_eq!(read(r#""250ms""#), Some(250));
+        assert_eq!(read(r#""2s""#), Some(2000));
+        assert_eq!(read(r#""1m""#), Some(60_000));
+        assert_eq!(read(r#""2h""#), Some(7_200_000));
+        for wrong in ["", "s", "2", "2 s", "-2s", "2s500ms", "2sec", "49ms", "3h"] {
+            assert_eq!(read(&format!("{wrong:?}")), None, "{wrong}");
+        }
+        assert_eq!(read("2"), None);
+    }
+
+    #[test]
+    fn status_codes_are_numbers_or_ranges() {
+        let read = |text| {
+            status_range(&value(text))
+                .ok()
+                .map(|range| (range.first, range.last))
+        };
+        assert_eq!(read("200"), Some((200, 200)));
+        assert_eq!(read(r#""204""#), Some((204, 204)));
+        assert_eq!(read(r#""200-399""#), Some((200, 399)));
+        for wrong in [
+            "99",
+            "600",
+            r#""399-200""#,
+            r#""200-""#,
+            r#""2xx""#,
+            r#""""#,
+            "true",
+        ] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn integers_may_be_written_as_toml_allows() {
+        let read = |text| integer(PORT)(&value(text)).ok();
+        assert_eq!(read("8_080"), Some(8080));
+        assert_eq!(read("0x1f90"), Some(8080));
+        assert_eq!(read("+80"), Some(80));
+        assert_eq!(read("340282366920938463463374607431768211456"), None);
+    }
+
+    /// The part of docs/configuration.md below the heading of a table.
+    fn section(header: &str) -> &'static str {
+        let heading = format!("\n## `[{header}]`");
+        let start = DOCS
+            .find(&heading)
+            .unwrap_or_else(|| panic!("docs/configuration.md lacks {heading:?}"));
+        let rest = &DOCS[start + heading.len()..];
+        &rest[..rest.find("\n## ").unwrap_or(rest.len())]
+    }
+
+    /// Whether `key` of `outer` is a table, which has a section of its own.
+    fn is_table(outer: &Shape, key: &str) -> bool {
+        let header = format!("{}.{key}", outer.header);
+        SHAPES
+            .iter()
+            .any(|inner| inner.header == header || inner.header == format!("{header}.NAME"))
+    }
+
+    #[test]
+    fn every_table_and_key_is_documented() {
+        for shape in SHAPES.iter().filter(|shape| !shape.header.is_empty()) {
+            let rows = section(shape.header)
+                .lines()
+                .filter_map(|line| line.strip_prefix("| `"));
+            let documented: Vec<&str> = rows.filter_map(|row| row.split('`').next()).collect();
+            let keys: Vec<&str> = shape
+                .keys
+                .iter()
+                .copied()
+                .filter(|key| !is_table(shape, key))
+                .collect();
+            assert_eq!(documented, keys, "the rows of [{}]", shape.header);
+        }
+    }
+
+    #[test]
+    fn ranges_in_the_documentation_are_those_of_the_code() {
+        let numbers = |range: RangeInclusive<u32>| format!("{} to {}", range.start(), range.end());
+        let counts = |range: RangeInclusive<usize>| format!("{} to {}", range.start(), range.end());
+        let durations = |range: RangeInclusive<u64>| {
+            format!(
+                "{} to {}",
+                show_duration(*range.start()),
+                show_duration(*range.end())
+            )
+        };
+        let port = format!("{} to {}", PORT.start(), PORT.end());
+        for (header, key, range) in [
+            ("agent", "max_flows", numbers(MAX_FLOWS)),
+            ("agent", "max_slots", numbers(MAX_SLOTS)),
+            ("agent", "allowed_backend_ranges", counts(CIDRS)),
+            ("snat", "prefixes", counts(SNAT_PREFIXES)),
+            ("network.NAME", "cidrs", counts(CIDRS)),
+            ("group.NAME.health", "expect", counts(EXPECTATIONS)),
+            ("group.NAME.health", "interval", durations(INTERVAL_MS)),
+            ("group.NAME.health", "timeout", durations(TIMEOUT_MS)),
+            ("group.NAME.health", "rise", numbers(THRESHOLD)),
+            ("group.NAME.health", "fall", numbers(THRESHOLD)),
+            ("group.NAME.health", "port", port.clone()),
+            ("group.NAME.backend.NAME", "port", port.clone()),
+            ("group.NAME.backend.NAME", "weight", format!("0 to {}", u16::MAX)),
+            ("listener.NAME", "port", port),
+            ("listener.NAME", "idle_timeout", durations(IDLE_TIMEOUT_MS)),
+        ] {
+            let start = format!("| `{key}` |");
+            let row = section(header)
+                .lines()
+                .find(|line| line.starts_with(&start))
+                .unwrap();
+            assert!(row.contains(&range), "[{header}]: {row:?} should say {range:?}");
+        }
+    }
+
+    #[test]
+    fn the_examples_of_the_documentation_are_valid() {
+        // Those below the tables' headings are pieces of one file, in its order.
+        let pieces: Vec<&str> = DOCS
+            .split("```toml\n")
+            .skip(1)
+            .filter_map(|part| part.split("```").next())
+            .collect();
+        assert_eq!(pieces.len(), SHAPES.len() - 1);
+        let whole = pieces.join("\n");
+        if let Err(errors) = crate::config::load::parse(&whole, Path::new("docs/configuration.md")) {
+            panic!("{errors}\n{whole}");
+        }
+    }
+}

@@ -1,0 +1,949 @@
+//! From what the operator wrote to a [`Config`]: defaults, and every rule that needs more than one place of
+//! the file.
+//!
+//! Each rule reports what it finds and the next one goes on, so one run shows everything. A value that
+//! could not be read is skipped, as it was reported where it was read. No I/O: whether an interface exists
+//! or a backend answers is the agent's to find out.
+
+use std::{
+    collections::{BTreeMap, btree_map},
+    fmt::Display,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
+use ipnet::Ipv4Net;
+
+use super::{
+    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, Probe, Protocol,
+    Redirect, SnatPool, StatusRange, Tunnel, TunnelMode, XdpMode,
+    reader::{At, Entry, Field, Named, OptionalField, Report, Reported, did_you_mean},
+    schema::{self, Document, HealthKind, SNAT_PREFIXES},
+};
+use crate::error::Error;
+
+/// Most backends of one group.
+pub const MAX_BACKENDS: usize = 10_000;
+
+const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9469);
+/// Where the control API is unless the operator says otherwise.
+pub const DEFAULT_CONTROL_SOCKET: &str = "/run/forwarder/control.sock";
+const DEFAULT_MAX_FLOWS: u32 = 262_144;
+const DEFAULT_MAX_SLOTS: u32 = 4_194_304;
+const DEFAULT_WEIGHT: u16 = 1;
+const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
+const DEFAULT_INTERVAL: Duration = Duration::from_secs(2);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
+const DEFAULT_RISE: u32 = 2;
+const DEFAULT_FALL: u32 = 3;
+const DEFAULT_PATH: &str = "/";
+const DEFAULT_EXPECT: StatusRange = StatusRange {
+    first: 200,
+    last: 399,
+};
+
+/// Where backends may be unless the operator says otherwise: private addresses (RFC 1918) and shared
+/// address space (RFC 6598).
+const DEFAULT_BACKEND_RANGES: [Ipv4Net; 4] = [
+    Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
+    Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16),
+];
+
+/// What no packet on a network may be addressed to as a host: this network and loopback (RFC 6890),
+/// multicast (RFC 5771), reserved and broadcast (RFC 1112 §4).
+const NOT_UNICAST: [Ipv4Net; 4] = [
+    Ipv4Net::new_assert(Ipv4Addr::new(0, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4),
+    Ipv4Net::new_assert(Ipv4Addr::new(240, 0, 0, 0), 4),
+];
+
+/// Checks the document as a whole and completes it; what is wrong goes to `report`.
+///
+/// # Errors
+/// [`Reported`] when an object could not be built. `Ok` alone does not mean that nothing was reported: the
+/// report says that.
+pub fn validate(document: &Document, report: &Report) -> Result<Config, Reported> {
+    let check = Check { document, report };
+    check.devices();
+    check.prefixes();
+    check.listeners();
+    let agent = check.agent();
+    let snat = check.snat();
+    if let (Ok(agent), Ok(pool)) = (&agent, &snat) {
+        check.capacity(agent.max_flows, pool);
+    }
+    let interfaces = convert(&document.interfaces, |_, interface| {
+        Ok(Interface {
+            mode: or(&interface.mode, XdpMode::Auto)?,
+            redirect: or(&interface.redirect, Redirect::Auto)?,
+        })
+    });
+    let tunnels = convert(&document.tunnels, |_, tunnel| {
+        Ok(Tunnel {
+            mode: or(&tunnel.mode, TunnelMode::Kernel)?,
+        })
+    });
+    let networks = convert(&document.networks, |name, network| check.network(name, network));
+    let groups = convert(&document.groups, |name, group| check.group(name, group));
+    if let (Ok(agent), Ok(groups)) = (&agent, &groups) {
+        check.slots(agent.max_slots, groups);
+    }
+    let listeners = convert(&document.listeners, |name, listener| {
+        check.listener(name, listener)
+    });
+    Ok(Config {
+        agent: agent?,
+        interfaces: interfaces?,
+        tunnels: tunnels?,
+        snat: snat?,
+        networks: networks?,
+        groups: groups?,
+        listeners: listeners?,
+    })
+}
+
+/// Converts every entry, also after one that fails.
+fn convert<T, U>(
+    entries: &Named<T>,
+    mut each: impl FnMut(&str, &T) -> Result<U, Reported>,
+) -> Result<BTreeMap<String, U>, Reported> {
+    let converted: Vec<_> = entries
+        .as_ref()
+        .map_err(|reported| *reported)?
+        .iter()
+        .map(|(name, entry)| {
+            Ok((
+                name.clone(),
+                each(name, entry.body.as_ref().map_err(|reported| *reported)?)?,
+            ))
+        })
+        .collect();
+    converted.into_iter().collect()
+}
+
+/// The entries that could be read.
+fn readable<T>(entries: &Named<T>) -> impl Iterator<Item = (&str, &Entry<T>, &T)> {
+    entries
+        .iter()
+        .flatten()
+        .filter_map(|(name, entry)| Some((name.as_str(), entry, entry.body.as_ref().ok()?)))
+}
+
+/// The value of an optional key, or its default.
+fn or<T: Clone>(field: &OptionalField<T>, default: T) -> Result<T, Reported> {
+    Ok(option(field)?.unwrap_or(default))
+}
+
+fn option<T: Clone>(field: &OptionalField<T>) -> Result<Option<T>, Reported> {
+    match field {
+        Ok(field) => Ok(field.as_ref().map(|field| field.value.clone())),
+        Err(reported) => Err(*reported),
+    }
+}
+
+fn required<T: Clone>(field: &Field<T>) -> Result<T, Reported> {
+    match field {
+        Ok(field) => Ok(field.value.clone()),
+        Err(reported) => Err(*reported),
+    }
+}
+
+/// Every entry of a list, if every entry could be read.
+fn all<T: Clone>(list: &[Field<T>]) -> Result<Vec<T>, Reported> {
+    list.iter().map(required).collect()
+}
+
+fn join(items: &[impl Display]) -> String {
+    items
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// The range that `prefix` shares with addresses that are not for hosts.
+fn not_unicast(prefix: Ipv4Net) -> Option<Ipv4Net> {
+    NOT_UNICAST
+        .into_iter()
+        .find(|range| range.contains(&prefix) || prefix.contains(range))
+}
+
+/// First and last address that a host may have: prefixes shorter than /31 keep their network address and
+/// their broadcast address for themselves (RFC 3021 for /31).
+fn hosts(prefix: Ipv4Net) -> (u32, u32) {
+    let (first, last) = (prefix.network().to_bits(), prefix.broadcast().to_bits());
+    if prefix.prefix_len() < 31 {
+        (first + 1, last - 1)
+    } else {
+        (first, last)
+    }
+}
+
+/// An address or prefix that a key holds, to be compared with others.
+#[derive(Clone)]
+struct Claim<K> {
+    key: K,
+    at: usize,
+    /// Who holds it, as messages name it.
+    owner: String,
+}
+
+/// Pairs of (first, later) claims to the same key, in the order of the file.
+fn doubles<K: Ord + Clone>(mut claims: Vec<Claim<K>>) -> Vec<(Claim<K>, Claim<K>)> {
+    claims.sort_by_key(|claim| claim.at);
+    let mut first: BTreeMap<K, Claim<K>> = BTreeMap::new();
+    let mut doubles = Vec::new();
+    for claim in claims {
+        match first.entry(claim.key.clone()) {
+            btree_map::Entry::Vacant(entry) => drop(entry.insert(claim)),
+            btree_map::Entry::Occupied(entry) => doubles.push((entry.get().clone(), claim)),
+        }
+    }
+    doubles
+}
+
+struct Check<'d> {
+    document: &'d Document,
+    report: &'d Report,
+}
+
+impl<'d> Check<'d> {
+    fn error(
+        &self,
+        at: impl Into<Option<usize>>,
+        what: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Reported {
+        self.report.error(at, Error::usage(what).hint(hint))
+    }
+
+    fn line(&self, at: usize) -> String {
+        format!("line {}", self.report.line(at))
+    }
+
+    /// XDP and tcx on one device would both take its packets.
+    fn devices(&self) {
+        let interfaces = self.document.interfaces.iter().flatten();
+        let tunnels = self.document.tunnels.as_ref().ok();
+        for (name, interface) in interfaces {
+            let Some(tunnel) = tunnels.and_then(|tunnels| tunnels.get(name)) else {
+                continue;
+            };
+            let (first, later) = (interface.at.min(tunnel.at), interface.at.max(tunnel.at));
+            let (kind, other) = if later == tunnel.at {
+                ("tunnel", "an interface")
+            } else {
+                ("interface", "a tunnel")
+            };
+            let what = format!("{kind} {name:?} is also {other} ({})", self.line(first));
+            self.error(
+                later,
+                what,
+                "a tunnel device is a [tunnel.NAME] only, any other network device an [interface.NAME] only",
+            );
+        }
+    }
+
+    /// The prefixes of all networks and of the SNAT pool: unicast, and none inside another.
+    fn prefixes(&self) {
+        const POOL: &str = "snat";
+        let networks = readable(&self.document.networks)
+            .map(|(name, _, network)| (format!("network {name:?}"), &network.cidrs));
+        let pool = self
+            .document
+            .snat
+            .iter()
+            .map(|snat| (POOL.to_owned(), &snat.prefixes));
+        let mut claims: Vec<Claim<Ipv4Net>> = networks
+            .chain(pool)
+            .flat_map(|(owner, list)| {
+                let prefixes = list.iter().flat_map(|list| list.value.iter().flatten());
+                prefixes.map(move |&At { value: key, at }| Claim {
+                    key,
+                    at,
+                    owner: owner.clone(),
+                })
+            })
+            .collect();
+        for Claim { key, at, owner } in &claims {
+            if let Some(range) = not_unicast(*key) {
+                let what = format!("{owner}: {key} overlaps {range}, which is not for hosts");
+                self.error(*at, what, "write a prefix of unicast addresses");
+            }
+        }
+        // Two prefixes are nested or apart. So in the order of (first address, length, place) whatever
+        // overlaps an earlier prefix lies inside the last one that lies in no other.
+        claims.sort_by_key(|claim| (claim.key.network(), claim.key.prefix_len(), claim.at));
+        let mut outer: Option<&Claim<Ipv4Net>> = None;
+        for claim in &claims {
+            let Some(outer) = outer.filter(|outer| outer.key.contains(&claim.key)) else {
+                outer = Some(claim);
+                continue;
+            };
+            let (first, later) = if outer.at < claim.at {
+                (outer, claim)
+            } else {
+                (claim, outer)
+            };
+            let of = if first.owner == POOL {
+                "the SNAT pool"
+            } else {
+                &first.owner
+            };
+            let what = format!(
+                "{}: {} overlaps {} of {of} ({})",
+                later.owner,
+                later.key,
+                first.key,
+                self.line(first.at),
+            );
+            let hint = if [&later.owner, &first.owner].iter().any(|owner| *owner == POOL) {
+                "back-to-origin addresses are the gateway's alone; take a free prefix out of 100.64.0.0/10"
+            } else {
+                "joined networks need addresses of their own; write the CIDR that is really in use, or renumber"
+            };
+            self.error(later.at, what, hint);
+        }
+    }
+
+    /// What listeners may not share.
+    fn listeners(&self) {
+        let claims = readable(&self.document.listeners).filter_map(|(name, entry, listener)| {
+            let vip = listener.vip.as_ref().ok()?.value;
+            let port = listener.port.as_ref().ok()?.value;
+            let protocol = or(&listener.protocol, Protocol::Tcp).ok()?;
+            Some(Claim {
+                key: (vip, port, protocol),
+                at: entry.at,
+                owner: name.to_owned(),
+            })
+        });
+        for (first, later) in doubles(claims.collect()) {
+            let (vip, port, protocol) = first.key;
+            let protocol = match protocol {
+                Protocol::Tcp => "tcp",
+                Protocol::Udp => "udp",
+            };
+            let what = format!(
+                "listener {:?}: {vip} port {port}/{protocol} belongs to listener {:?} already ({})",
+                later.owner,
+                first.owner,
+                self.line(first.at),
+            );
+            self.error(
+                later.at,
+                what,
+                "change the VIP, port or protocol of one, or put the backends into one group",
+            );
+        }
+    }
+
+    fn agent(&self) -> Result<Agent, Reported> {
+        let agent = self.document.agent.as_ref().map_err(|reported| *reported)?;
+        Ok(Agent {
+            metrics_address: or(&agent.metrics_address, DEFAULT_METRICS_ADDRESS)?,
+            control_socket: or(&agent.control_socket, PathBuf::from(DEFAULT_CONTROL_SOCKET))?,
+            max_flows: or(&agent.max_flows, DEFAULT_MAX_FLOWS)?,
+            max_slots: or(&agent.max_slots, DEFAULT_MAX_SLOTS)?,
+        })
+    }
+
+    fn backend_ranges(&self) -> Result<Vec<Ipv4Net>, Reported> {
+        let agent = self.document.agent.as_ref().map_err(|reported| *reported)?;
+        match &agent.allowed_backend_ranges {
+            Ok(Some(ranges)) => all(&ranges.value),
+            Ok(None) => Ok(DEFAULT_BACKEND_RANGES.to_vec()),
+            Err(reported) => Err(*reported),
+        }
+    }
+
+    /// The prefix of the SNAT pool that holds `address`.
+    fn snat_prefix_of(&self, address: Ipv4Addr) -> Option<Ipv4Net> {
+        let prefixes = self.document.snat.as_ref().ok()?.prefixes.as_ref().ok()?;
+        prefixes
+            .value
+            .iter()
+            .flatten()
+            .map(|prefix| prefix.value)
+            .find(|prefix| prefix.contains(&address))
+    }
+
+    fn snat(&self) -> Result<SnatPool, Reported> {
+        let snat = self.document.snat.as_ref().map_err(|reported| *reported)?;
+        let list = snat.prefixes.as_ref().map_err(|reported| *reported)?;
+        let prefixes = all(&list.value)?;
+        let probe = match snat.probe_address? {
+            Some(probe) => self.probe_address(probe, &prefixes)?,
+            None => prefixes.first().map_or(0, |prefix| hosts(*prefix).0),
+        };
+        let ranges: Vec<(Ipv4Addr, u32)> = prefixes
+            .iter()
+            .flat_map(|prefix| match hosts(*prefix) {
+                (first, last) if (first..=last).contains(&probe) => {
+                    vec![(first, probe - first), (probe.saturating_add(1), last - probe)]
+                }
+                (first, last) => vec![(first, last - first + 1)],
+            })
+            .filter(|(_, count)| *count > 0)
+            .map(|(first, count)| (Ipv4Addr::from_bits(first), count))
+            .collect();
+        if ranges.is_empty() {
+            return Err(self.error(
+                list.at,
+                "snat: prefixes have no address for traffic besides the probe address",
+                "a /31 has one address for traffic, a /29 has 5, a /26 has 61",
+            ));
+        }
+        if ranges.len() > *SNAT_PREFIXES.end() {
+            let what = format!(
+                "snat: the probe address splits its prefix, and {} runs of addresses are left; at most {} are possible",
+                ranges.len(),
+                SNAT_PREFIXES.end(),
+            );
+            let at = snat.probe_address?.map_or(list.at, |probe| probe.at);
+            return Err(self.error(
+                at,
+                what,
+                "take the first or last address of a prefix, or one prefix less",
+            ));
+        }
+        Ok(SnatPool {
+            prefixes,
+            probe_address: Ipv4Addr::from_bits(probe),
+            ranges,
+        })
+    }
+
+    fn probe_address(&self, probe: At<Ipv4Addr>, prefixes: &[Ipv4Net]) -> Result<u32, Reported> {
+        let address = probe.value.to_bits();
+        let Some(prefix) = prefixes.iter().find(|prefix| prefix.contains(&probe.value)) else {
+            let what = format!("snat: probe_address {} is in none of prefixes", probe.value);
+            return Err(self.error(
+                probe.at,
+                what,
+                format!("take an address out of {}", join(prefixes)),
+            ));
+        };
+        let (first, last) = hosts(*prefix);
+        if (first..=last).contains(&address) {
+            return Ok(address);
+        }
+        let end = if address < first { "network" } else { "broadcast" };
+        let what = format!(
+            "snat: probe_address {} is the {end} address of {prefix}",
+            probe.value
+        );
+        let hint = format!(
+            "take one from {} to {}",
+            Ipv4Addr::from_bits(first),
+            Ipv4Addr::from_bits(last)
+        );
+        Err(self.error(probe.at, what, hint))
+    }
+
+    /// A full-NAT flow holds one (address, port) of the pool, so more flows than those are never reached.
+    fn capacity(&self, max_flows: u32, pool: &SnatPool) {
+        let addresses: u64 = pool.ranges.iter().map(|(_, count)| u64::from(*count)).sum();
+        let flows = addresses * u64::from(PORTS_PER_ADDRESS);
+        if u64::from(max_flows) <= flows {
+            return;
+        }
+        let needed = u64::from(max_flows).div_ceil(u64::from(PORTS_PER_ADDRESS));
+        let have = if addresses == 1 {
+            "1 address".to_owned()
+        } else {
+            format!("{addresses} addresses")
+        };
+        let pool = format!("({have} for traffic, {PORTS_PER_ADDRESS} ports each)");
+        let written = self
+            .document
+            .agent
+            .as_ref()
+            .ok()
+            .and_then(|agent| agent.max_flows.ok().flatten());
+        let prefixes = self
+            .document
+            .snat
+            .as_ref()
+            .ok()
+            .and_then(|snat| snat.prefixes.as_ref().ok());
+        let (at, what) = match written {
+            Some(max_flows) => (
+                Some(max_flows.at),
+                format!(
+                    "agent: max_flows is {}, but the SNAT pool has room for {flows} {pool}",
+                    max_flows.value
+                ),
+            ),
+            None => (
+                prefixes.map(|prefixes| prefixes.at),
+                format!(
+                    "snat: prefixes have room for {flows} flows {pool}, but max_flows is {max_flows} by default"
+                ),
+            ),
+        };
+        let hint = format!(
+            "{max_flows} flows need {needed} addresses for traffic: write larger or more prefixes, or max_flows = {flows} or less below [agent]"
+        );
+        self.error(at, what, hint);
+    }
+
+    /// Every group has a Maglev table, and the next one is built beside it.
+    fn slots(&self, max_slots: u32, groups: &BTreeMap<String, Group>) {
+        let tables = groups
+            .values()
+            .map(|group| u64::from(maglev::size_for(group.backends.len())));
+        let needed = 2 * tables.sum::<u64>();
+        if needed > u64::from(max_slots) {
+            let written = self
+                .document
+                .agent
+                .as_ref()
+                .ok()
+                .and_then(|agent| agent.max_slots.ok().flatten());
+            let what = format!("agent: max_slots is {max_slots}, but the backend groups need {needed}");
+            self.error(
+                written.map(|max_slots| max_slots.at),
+                what,
+                format!("write max_slots = {needed} or more below [agent]"),
+            );
+        }
+    }
+
+    fn network(&self, name: &str, network: &schema::Network) -> Result<Network, Reported> {
+        let cidrs = network
+            .cidrs
+            .as_ref()
+            .map_err(|reported| *reported)
+            .and_then(|list| all(&list.value));
+        let tunnel = match (&network.tunnel, &self.document.tunnels) {
+            (Ok(Some(tunnel)), Ok(tunnels)) => {
+                let place = format!("network {name:?}: tunnel");
+                self.reference(&place, tunnel, tunnels, "tunnel").map(Some)
+            }
+            (tunnel, _) => option(tunnel),
+        };
+        Ok(Network {
+            cidrs: cidrs?,
+            tunnel: tunnel?,
+        })
+    }
+
+    /// The name, if one of `known` has it. `subject` is who refers to it, `kind` the kind of table it names.
+    fn reference<T>(
+        &self,
+        subject: &str,
+        name: &At<String>,
+        known: &BTreeMap<String, Entry<T>>,
+        kind: &str,
+    ) -> Result<String, Reported> {
+        if known.contains_key(&name.value) {
+            return Ok(name.value.clone());
+        }
+        let names: Vec<&str> = known.keys().map(String::as_str).collect();
+        let list = names.join(", ");
+        let hint = match did_you_mean(&name.value, names) {
+            Some(similar) => format!("did you mean {similar:?}?  Known {kind}s: {list}"),
+            None if list.is_empty() => format!("there is no {kind} yet: write a table [{kind}.NAME]"),
+            None => format!("Known {kind}s: {list}"),
+        };
+        Err(self.error(
+            name.at,
+            format!("{subject} {:?} does not exist", name.value),
+            hint,
+        ))
+    }
+
+    fn group(&self, name: &str, group: &schema::Group) -> Result<Group, Reported> {
+        let place = format!("group {name:?}");
+        let claims = readable(&group.backends).filter_map(|(name, entry, backend)| {
+            let address = backend.address.as_ref().ok()?.value;
+            let port = backend.port.as_ref().ok()?.value;
+            Some(Claim {
+                key: (address, port),
+                at: entry.at,
+                owner: name.to_owned(),
+            })
+        });
+        for (first, later) in doubles(claims.collect()) {
+            let (address, port) = first.key;
+            let what = format!(
+                "{place}, backend {:?}: {address} port {port} is backend {:?} already ({})",
+                later.owner,
+                first.owner,
+                self.line(first.at),
+            );
+            self.error(later.at, what, "to send a server more flows, raise its weight");
+        }
+        let health = self.health(&place, group);
+        let backends = convert(&group.backends, |name, backend| {
+            self.backend(&format!("{place}, backend {name:?}"), backend)
+        });
+        if let (Ok(backends), Ok(entries), Ok(groups)) = (&backends, &group.backends, &self.document.groups) {
+            let at = groups.get(name).map(|entry| entry.at);
+            if entries.len() > MAX_BACKENDS {
+                let what = format!("{place}: {} backends are more than {MAX_BACKENDS}", entries.len());
+                self.error(
+                    at,
+                    what,
+                    "spread them over several groups, each with its listener",
+                );
+            }
+            if backends.values().all(|backend| backend.weight == 0) {
+                let what = format!("{place}: every backend has weight 0, so no flow would find one");
+                self.error(at, what, "give at least one backend a weight of 1 or more");
+            }
+        }
+        Ok(Group {
+            nat: or(&group.nat, NatMode::Full)?,
+            health: health?,
+            backends: backends?,
+        })
+    }
+
+    fn backend(&self, place: &str, backend: &schema::Backend) -> Result<Backend, Reported> {
+        if let Ok(address) = &backend.address {
+            self.backend_address(place, address);
+        }
+        Ok(Backend {
+            address: required(&backend.address)?,
+            port: required(&backend.port)?,
+            weight: or(&backend.weight, DEFAULT_WEIGHT)?,
+        })
+    }
+
+    fn backend_address(&self, place: &str, &At { value: address, at }: &At<Ipv4Addr>) {
+        let vip = readable(&self.document.listeners)
+            .filter_map(|(name, _, listener)| Some((name, listener.vip.as_ref().ok()?)))
+            .filter(|(_, vip)| vip.value == address)
+            .min_by_key(|(_, vip)| vip.at);
+        if let Some((listener, vip)) = vip {
+            let line = self.line(vip.at);
+            let what = format!(
+                "{place}: {address} is the VIP of listener {listener:?} ({line}), so packets would loop"
+            );
+            self.error(at, what, "write the server's own address");
+        } else if let Some(prefix) = self.snat_prefix_of(address) {
+            let what = format!("{place}: {address} is in the SNAT pool ({prefix}), so packets would loop");
+            self.error(
+                at,
+                what,
+                "write the server's own address, or take the SNAT pool from elsewhere",
+            );
+        } else if let Some(range) = not_unicast(address.into()) {
+            self.error(
+                at,
+                format!("{place}: {address} is in {range}, which is not for hosts"),
+                "write the server's own address",
+            );
+        } else if let Ok(ranges) = self.backend_ranges()
+            && !ranges.iter().any(|range| range.contains(&address))
+        {
+            let what = format!(
+                "{place}: {address} is outside the allowed ranges {}",
+                join(&ranges)
+            );
+            self.error(
+                at,
+                what,
+                "write the server's private address, or allow its range: allowed_backend_ranges below [agent]",
+            );
+        }
+    }
+
+    fn health(&self, place: &str, group: &schema::Group) -> Result<Option<HealthCheck>, Reported> {
+        let health = group.health.as_ref().map_err(|reported| *reported)?;
+        let kind = or(&health.kind, HealthKind::Tcp)?;
+        if kind == HealthKind::Tcp {
+            let place_of = |field: &OptionalField<String>| Some(field.as_ref().ok()?.as_ref()?.at);
+            let expect = health
+                .expect
+                .as_ref()
+                .ok()
+                .and_then(|expect| Some(expect.as_ref()?.at));
+            let keys = [
+                ("path", place_of(&health.path)),
+                ("host", place_of(&health.host)),
+                ("expect", expect),
+            ];
+            for (key, at) in keys {
+                if let Some(at) = at {
+                    let hint =
+                        format!("write kind = \"http\" (without it the kind is \"tcp\"), or remove {key}");
+                    self.error(
+                        at,
+                        format!("{place}, health: {key} is for kind = \"http\" only"),
+                        hint,
+                    );
+                }
+            }
+        }
+        let probe = match kind {
+            HealthKind::None => return Ok(None),
+            HealthKind::Tcp => Probe::Tcp,
+            HealthKind::Http => Probe::Http {
+                path: or(&health.path, DEFAULT_PATH.to_owned())?,
+                host: option(&health.host)?,
+                expect: match &health.expect {
+                    Ok(Some(expect)) => all(&expect.value)?,
+                    Ok(None) => vec![DEFAULT_EXPECT],
+                    Err(reported) => return Err(*reported),
+                },
+            },
+        };
+        Ok(Some(HealthCheck {
+            probe,
+            interval: or(&health.interval, DEFAULT_INTERVAL)?,
+            timeout: or(&health.timeout, DEFAULT_TIMEOUT)?,
+            rise: or(&health.rise, DEFAULT_RISE)?,
+            fall: or(&health.fall, DEFAULT_FALL)?,
+            port: option(&health.port)?,
+        }))
+    }
+
+    fn listener(&self, name: &str, listener: &schema::Listener) -> Result<Listener, Reported> {
+        let place = format!("listener {name:?}");
+        if let Ok(vip) = &listener.vip {
+            self.vip(&place, vip);
+        }
+        let group = match (&listener.group, &self.document.groups) {
+            (Ok(group), Ok(groups)) => {
+                self.reference(&format!("{place}: backend group"), group, groups, "group")
+            }
+            (group, _) => required(group),
+        };
+        Ok(Listener {
+            vip: required(&listener.vip)?,
+            port: required(&listener.port)?,
+            protocol: or(&listener.protocol, Protocol::Tcp)?,
+            group: group?,
+            idle_timeout: or(&listener.idle_timeout, DEFAULT_IDLE_TIMEOUT)?,
+        })
+    }
+
+    fn vip(&self, place: &str, vip: &At<Ipv4Addr>) {
+        let At { value: address, at } = *vip;
+        if let Some(range) = not_unicast(address.into()) {
+            let what = format!("{place}: vip {address} is in {range}, which is not for hosts");
+            self.error(at, what, "write the address that clients connect to");
+        } else if let Some(prefix) = self.snat_prefix_of(address) {
+            self.error(
+                at,
+                format!("{place}: vip {address} is in the SNAT pool ({prefix})"),
+                "the pool's addresses are for connections to backends; write another VIP or another pool",
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::{config::load::parse, error::Errors};
+
+    const REST: &str = r#"
+        [interface.eth0]
+        [group.web.backend.web-1]
+        address = "10.0.0.11"
+        port = 8080
+        [listener.web]
+        vip = "10.0.0.100"
+        port = 80
+        group = "web"
+    "#;
+
+    fn with(text: &str) -> Result<Config, Errors> {
+        parse(&format!("{text}\n{REST}"), Path::new("test.toml"))
+    }
+
+    fn pool(prefixes: &str, more: &str) -> SnatPool {
+        with(&format!(
+            "[agent]\nmax_flows = 1024\n[snat]\nprefixes = {prefixes}\n{more}"
+        ))
+        .unwrap()
+        .snat
+    }
+
+    fn range(first: &str, count: u32) -> (Ipv4Addr, u32) {
+        (first.parse().unwrap(), count)
+    }
+
+    #[test]
+    fn what_is_not_written_has_the_documented_default() {
+        let config = with(r#"snat.prefixes = ["100.64.0.0/26"]"#).unwrap();
+        assert_eq!(
+            config.agent,
+            Agent {
+                metrics_address: "127.0.0.1:9469".parse().unwrap(),
+                control_socket: "/run/forwarder/control.sock".into(),
+                max_flows: 262_144,
+                max_slots: 4_194_304,
+            }
+        );
+        assert_eq!(
+            config.interfaces["eth0"],
+            Interface {
+                mode: XdpMode::Auto,
+                redirect: Redirect::Auto
+            }
+        );
+        let group = &config.groups["web"];
+        assert_eq!(group.nat, NatMode::Full);
+        assert_eq!(group.backends["web-1"].weight, 1);
+        assert_eq!(
+            group.health,
+            Some(HealthCheck {
+                probe: Probe::Tcp,
+                interval: Duration::from_secs(2),
+                timeout: Duration::from_secs(1),
+                rise: 2,
+                fall: 3,
+                port: None,
+            })
+        );
+        let listener = &config.listeners["web"];
+        assert_eq!(
+            (listener.protocol, listener.idle_timeout),
+            (Protocol::Tcp, Duration::from_secs(300))
+        );
+        assert!(config.tunnels.is_empty() && config.networks.is_empty());
+    }
+
+    #[test]
+    fn an_http_check_asks_for_the_root_and_takes_success_and_redirects() {
+        let text = "snat.prefixes = [\"100.64.0.0/26\"]\n[group.web.health]\nkind = \"http\"";
+        let probe = with(text).unwrap().groups["web"].health.clone().unwrap().probe;
+        let expect = vec![StatusRange {
+            first: 200,
+            last: 399,
+        }];
+        assert_eq!(
+            probe,
+            Probe::Http {
+                path: "/".to_owned(),
+                host: None,
+                expect
+            }
+        );
+    }
+
+    #[test]
+    fn a_switched_off_check_may_keep_its_numbers() {
+        let text = r#"
+            snat.prefixes = ["100.64.0.0/26"]
+            [group.web.health]
+            kind = "none"
+            path = "/health"
+            interval = "5s"
+        "#;
+        assert_eq!(with(text).unwrap().groups["web"].health, None);
+    }
+
+    #[test]
+    fn probes_take_the_first_address_and_traffic_the_others() {
+        let pool = pool(r#"["100.64.0.0/29", "10.9.0.0/24"]"#, "");
+        assert_eq!(pool.probe_address, Ipv4Addr::new(100, 64, 0, 1));
+        assert_eq!(pool.ranges, [range("100.64.0.2", 5), range("10.9.0.1", 254)]);
+    }
+
+    #[test]
+    fn small_prefixes_have_no_network_and_no_broadcast_address() {
+        let pool = pool(r#"["100.64.0.8/32", "100.64.0.6/31"]"#, "");
+        assert_eq!(pool.probe_address, Ipv4Addr::new(100, 64, 0, 8));
+        assert_eq!(pool.ranges, [range("100.64.0.6", 2)]);
+    }
+
+    #[test]
+    fn a_probe_address_in_the_middle_splits_its_prefix() {
+        let pool = pool(r#"["100.64.0.0/28"]"#, r#"probe_address = "100.64.0.7""#);
+        assert_eq!(pool.ranges, [range("100.64.0.1", 6), range("100.64.0.8", 7)]);
+    }
+
+    #[test]
+    fn eight_prefixes_are_eight_runs_when_the_probe_address_is_at_an_end() {
+        let prefixes: Vec<String> = (0..8).map(|n| format!("\"100.64.{n}.0/28\"")).collect();
+        let prefixes = format!("[{}]", prefixes.join(", "));
+        assert_eq!(pool(&prefixes, "").ranges.len(), 8);
+        assert_eq!(
+            pool(&prefixes, r#"probe_address = "100.64.7.14""#).ranges.len(),
+            8
+        );
+    }
+
+    #[test]
+    fn as_many_flows_as_the_pool_has_addresses_and_ports() {
+        let text = |flows| format!("snat.prefixes = [\"100.64.0.0/29\"]\nagent.max_flows = {flows}");
+        assert!(with(&text(5 * 64_512)).is_ok());
+        assert!(with(&text(5 * 64_512 + 1)).is_err());
+    }
+
+    #[test]
+    fn the_operator_may_allow_any_range_of_backends() {
+        let text = r#"
+            snat.prefixes = ["100.64.0.0/26"]
+            agent.allowed_backend_ranges = ["0.0.0.0/0"]
+            [group.public.backend.one]
+            address = "203.0.113.1"
+            port = 443
+        "#;
+        assert_eq!(with(text).unwrap().groups.len(), 2);
+    }
+
+    #[test]
+    fn groups_may_share_a_backend_and_networks_may_touch() {
+        let text = r#"
+            snat.prefixes = ["100.64.0.0/26", "100.64.0.64/26"]
+            [network.a]
+            cidrs = ["10.0.0.0/9"]
+            [network.b]
+            cidrs = ["10.128.0.0/9"]
+            [group.other.backend.web-1]
+            address = "10.0.0.11"
+            port = 8080
+        "#;
+        assert_eq!(with(text).unwrap().networks.len(), 2);
+    }
+
+    #[test]
+    fn every_prefix_inside_another_is_found_also_behind_a_nested_one() {
+        let text = r#"
+            snat.prefixes = ["100.64.0.0/26"]
+            [network.a]
+            cidrs = ["10.1.0.0/16", "10.200.0.0/16"]
+            [network.b]
+            cidrs = ["10.0.0.0/8"]
+        "#;
+        let errors = with(text).unwrap_err().0;
+        let what: Vec<&str> = errors.iter().map(|error| error.what.as_str()).collect();
+        assert_eq!(
+            what,
+            [
+                "network \"b\": 10.0.0.0/8 overlaps 10.1.0.0/16 of network \"a\" (line 4)",
+                "network \"b\": 10.0.0.0/8 overlaps 10.200.0.0/16 of network \"a\" (line 4)",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_group_has_at_most_10000_backends() {
+        let group = |count: u32| {
+            let backends = (0..count).map(|n| {
+                let address = Ipv4Addr::from_bits(0x0a01_0000 + n);
+                format!("[group.big.backend.n{n}]\naddress = \"{address}\"\nport = 80\n")
+            });
+            format!(
+                "snat.prefixes = [\"100.64.0.0/26\"]\n{}",
+                backends.collect::<String>()
+            )
+        };
+        assert!(with(&group(10_000)).is_ok());
+        assert!(with(&group(10_001)).is_err());
+    }
+}

@@ -1,0 +1,136 @@
+//! Echo requests (ping) from a chosen address: who answers whom?
+//!
+//! surge-ping speaks ICMP; here is what its answers mean. The socket is raw, as only raw sockets also hear the
+//! errors that routers send (no route, prohibited), which often name the fault outright. Needs CAP_NET_RAW.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::atomic::{AtomicU16, Ordering},
+    time::Duration,
+};
+
+use nix::errno::Errno;
+use surge_ping::{Client, Config, ICMP, IcmpPacket, Icmpv4Packet, PingIdentifier, PingSequence, SurgeError};
+use tokio::time::sleep;
+
+/// How long an answer may take. More than a round trip around the Earth; the bound of a whole diagnosis.
+pub(super) const PATIENCE: Duration = Duration::from_millis(900);
+
+/// When a second request follows, in case the first was lost.
+const SECOND_AFTER: Duration = Duration::from_millis(300);
+
+/// Type "destination unreachable" (RFC 792).
+const ICMP_UNREACHABLE: u8 = 3;
+/// Type "time exceeded" (RFC 792).
+const ICMP_TIME_EXCEEDED: u8 = 11;
+
+/// What came of an echo request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Echo {
+    Answered,
+    /// Nothing came back in time.
+    Silent,
+    /// A router or host sent an ICMP error instead.
+    Rejected {
+        by: Ipv4Addr,
+        why: Rejection,
+    },
+    /// It could not be sent.
+    NotSent(Errno),
+    /// There was nothing to ask, or no address to ask from.
+    NotTried,
+}
+
+/// What an ICMP error says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rejection {
+    /// No route there (codes 0, 5, 6, 11).
+    NetworkUnreachable,
+    /// On the link, but does not answer ARP (codes 1, 7, 8, 12).
+    HostUnreachable,
+    /// A rule forbids it (codes 9, 10, 13). REJECT rules also say "port" or "protocol unreachable" (3, 2), which
+    /// no echo request can earn otherwise.
+    Prohibited,
+    /// The TTL ran out: a routing loop.
+    Loop,
+}
+
+impl Echo {
+    pub(super) fn is_answered(self) -> bool {
+        self == Self::Answered
+    }
+}
+
+/// Sends echo requests from one address.
+pub(super) struct Pinger(Result<Client, Errno>);
+
+impl Pinger {
+    pub(super) fn new(source: Ipv4Addr) -> Self {
+        let config = Config::builder()
+            .kind(ICMP::V4)
+            .sock_type_hint(socket2::Type::RAW)
+            .bind(SocketAddr::new(source.into(), 0))
+            .build();
+        Self(Client::new(&config).map_err(|error| errno_of(&error)))
+    }
+
+    /// Asks `target` twice, [`SECOND_AFTER`] apart; the first answer counts. Takes [`PATIENCE`] at most.
+    pub(super) async fn ask(&self, target: Option<Ipv4Addr>) -> Echo {
+        let Some(target) = target else {
+            return Echo::NotTried;
+        };
+        let client = match &self.0 {
+            Ok(client) => client,
+            Err(errno) => return Echo::NotSent(*errno),
+        };
+        let second = async {
+            sleep(SECOND_AFTER).await;
+            request(client, target, 1, PATIENCE - SECOND_AFTER).await
+        };
+        let first = request(client, target, 0, PATIENCE);
+        tokio::pin!(first, second);
+        tokio::select! {
+            echo = &mut first => match echo {
+                Echo::Silent => second.await,
+                said => said,
+            },
+            echo = &mut second => match echo {
+                Echo::Silent | Echo::NotSent(_) => first.await,
+                said => said,
+            },
+        }
+    }
+}
+
+async fn request(client: &Client, target: Ipv4Addr, sequence: u16, patience: Duration) -> Echo {
+    // Diagnoses that run at once must not take each other's answers.
+    static NEXT_IDENTIFIER: AtomicU16 = AtomicU16::new(0);
+    let identifier = NEXT_IDENTIFIER.fetch_add(1, Ordering::Relaxed);
+    let mut pinger = client
+        .pinger(IpAddr::V4(target), PingIdentifier(identifier))
+        .await;
+    pinger.timeout(patience);
+    match pinger.ping(PingSequence(sequence), b"forwarder").await {
+        Ok((IcmpPacket::V4(packet), _)) => meaning(&packet),
+        Err(SurgeError::IOError(error)) => Echo::NotSent(errno_of(&error)),
+        Ok((IcmpPacket::V6(_), _)) | Err(_) => Echo::Silent,
+    }
+}
+
+fn meaning(packet: &Icmpv4Packet) -> Echo {
+    let by = packet.get_source();
+    let rejected = |why| Echo::Rejected { by, why };
+    match (packet.get_icmp_type().0, packet.get_icmp_code().0) {
+        (0, _) => Echo::Answered,
+        (ICMP_UNREACHABLE, 0 | 5 | 6 | 11) => rejected(Rejection::NetworkUnreachable),
+        (ICMP_UNREACHABLE, 1 | 7 | 8 | 12) => rejected(Rejection::HostUnreachable),
+        (ICMP_UNREACHABLE, 2 | 3 | 9 | 10 | 13) => rejected(Rejection::Prohibited),
+        (ICMP_TIME_EXCEEDED, _) => rejected(Rejection::Loop),
+        _ => Echo::Silent,
+    }
+}
+
+fn errno_of(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}

@@ -1,0 +1,561 @@
+//! Health checks: probes every backend through the path that traffic takes and says when its health turns.
+//!
+//! ```text
+//! start() --> scheduler task --(due)--> tcp::probe | http::probe --(result)--> Judge --> Report
+//!    ^ update()      |  one probe per target, at most MAX_PROBES at once          |
+//!    Watch           '---------------- schedule::Cadence <------------------------'
+//! ```
+//!
+//! One task owns all state, so there are no locks and no order of events to wonder about. `judge` and
+//! `schedule` are pure, `tcp` and `http` do one probe each. A fault of the gateway itself (its probe
+//! address is gone, no free descriptors) is reported but leaves health as it is: it would take out all backends
+//! at once while traffic flows.
+//!
+//! This module knows neither maps nor routes. What a verdict leads to is the agent's business, why a probe fails
+//! somewhere on the path is `diagnose`'s. A process with thousands of backends needs descriptors: one per
+//! probe under way.
+
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, HashMap, HashSet},
+    net::{Ipv4Addr, SocketAddrV4},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    task::{AbortHandle, JoinError, JoinHandle, JoinSet},
+    time::{Instant, sleep_until},
+};
+
+use crate::config::{Backend, HealthCheck, Probe};
+
+pub mod failure;
+pub mod http;
+pub mod judge;
+pub mod schedule;
+pub mod tcp;
+#[cfg(test)]
+mod testing;
+
+pub use failure::{ProbeFailure, Stage};
+pub use judge::{Health, Judge};
+use schedule::Cadence;
+
+/// Probes under way at once. 10 000 backends at 2 s interval and 1 s timeout need 5 000 in the worst case, that
+/// none answers; in any other, far fewer. Due probes beyond it wait their turn, which only lengthens intervals.
+pub const MAX_PROBES: usize = 5000;
+
+/// One backend to probe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Name of the backend group.
+    pub group: String,
+    /// Name of the backend, unique in its group.
+    pub backend: String,
+    /// Where the probe goes: the backend's address, and its port or the check's.
+    pub address: SocketAddrV4,
+    pub check: HealthCheck,
+}
+
+impl Target {
+    /// The target that checks `backend`, called `name`, of `group`.
+    #[must_use]
+    pub fn new(group: &str, name: &str, backend: &Backend, check: &HealthCheck) -> Self {
+        Self {
+            group: group.to_owned(),
+            backend: name.to_owned(),
+            address: SocketAddrV4::new(backend.address, check.port.unwrap_or(backend.port)),
+            check: check.clone(),
+        }
+    }
+}
+
+/// What one probe found.
+#[derive(Clone, Debug)]
+pub struct Report {
+    pub target: Arc<Target>,
+    /// The time until the answer (handshake, or head of the HTTP answer), or why there was none.
+    pub result: Result<Duration, ProbeFailure>,
+    /// The new health if this result changed it. The first result always does, unless it is a fault of the
+    /// gateway itself ([`ProbeFailure::is_local`]), which never does.
+    pub transition: Option<Health>,
+    /// Health after this result; `None` only while no probe could leave the gateway.
+    pub health: Option<Health>,
+}
+
+/// A running set of health checks; dropping it stops them.
+#[derive(Debug)]
+pub struct Watch {
+    targets: watch::Sender<Vec<Target>>,
+    scheduler: JoinHandle<()>,
+}
+
+impl Watch {
+    /// Replaces the whole list of targets.
+    ///
+    /// A target that did not change keeps its health and its schedule. One whose check changed keeps its health
+    /// and is probed promptly; one whose address changed starts over as unknown. Of those that are gone nothing
+    /// is reported any more. If a group and backend occur twice, the last one counts.
+    pub fn update(&self, targets: Vec<Target>) {
+        self.targets.send_replace(targets);
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.scheduler.abort();
+    }
+}
+
+/// Starts probing `targets` from the address `source`, which must be one of this host's.
+///
+/// The first probes start within [`schedule::START_WINDOW`]. Every result is reported; when `reports` is full,
+/// probing waits for the reader, and when its receiver is dropped, probing ends.
+///
+/// # Panics
+/// Outside of a tokio runtime.
+#[must_use = "dropping the watch stops the checks"]
+pub fn start(targets: Vec<Target>, source: Ipv4Addr, reports: mpsc::Sender<Report>) -> Watch {
+    let (sender, receiver) = watch::channel(targets);
+    let scheduler = tokio::spawn(Scheduler::new(source, reports).run(receiver));
+    Watch {
+        targets: sender,
+        scheduler,
+    }
+}
+
+/// A target and what is known of it.
+struct Entry {
+    target: Arc<Target>,
+    judge: Judge,
+    cadence: Cadence,
+    /// The probe under way.
+    probe: Option<AbortHandle>,
+}
+
+/// Names one incarnation of a target; never reused, so what belongs to a replaced one is recognised.
+type EntryId = u64;
+
+struct Ended {
+    entry: EntryId,
+    began: Instant,
+    result: Result<Duration, ProbeFailure>,
+}
+
+struct Scheduler {
+    source: Ipv4Addr,
+    reports: mpsc::Sender<Report>,
+    /// Where the grid of each cadence begins.
+    epoch: Instant,
+    entries: HashMap<EntryId, Entry>,
+    by_name: HashMap<(String, String), EntryId>,
+    next_id: EntryId,
+    /// What starts when, soonest first. Holds ids of removed entries until their time comes.
+    due: BinaryHeap<Reverse<(Instant, EntryId)>>,
+    probes: JoinSet<Ended>,
+}
+
+impl Scheduler {
+    fn new(source: Ipv4Addr, reports: mpsc::Sender<Report>) -> Self {
+        Self {
+            source,
+            reports,
+            epoch: Instant::now(),
+            entries: HashMap::new(),
+            by_name: HashMap::new(),
+            next_id: 0,
+            due: BinaryHeap::new(),
+            probes: JoinSet::new(),
+        }
+    }
+
+    async fn run(mut self, mut targets: watch::Receiver<Vec<Target>>) {
+        targets.mark_changed();
+        loop {
+            let next = self.due.peek().map(|Reverse((at, _))| *at);
+            tokio::select! {
+                changed = targets.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let list = targets.borrow_and_update().clone();
+                    self.replace_targets(list);
+                }
+                Some(ended) = self.probes.join_next() => {
+                    let Some(report) = self.conclude(ended) else { continue };
+                    if self.reports.send(report).await.is_err() {
+                        return;
+                    }
+                }
+                () = sleep_until(next.unwrap_or(self.epoch)), if next.is_some() && self.has_room() => {
+                    self.begin_due(Instant::now());
+                }
+            }
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.probes.len() < MAX_PROBES
+    }
+
+    fn replace_targets(&mut self, list: Vec<Target>) {
+        let mut wanted = HashSet::with_capacity(list.len());
+        for target in list {
+            let name = (target.group.clone(), target.backend.clone());
+            wanted.insert(name.clone());
+            let old = self.by_name.get(&name).copied();
+            if let Some(entry) = old.and_then(|id| self.entries.get(&id))
+                && *entry.target == target
+            {
+                continue;
+            }
+            let old = old.and_then(|id| self.remove(id));
+            self.add(name, target, old);
+        }
+        let gone: Vec<EntryId> = self
+            .by_name
+            .iter()
+            .filter(|(name, _)| !wanted.contains(*name))
+            .map(|(_, id)| *id)
+            .collect();
+        for id in gone {
+            self.remove(id);
+        }
+        self.by_name.retain(|name, _| wanted.contains(name));
+    }
+
+    fn add(&mut self, name: (String, String), target: Target, old: Option<Entry>) {
+        let check = &target.check;
+        let judge = match old {
+            Some(old) if old.target.address == target.address => {
+                old.judge.with_thresholds(check.rise, check.fall)
+            }
+            _ => Judge::new(check.rise, check.fall),
+        };
+        let cadence = Cadence::new(check.interval, &name);
+        let id = self.next_id;
+        self.next_id += 1;
+        self.due.push(Reverse((cadence.first(Instant::now()), id)));
+        self.entries.insert(
+            id,
+            Entry {
+                target: Arc::new(target),
+                judge,
+                cadence,
+                probe: None,
+            },
+        );
+        self.by_name.insert(name, id);
+    }
+
+    fn remove(&mut self, id: EntryId) -> Option<Entry> {
+        let entry = self.entries.remove(&id)?;
+        if let Some(probe) = &entry.probe {
+            probe.abort();
+        }
+        Some(entry)
+    }
+
+    fn begin_due(&mut self, now: Instant) {
+        while self.has_room()
+            && let Some(Reverse((at, id))) = self.due.peek().copied()
+            && at <= now
+        {
+            self.due.pop();
+            if let Some(entry) = self.entries.get_mut(&id) {
+                let target = Arc::clone(&entry.target);
+                let source = self.source;
+                entry.probe = Some(self.probes.spawn(async move {
+                    let began = Instant::now();
+                    Ended {
+                        entry: id,
+                        began,
+                        result: probe(&target, source).await,
+                    }
+                }));
+            }
+        }
+    }
+
+    /// Judges the result of a probe and plans the next one; `None` if its target is gone.
+    fn conclude(&mut self, ended: Result<Ended, JoinError>) -> Option<Report> {
+        let Ended {
+            entry: id,
+            began,
+            result,
+        } = match ended {
+            Ok(ended) => ended,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // Aborted as its target was removed.
+            Err(_) => return None,
+        };
+        let entry = self.entries.get_mut(&id)?;
+        entry.probe = None;
+        self.due.push(Reverse((
+            entry.cadence.next(self.epoch, began, Instant::now()),
+            id,
+        )));
+        let transition = match &result {
+            Ok(_) => entry.judge.observe(true),
+            Err(failure) if failure.is_local() => None,
+            Err(_) => entry.judge.observe(false),
+        };
+        Some(Report {
+            target: Arc::clone(&entry.target),
+            result,
+            transition,
+            health: entry.judge.health(),
+        })
+    }
+}
+
+/// Probes one target once, now.
+pub async fn probe(target: &Target, source: Ipv4Addr) -> Result<Duration, ProbeFailure> {
+    let HealthCheck { probe, timeout, .. } = &target.check;
+    match probe {
+        Probe::Tcp => tcp::probe(target.address, source, *timeout).await,
+        Probe::Http { path, host, expect } => {
+            http::probe(target.address, source, *timeout, path, host.as_deref(), expect).await
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{net::TcpListener, time::timeout};
+
+    use super::{
+        testing::{LOOPBACK, Server, refusing, v4},
+        *,
+    };
+    use crate::config::StatusRange;
+
+    const INTERVAL: Duration = Duration::from_millis(100);
+
+    fn target(backend: &str, address: SocketAddrV4) -> Target {
+        let check = HealthCheck {
+            probe: Probe::Tcp,
+            interval: INTERVAL,
+            timeout: Duration::from_secs(2),
+            rise: 2,
+            fall: 2,
+            port: None,
+        };
+        Target {
+            group: "web".into(),
+            backend: backend.into(),
+            address,
+            check,
+        }
+    }
+
+    async fn next(reports: &mut mpsc::Receiver<Report>) -> Report {
+        timeout(Duration::from_secs(10), reports.recv())
+            .await
+            .expect("a report is due")
+            .expect("still probing")
+    }
+
+    /// The next report about `backend`.
+    async fn next_of(reports: &mut mpsc::Receiver<Report>, backend: &str) -> Report {
+        loop {
+            let report = next(reports).await;
+            if report.target.backend == backend {
+                return report;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn the_first_reports_decide_and_come_promptly() {
+        let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
+        let begin = Instant::now();
+        let (sender, mut reports) = mpsc::channel(16);
+        let _watch = start(
+            vec![
+                target("up", v4(listener.local_addr().unwrap())),
+                target("down", refusing()),
+            ],
+            LOOPBACK,
+            sender,
+        );
+        let up = next_of(&mut reports, "up").await;
+        assert_eq!(
+            (up.transition, up.health),
+            (Some(Health::Healthy), Some(Health::Healthy))
+        );
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_backend_falls_when_its_server_stops_and_rises_when_it_returns() {
+        let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
+        let address = v4(listener.local_addr().unwrap());
+        let (sender, mut reports) = mpsc::channel(16);
+        let _watch = start(vec![target("web-1", address)], LOOPBACK, sender);
+        assert_eq!(next(&mut reports).await.transition, Some(Health::Healthy));
+
+        drop(listener);
+        let mut failures = 0;
+        loop {
+            let report = next(&mut reports).await;
+            failures += u32::from(report.result.is_err());
+            if report.transition.is_some() {
+                assert_eq!(report.transition, Some(Health::Unhealthy));
+                break;
+            }
+        }
+        assert_eq!(failures, 2);
+
+        let _listener = TcpListener::bind(address).await.unwrap();
+        let mut successes = 0;
+        loop {
+            let report = next(&mut reports).await;
+            successes += u32::from(report.result.is_ok());
+            if report.transition.is_some() {
+                assert_eq!(report.transition, Some(Health::Healthy));
+                break;
+            }
+        }
+        assert_eq!(successes, 2);
+    }
+
+    #[tokio::test]
+    async fn an_http_check_sees_the_status() {
+        let server = Server::answer(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n").await;
+        let mut target = target("web-1", server.address);
+        target.check.probe = Probe::Http {
+            path: "/".into(),
+            host: None,
+            expect: vec![
+                StatusRange {
+                    first: 200,
+                    last: 299,
+                },
+                StatusRange {
+                    first: 404,
+                    last: 404,
+                },
+            ],
+        };
+        let (sender, mut reports) = mpsc::channel(16);
+        let _watch = start(vec![target], LOOPBACK, sender);
+        let report = next(&mut reports).await;
+        assert_eq!(report.transition, Some(Health::Unhealthy));
+        assert_eq!(
+            report.result.unwrap_err().to_string(),
+            "HTTP status 503, expected 200-299, 404"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_fault_of_the_gateway_changes_no_health() {
+        let (sender, mut reports) = mpsc::channel(16);
+        // RFC 5737 TEST-NET-1: no host has it.
+        let _watch = start(
+            vec![target("web-1", refusing())],
+            Ipv4Addr::new(192, 0, 2, 1),
+            sender,
+        );
+        for _ in 0..3 {
+            let report = next(&mut reports).await;
+            assert!(report.result.unwrap_err().is_local());
+            assert_eq!((report.transition, report.health), (None, None));
+        }
+    }
+
+    #[tokio::test]
+    async fn update_adds_removes_and_keeps() {
+        let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
+        let kept = target("kept", v4(listener.local_addr().unwrap()));
+        let (sender, mut reports) = mpsc::channel(16);
+        let watch = start(
+            vec![kept.clone(), target("removed", refusing())],
+            LOOPBACK,
+            sender,
+        );
+        assert_eq!(
+            next_of(&mut reports, "kept").await.transition,
+            Some(Health::Healthy)
+        );
+        assert_eq!(
+            next_of(&mut reports, "removed").await.health,
+            Some(Health::Unhealthy)
+        );
+
+        watch.update(vec![kept.clone(), target("added", refusing())]);
+        let added = next_of(&mut reports, "added").await;
+        assert_eq!(added.transition, Some(Health::Unhealthy));
+        // The update is in force: the one that stayed is not unknown again, the other one is gone.
+        for _ in 0..10 {
+            let report = next(&mut reports).await;
+            assert_ne!(report.target.backend, "removed");
+            assert_eq!(report.transition, None);
+        }
+
+        // A changed check keeps the verdict, a changed address does not.
+        let mut retuned = kept.clone();
+        retuned.check.fall = 7;
+        watch.update(vec![retuned.clone()]);
+        let report = loop {
+            let report = next_of(&mut reports, "kept").await;
+            if *report.target == retuned {
+                break report;
+            }
+        };
+        assert_eq!((report.transition, report.health), (None, Some(Health::Healthy)));
+        let mut moved = retuned;
+        moved.address = refusing();
+        watch.update(vec![moved.clone()]);
+        let report = loop {
+            let report = next_of(&mut reports, "kept").await;
+            if *report.target == moved {
+                break report;
+            }
+        };
+        assert_eq!(report.transition, Some(Health::Unhealthy));
+    }
+
+    #[tokio::test]
+    async fn dropping_the_watch_ends_probing_even_when_nobody_reads() {
+        let (sender, mut reports) = mpsc::channel(1);
+        let address = refusing();
+        let targets = (0..8)
+            .map(|number| target(&format!("web-{number}"), address))
+            .collect();
+        let watch = start(targets, LOOPBACK, sender);
+        next(&mut reports).await;
+        drop(watch);
+        // What was in the channel comes out, then it is closed.
+        while timeout(Duration::from_secs(10), reports.recv())
+            .await
+            .expect("the channel must close")
+            .is_some()
+        {}
+    }
+
+    #[tokio::test]
+    async fn one_silent_backend_does_not_delay_the_others() {
+        let silent = Server::never_accepting().await;
+        let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
+        let (sender, mut reports) = mpsc::channel(16);
+        let _watch = start(
+            vec![
+                target("silent", silent.address),
+                target("up", v4(listener.local_addr().unwrap())),
+            ],
+            LOOPBACK,
+            sender,
+        );
+        // Several rounds pass before the silent one's first timeout of 2 s.
+        for _ in 0..5 {
+            assert_eq!(next(&mut reports).await.target.backend, "up");
+        }
+        assert_eq!(
+            next_of(&mut reports, "silent").await.result.unwrap_err().name(),
+            "connect-timeout"
+        );
+    }
+}

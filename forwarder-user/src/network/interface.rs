@@ -1,0 +1,262 @@
+//! Interfaces: what they are called, what they are, whether they carry traffic.
+
+use std::fmt;
+
+use futures_util::TryStreamExt as _;
+use nix::errno::Errno;
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
+
+use super::{Network, failed, one};
+use crate::error::Error;
+
+/// A network interface at the moment it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    pub name: String,
+    /// The kernel's number for it, never 0 and not reused while the namespace lives (it may wrap).
+    pub index: u32,
+    /// `None` for interfaces without an Ethernet header.
+    pub mac: Option<[u8; 6]>,
+    /// Largest IP packet that it sends, in bytes.
+    pub mtu_bytes: u32,
+    /// Set up by the operator (`ip link set up`).
+    pub is_up: bool,
+    /// The lower layer can carry frames. Only meaningful while `is_up`.
+    pub has_carrier: bool,
+    /// Its frames begin with an Ethernet header (`false`: TUN, IPIP, WireGuard, ...).
+    pub is_ethernet: bool,
+    /// Next hops have to be resolved here (`false`: flag NOARP).
+    pub has_neighbours: bool,
+    pub kind: InterfaceKind,
+    /// The kernel driver of a physical interface; `None` where sysfs does not tell.
+    pub driver: Option<String>,
+}
+
+impl Interface {
+    /// Whether it can carry traffic now: up and with carrier.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.is_up && self.has_carrier
+    }
+
+    pub(super) fn from_message(message: &LinkMessage) -> Self {
+        let header = &message.header;
+        let flags = header.flags;
+        let is_ethernet = header.link_layer_type == LinkLayerType::Ether;
+        let mut interface = Self {
+            name: String::new(),
+            index: header.index,
+            mac: None,
+            mtu_bytes: 0,
+            is_up: flags.contains(LinkFlags::Up),
+            has_carrier: flags.contains(LinkFlags::LowerUp),
+            is_ethernet,
+            has_neighbours: !flags.intersects(LinkFlags::Noarp | LinkFlags::Loopback),
+            kind: if flags.contains(LinkFlags::Loopback) {
+                InterfaceKind::Loopback
+            } else {
+                InterfaceKind::Physical
+            },
+            driver: None,
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => interface.name.clone_from(name),
+                LinkAttribute::Mtu(mtu_bytes) => interface.mtu_bytes = *mtu_bytes,
+                LinkAttribute::Address(mac) if is_ethernet => {
+                    interface.mac = mac.as_slice().try_into().ok();
+                }
+                LinkAttribute::LinkInfo(infos) => {
+                    for info in infos {
+                        if let LinkInfo::Kind(kind) = info {
+                            interface.kind = InterfaceKind::from(kind);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        interface
+    }
+
+    /// Reads the driver from sysfs, which shows interfaces of the namespace it was mounted in: the index tells
+    /// whether it means the same one.
+    fn find_driver(&mut self) {
+        let directory = format!("/sys/class/net/{}", self.name);
+        let index = std::fs::read_to_string(format!("{directory}/ifindex")).ok();
+        if index.and_then(|text| text.trim().parse().ok()) == Some(self.index) {
+            self.driver = std::fs::read_link(format!("{directory}/device/driver"))
+                .ok()
+                .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        }
+    }
+}
+
+/// What an interface is. Displays as `ip -details link` calls it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InterfaceKind {
+    /// Hardware, or what a hypervisor shows as such.
+    Physical,
+    Loopback,
+    Veth,
+    Vxlan,
+    Geneve,
+    /// TUN or TAP; [`Interface::is_ethernet`] tells them apart.
+    Tun,
+    Ipip,
+    Gre,
+    Gretap,
+    Wireguard,
+    Bond,
+    Bridge,
+    Vlan,
+    /// Any other, by the kernel's name.
+    Other(String),
+}
+
+impl InterfaceKind {
+    /// Whether frames leave it inside packets of another network.
+    #[must_use]
+    pub fn is_tunnel(&self) -> bool {
+        match self {
+            Self::Vxlan
+            | Self::Geneve
+            | Self::Tun
+            | Self::Ipip
+            | Self::Gre
+            | Self::Gretap
+            | Self::Wireguard => true,
+            Self::Other(name) => matches!(
+                name.as_str(),
+                "sit"
+                    | "vti"
+                    | "vti6"
+                    | "xfrm"
+                    | "ip6tnl"
+                    | "ip6gre"
+                    | "ip6gretap"
+                    | "erspan"
+                    | "ip6erspan"
+                    | "bareudp"
+                    | "gtp"
+            ),
+            Self::Physical | Self::Loopback | Self::Veth | Self::Bond | Self::Bridge | Self::Vlan => false,
+        }
+    }
+}
+
+impl From<&InfoKind> for InterfaceKind {
+    fn from(kind: &InfoKind) -> Self {
+        match kind {
+            InfoKind::Veth => Self::Veth,
+            InfoKind::Vxlan => Self::Vxlan,
+            InfoKind::Geneve => Self::Geneve,
+            InfoKind::Tun => Self::Tun,
+            InfoKind::IpIp => Self::Ipip,
+            InfoKind::GreTun => Self::Gre,
+            InfoKind::GreTap => Self::Gretap,
+            InfoKind::Wireguard => Self::Wireguard,
+            InfoKind::Bond => Self::Bond,
+            InfoKind::Bridge => Self::Bridge,
+            InfoKind::Vlan => Self::Vlan,
+            other => Self::Other(other.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for InterfaceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Physical => "physical",
+            Self::Loopback => "loopback",
+            Self::Veth => "veth",
+            Self::Vxlan => "vxlan",
+            Self::Geneve => "geneve",
+            Self::Tun => "tun",
+            Self::Ipip => "ipip",
+            Self::Gre => "gre",
+            Self::Gretap => "gretap",
+            Self::Wireguard => "wireguard",
+            Self::Bond => "bond",
+            Self::Bridge => "bridge",
+            Self::Vlan => "vlan",
+            Self::Other(name) => name,
+        })
+    }
+}
+
+impl Network {
+    /// All interfaces, in the kernel's order.
+    pub async fn interfaces(&self) -> Result<Vec<Interface>, Error> {
+        let messages = self.handle.link().get().execute().try_collect::<Vec<_>>().await;
+        let messages = messages.map_err(|error| failed("list the interfaces", &error))?;
+        let mut interfaces: Vec<_> = messages.iter().map(Interface::from_message).collect();
+        interfaces.iter_mut().for_each(Interface::find_driver);
+        Ok(interfaces)
+    }
+
+    /// The interface called `name`; `None` if there is none.
+    pub async fn interface(&self, name: &str) -> Result<Option<Interface>, Error> {
+        let request = self.handle.link().get().match_name(name);
+        match one(request.execute(), Errno::ENODEV).await {
+            Ok(message) => Ok(message.map(|message| with_driver(&message))),
+            // The kernel refuses names that no interface can have: longer than 15 bytes, or empty.
+            Err(error) if matches!(super::errno(&error), Some(Errno::ERANGE | Errno::EINVAL)) => Ok(None),
+            Err(error) => Err(failed(format_args!("look up interface \"{name}\""), &error)),
+        }
+    }
+
+    /// The interface with the kernel's number `index`; `None` if there is none.
+    pub async fn interface_by_index(&self, index: u32) -> Result<Option<Interface>, Error> {
+        let request = self.handle.link().get().match_index(index);
+        let message = one(request.execute(), Errno::ENODEV)
+            .await
+            .map_err(|error| failed(format_args!("look up interface {index}"), &error))?;
+        Ok(message.map(|message| with_driver(&message)))
+    }
+}
+
+fn with_driver(message: &LinkMessage) -> Interface {
+    let mut interface = Interface::from_message(message);
+    interface.find_driver();
+    interface
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::testing::{in_namespace, ip};
+
+    #[test]
+    fn says_what_each_interface_is() {
+        in_namespace(async {
+            ip("link add fa address 02:00:00:00:00:0a mtu 1400 type veth peer name fb");
+            ip("link add fx type vxlan id 7 local 127.0.0.1 dstport 4789");
+            ip("link set fa up");
+            let network = Network::open().unwrap();
+
+            let veth = network.interface("fa").await.unwrap().unwrap();
+            assert_eq!(veth.kind, InterfaceKind::Veth);
+            assert_eq!(veth.mac, Some([2, 0, 0, 0, 0, 0x0a]));
+            assert_eq!(veth.mtu_bytes, 1400);
+            assert!(veth.is_up && !veth.has_carrier && !veth.is_running(), "{veth:?}");
+            ip("link set fb up");
+            let veth = network.interface_by_index(veth.index).await.unwrap().unwrap();
+            assert!(veth.is_running(), "{veth:?}");
+
+            let all = network.interfaces().await.unwrap();
+            let find = |name: &str| all.iter().find(|interface| interface.name == name).unwrap();
+            assert_eq!(find("lo").kind, InterfaceKind::Loopback);
+            assert!(!find("lo").has_neighbours);
+            assert_eq!(find("fx").kind, InterfaceKind::Vxlan);
+            assert!(find("fx").kind.is_tunnel() && find("fx").is_ethernet && !find("fx").is_up);
+
+            assert_eq!(network.interface("absent").await.unwrap(), None);
+            assert_eq!(network.interface("a-name-longer-than-any").await.unwrap(), None);
+            assert_eq!(network.interface("").await.unwrap(), None);
+            assert_eq!(network.interface_by_index(9999).await.unwrap(), None);
+        });
+    }
+}

@@ -1,0 +1,102 @@
+//! What the kernel knows of the network around this gateway, and the few things we change in it.
+//!
+//! Everything goes through rtnetlink, one request per question, so that an answer is never older than its
+//! question; nothing is cached. [`Network`] asks and changes, [`Watch`] says when to ask again. We change two
+//! things only: addresses that the agent owns ([`Network::add_address`]) and neighbours that the kernel
+//! should resolve ([`Network::resolve_neighbour`]); routes and links belong to the operator.
+//!
+//! A [`Network`] belongs to the network namespace of the thread that opened it, wherever it is used later.
+//! (Sysctls are the exception: the kernel shows those of the thread that reads them.) IPv4 only, as the data
+//! path.
+
+use std::{fmt::Display, sync::Arc};
+
+use futures_util::{Stream, TryStreamExt as _};
+use nix::errno::Errno;
+use rtnetlink::Handle;
+use tokio::task::AbortHandle;
+
+use crate::error::Error;
+
+mod address;
+mod interface;
+mod neighbour;
+mod route;
+mod sysctl;
+#[cfg(test)]
+mod testing;
+mod watch;
+
+pub use interface::{Interface, InterfaceKind};
+pub use neighbour::{Neighbour, NeighbourState};
+pub use route::{Route, RouteError};
+pub use sysctl::RpFilter;
+pub use watch::{Changes, LinkChange, LinkState, Watch};
+
+/// A connection to the kernel's routing tables. Cheap to clone; the last clone closes it.
+#[derive(Clone, Debug)]
+pub struct Network {
+    handle: Handle,
+    _connection: Arc<AbortOnDrop>,
+}
+
+impl Network {
+    /// Connects to the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The kernel refuses a netlink socket.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn open() -> Result<Self, Error> {
+        let (connection, handle, _unsolicited) = rtnetlink::new_connection()
+            .map_err(|error| Error::host(format!("cannot open a netlink socket: {error}")))?;
+        let connection = AbortOnDrop(tokio::spawn(connection).abort_handle());
+        Ok(Self {
+            handle,
+            _connection: Arc::new(connection),
+        })
+    }
+}
+
+/// The task that moves a connection's messages; without this it would outlive the connection's users.
+#[derive(Debug)]
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// The errno that the kernel answered with, if it answered.
+fn errno(error: &rtnetlink::Error) -> Option<Errno> {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => Some(Errno::from_raw(message.raw_code().abs())),
+        _ => None,
+    }
+}
+
+/// `cannot <what>: <why>`, with a hint where the kernel's reason needs one.
+fn failed(what: impl Display, error: &rtnetlink::Error) -> Error {
+    match errno(error) {
+        Some(Errno::EPERM) => Error::host(format!("cannot {what}: {}", Errno::EPERM.desc()))
+            .hint("run as root, or grant CAP_NET_ADMIN"),
+        Some(errno) => Error::failed(format!("cannot {what}: {}", errno.desc())),
+        None => Error::failed(format!("cannot {what}: {error}")),
+    }
+}
+
+/// The one answer of a request that has one; `None` if the kernel answered with `absent`, which says that the
+/// thing does not exist.
+async fn one<T>(
+    answers: impl Stream<Item = Result<T, rtnetlink::Error>>,
+    absent: Errno,
+) -> Result<Option<T>, rtnetlink::Error> {
+    let mut answers = std::pin::pin!(answers);
+    match answers.try_next().await {
+        Ok(answer) => Ok(answer),
+        Err(error) if errno(&error) == Some(absent) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,219 @@
+//! The gateway's agent, as systemd would run it: started, awaited by its readiness message, stopped.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::ErrorKind,
+    os::unix::net::UnixDatagram,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+
+use super::{
+    Lab, Namespace, Process, Service,
+    configuration::Configuration,
+    status::{Metrics, Status},
+    tail,
+};
+
+/// Where the agent serves its metrics unless the configuration says otherwise, inside its namespace.
+pub const METRICS_ADDRESS: &str = "127.0.0.1:9469";
+/// From its start until the first round of health results is in; loading the programs takes most of it.
+const READY_DEADLINE: Duration = Duration::from_secs(30);
+/// From a signal to its end.
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
+/// How often to look whether the agent has ended while it is awaited.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The running agent.
+#[derive(Debug)]
+pub struct Agent {
+    process: Process,
+    namespace: Namespace,
+    files: Files,
+    /// From its start to its readiness message.
+    pub ready_after: Duration,
+}
+
+/// Where an agent of a lab has its files.
+#[derive(Clone, Debug)]
+struct Files {
+    binary: PathBuf,
+    configuration: PathBuf,
+    control_socket: PathBuf,
+    notify_socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Files {
+    fn new(lab: &Lab) -> Result<Self> {
+        let directory = lab.directory().join("agent");
+        fs::create_dir_all(&directory)?;
+        Ok(Self {
+            binary: binary()?,
+            configuration: directory.join("forwarder.toml"),
+            control_socket: control_socket(lab),
+            notify_socket: directory.join("notify.sock"),
+            log: log(lab),
+        })
+    }
+}
+
+/// Where the configuration of a lab's agent has to put the control socket.
+pub fn control_socket(lab: &Lab) -> PathBuf {
+    lab.directory().join("agent").join("control.sock")
+}
+
+/// The log of a lab's agent, whether or not it was started.
+pub fn log(lab: &Lab) -> PathBuf {
+    lab.directory().join("agent").join("agent.log")
+}
+
+/// The agent's binary: `FORWARDER_BIN`, else `forwarder` beside this program or in the release folder
+/// beside this program's.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("FORWARDER_BIN") {
+        let path = PathBuf::from(path);
+        if !path.is_file() {
+            bail!("FORWARDER_BIN names {}, which does not exist", path.display());
+        }
+        return Ok(path);
+    }
+    let own = std::env::current_exe()?;
+    let folder = own.parent().context("a program lies in a folder")?;
+    let candidates = [
+        "forwarder",
+        "../forwarder",
+        "../release/forwarder",
+        "../../release/forwarder",
+    ];
+    candidates
+        .map(|name| folder.join(name))
+        .into_iter()
+        .find(|path| path.is_file())
+        .with_context(|| {
+            format!(
+                "no `forwarder` beside {}: build it, or set FORWARDER_BIN",
+                own.display()
+            )
+        })
+}
+
+impl Agent {
+    /// Starts the agent in the gateway's namespace and waits until it says that it is ready.
+    pub fn start(lab: &Lab, gateway: &Namespace, configuration: &Configuration) -> Result<Self> {
+        let files = Files::new(lab)?;
+        fs::write(&files.configuration, configuration.to_string())?;
+        // A second agent of the same lab finds the first one's.
+        let _ = fs::remove_file(&files.notify_socket);
+        let notifications = UnixDatagram::bind(&files.notify_socket)?;
+        notifications.set_read_timeout(Some(LOOK))?;
+        let start = Instant::now();
+        let service = Service {
+            name: "the agent",
+            program: &files.binary,
+            arguments: &["run".as_ref(), "-c".as_ref(), files.configuration.as_ref()],
+            environment: &[
+                ("NOTIFY_SOCKET", files.notify_socket.as_ref()),
+                // The log goes to a file that people read.
+                ("FORWARDER_LOG_FORMAT", OsStr::new("text")),
+                ("NO_COLOR", OsStr::new("1")),
+            ],
+            stop_signal: Signal::SIGTERM,
+            log: &files.log,
+        };
+        let process = lab.spawn(gateway, &service)?;
+        await_readiness(&process, &notifications)?;
+        Ok(Self {
+            process,
+            namespace: gateway.clone(),
+            files,
+            ready_after: start.elapsed(),
+        })
+    }
+
+    /// What `forwarder status -o json` says.
+    pub fn status(&self) -> Result<Status> {
+        let socket = self.files.control_socket.to_str().context("the path is text")?;
+        let binary = self.files.binary.to_str().context("the path is text")?;
+        let output = self
+            .namespace
+            .output(binary, &["status", "-o", "json", "--socket", socket])?;
+        if !output.status.success() {
+            bail!(
+                "`forwarder status` failed ({}): {}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Status::parse(&output.stdout)
+    }
+
+    /// What Prometheus would scrape.
+    pub fn metrics(&self) -> Result<Metrics> {
+        Metrics::parse(&self.namespace.run(&format!(
+            "curl --silent --show-error --fail --max-time 5 http://{METRICS_ADDRESS}/metrics"
+        ))?)
+    }
+
+    /// Sends a signal and returns how the agent ended.
+    pub fn end(&self, signal: Signal) -> Result<ExitStatus> {
+        self.process.signal(signal);
+        // A second stop request changes nothing, and one that does not listen is killed.
+        self.process.wait(STOP_DEADLINE).map_or_else(|| self.stop(), Ok)
+    }
+
+    /// Stops it with SIGTERM, as systemd does, and returns how it ended.
+    pub fn stop(&self) -> Result<ExitStatus> {
+        self.process.stop()
+    }
+
+    /// Its log so far.
+    pub fn log(&self) -> &Path {
+        &self.files.log
+    }
+
+    pub fn control_socket(&self) -> &Path {
+        &self.files.control_socket
+    }
+
+    pub fn binary(&self) -> &Path {
+        &self.files.binary
+    }
+}
+
+/// Waits for `READY=1` (`sd_notify(3)`) or the end of the process.
+fn await_readiness(process: &Process, notifications: &UnixDatagram) -> Result<()> {
+    let start = Instant::now();
+    let mut message = [0; 4096];
+    while start.elapsed() < READY_DEADLINE {
+        match notifications.recv(&mut message) {
+            Ok(length) => {
+                if message[..length]
+                    .split(|byte| *byte == b'\n')
+                    .any(|line| line == b"READY=1")
+                {
+                    return Ok(());
+                }
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                if let Some(status) = process.ended() {
+                    bail!(
+                        "the agent ended with {status} instead of getting ready:\n{}",
+                        tail(process.log(), 20)
+                    );
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    bail!(
+        "the agent was not ready after {} s:\n{}",
+        READY_DEADLINE.as_secs(),
+        tail(process.log(), 20)
+    )
+}

@@ -1,0 +1,145 @@
+//! Clients: `curl` for a request that is looked at, `wrk` for many.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::{Context, Result, bail};
+
+use super::Namespace;
+
+/// What one request of curl's ended with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The body of a response with status 200.
+    Body(String),
+    /// Why there is none, in curl's words.
+    Failed(String),
+}
+
+impl Answer {
+    pub fn body(&self) -> Option<&str> {
+        match self {
+            Self::Body(body) => Some(body),
+            Self::Failed(_) => None,
+        }
+    }
+}
+
+/// One `curl` on a connection of its own; it gives up after two seconds.
+pub fn curl(client: &Namespace, vip: Ipv4Addr, port: u16) -> Result<Answer> {
+    let url = format!("http://{vip}:{port}/");
+    let output = client.output(
+        "curl",
+        &["--silent", "--show-error", "--fail", "--max-time", "2", &url],
+    )?;
+    Ok(if output.status.success() {
+        Answer::Body(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+    } else {
+        Answer::Failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    })
+}
+
+/// How a client of `wrk` uses its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    /// Each thread keeps its share of them for all its requests.
+    KeepAlive,
+    /// A new one for each request.
+    PerRequest,
+}
+
+/// What wrk counted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Load {
+    /// Responses received completely.
+    pub requests: u64,
+    /// Connect, read, write errors and timeouts.
+    pub socket_errors: u64,
+    /// Responses with a status of 400 or above.
+    pub refused: u64,
+    /// Requests per second, as wrk prints it.
+    pub rate: f64,
+}
+
+/// Runs `wrk` with two threads and `connections` connections open at a time.
+pub fn wrk(
+    client: &Namespace,
+    vip: Ipv4Addr,
+    port: u16,
+    kind: Connections,
+    connections: u32,
+    duration: Duration,
+) -> Result<Load> {
+    let duration = format!("-d{}s", duration.as_secs());
+    let connections = format!("-c{connections}");
+    let url = format!("http://{vip}:{port}/");
+    let mut arguments = vec!["-t2", &connections, &duration];
+    if kind == Connections::PerRequest {
+        arguments.extend(["-H", "Connection: close"]);
+    }
+    arguments.push(&url);
+    let output = client.output("wrk", &arguments)?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() {
+        bail!(
+            "wrk failed ({}): {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    parse_wrk(&text).with_context(|| format!("wrk said something new: {text}"))
+}
+
+fn parse_wrk(text: &str) -> Option<Load> {
+    let mut load = Load {
+        requests: 0,
+        socket_errors: 0,
+        refused: 0,
+        rate: 0.0,
+    };
+    let mut is_complete = false;
+    for line in text.lines().map(str::trim) {
+        if let Some(errors) = line.strip_prefix("Socket errors: ") {
+            for error in errors.split(", ") {
+                load.socket_errors += error.rsplit(' ').next()?.parse::<u64>().ok()?;
+            }
+        } else if let Some(refused) = line.strip_prefix("Non-2xx or 3xx responses: ") {
+            load.refused = refused.parse().ok()?;
+        } else if let Some(rate) = line.strip_prefix("Requests/sec:") {
+            load.rate = rate.trim().parse().ok()?;
+            is_complete = true;
+        } else if let Some((requests, _)) = line.split_once(" requests in ") {
+            load.requests = requests.parse().ok()?;
+        }
+    }
+    is_complete.then_some(load)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clean_run_of_wrk_is_read() {
+        let text = "Running 10s test @ http://172.16.0.100/\n  2 threads and 64 connections\n  Thread Stats   Avg      \
+                    Stdev     Max   +/- Stdev\n    Latency     1.91ms    1.03ms  27.22ms   91.77%\n  342312 requests \
+                    in 10.03s, 60.39MB read\nRequests/sec:  34123.91\nTransfer/sec:      6.02MB\n";
+        let load = parse_wrk(text).unwrap();
+        assert_eq!(
+            load,
+            Load {
+                requests: 342_312,
+                socket_errors: 0,
+                refused: 0,
+                rate: 34123.91
+            }
+        );
+    }
+
+    #[test]
+    fn errors_of_wrk_are_added_up() {
+        let text = "  10 requests in 1.00s, 1KB read\n  Socket errors: connect 1, read 2, write 3, timeout 4\n  \
+                    Non-2xx or 3xx responses: 5\nRequests/sec:  10.00\n";
+        let load = parse_wrk(text).unwrap();
+        assert_eq!((load.socket_errors, load.refused), (10, 5));
+    }
+}

@@ -1,0 +1,156 @@
+//! What the agent says about itself, as far as the labs look at it: `forwarder status -o json` and the
+//! Prometheus text. The one place of the tests that knows their shape.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+/// `forwarder status -o json`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    groups: Vec<Group>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Group {
+    name: String,
+    backends: Vec<Backend>,
+}
+
+/// One backend of one group.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Backend {
+    pub name: String,
+    pub address: Ipv4Addr,
+    /// `healthy` or `unhealthy`.
+    pub health: String,
+    /// Why it is unhealthy, as far as the gateway can know.
+    pub diagnosis: Option<Diagnosis>,
+    pub connections_opened: u64,
+    pub flows: u64,
+    pub packets_in: u64,
+    pub packets_out: u64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Diagnosis {
+    /// `no-route`, `no-return-route`, `filtered`, `refused`, …
+    pub cause: String,
+    pub text: String,
+    pub hint: Option<String>,
+}
+
+impl Backend {
+    pub fn is_healthy(&self) -> bool {
+        self.health == "healthy"
+    }
+}
+
+impl Status {
+    pub(super) fn parse(json: &[u8]) -> Result<Self> {
+        serde_json::from_slice(json)
+            .with_context(|| format!("a status of another shape: {}", String::from_utf8_lossy(json)))
+    }
+
+    /// The backends of a group, in the agent's order.
+    pub fn backends(&self, group: &str) -> Result<&[Backend]> {
+        let found = self.groups.iter().find(|one| one.name == group);
+        Ok(&found
+            .with_context(|| format!("no group {group:?} in the status"))?
+            .backends)
+    }
+
+    pub fn backend(&self, group: &str, name: &str) -> Result<&Backend> {
+        let found = self.backends(group)?.iter().find(|backend| backend.name == name);
+        found.with_context(|| format!("no backend {name:?} in group {group:?} of the status"))
+    }
+}
+
+/// A scrape: samples in the text format of Prometheus.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    samples: Vec<Sample>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Sample {
+    name: String,
+    labels: Vec<(String, String)>,
+    value: f64,
+}
+
+impl Metrics {
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        let samples = text
+            .lines()
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+            .map(|line| Sample::parse(line).with_context(|| format!("not a sample: {line:?}")))
+            .collect::<Result<_>>()?;
+        Ok(Self { samples })
+    }
+
+    /// Packets that ended for a reason of the data path (`forwarder_common::abi::reason`).
+    pub fn packets(&self, reason: &str) -> f64 {
+        self.sum("forwarder_packets_total", &[("reason", reason)])
+    }
+
+    /// Sum of the samples of a metric that carry all of `labels`; 0 where there is none.
+    pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let wanted = |sample: &&Sample| {
+            sample.name == name
+                && labels.iter().all(|(key, value)| {
+                    sample
+                        .labels
+                        .iter()
+                        .any(|(own_key, own)| own_key == key && own == value)
+                })
+        };
+        self.samples
+            .iter()
+            .filter(wanted)
+            .map(|sample| sample.value)
+            .sum()
+    }
+}
+
+impl Sample {
+    /// `name{label="value",…} 1`; no label of the agent's holds a comma or an escaped character.
+    fn parse(line: &str) -> Option<Self> {
+        let (series, value) = line.rsplit_once(' ')?;
+        let (name, labels) = match series.split_once('{') {
+            Some((name, labels)) => (name, labels.strip_suffix('}')?),
+            None => (series, ""),
+        };
+        let labels = labels
+            .split(',')
+            .filter(|label| !label.is_empty())
+            .map(|label| {
+                let (key, value) = label.split_once('=')?;
+                Some((key.to_owned(), value.trim_matches('"').to_owned()))
+            })
+            .collect::<Option<_>>()?;
+        Some(Self {
+            name: name.to_owned(),
+            labels,
+            value: value.parse().ok()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_summed_by_label() {
+        let metrics = Metrics::parse(
+            "# HELP x y\n# TYPE x counter\nx_total{group=\"web\",backend=\"a\"} 3\nx_total{group=\"web\",backend=\"b\"} 4\nup 1\n# EOF\n",
+        )
+        .unwrap();
+        assert_eq!(metrics.sum("x_total", &[("group", "web")]), 7.0);
+        assert_eq!(metrics.sum("x_total", &[("backend", "b")]), 4.0);
+        assert_eq!(metrics.sum("up", &[]), 1.0);
+        assert_eq!(metrics.sum("down", &[]), 0.0);
+    }
+}

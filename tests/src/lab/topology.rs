@@ -1,0 +1,460 @@
+//! The networks of the three journeys that the forwarder is measured against, with the addresses and pages
+//! of the products' own documentation.
+//!
+//! *Peering*: one remote server. *Cross-region*: a local and a remote server behind one listener, and what
+//! tests need around them (more servers, more clients, a client in the remote network). The third journey,
+//! *manual routes*, is cross-region with security groups on the servers.
+//!
+//! The connection between networks is a VXLAN device; the carrier's network below it has an MTU of 1550
+//! bytes, so that the tunnel takes whole Ethernet frames.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::{Context, Result};
+
+use super::{
+    Lab, Lifetime, Namespace,
+    agent::{self, Agent},
+    configuration::{Check, Configuration},
+    load::{Answer, curl},
+    nginx::Nginx,
+    wait_until,
+};
+
+/// Back-to-origin addresses of every gateway here.
+pub const POOL: &str = "100.64.0.0/26";
+/// Where its probes leave from.
+pub const PROBE_ADDRESS: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 1);
+/// The range that a server's inbound rule has to admit.
+pub const BACK_TO_ORIGIN: &str = "100.64.0.0/10";
+/// The port that pages are served on.
+pub const PORT: u16 = 80;
+
+/// Header sizes of VXLAN over IPv4: 14 + 20 + 8 + 8.
+const VXLAN_OVERHEAD_BYTES: u16 = 50;
+const MTU_BYTES: u16 = 1500;
+const CARRIER_MTU_BYTES: u16 = MTU_BYTES + VXLAN_OVERHEAD_BYTES;
+
+/// A server with a page.
+#[derive(Debug)]
+pub struct Server {
+    /// Name of its backend.
+    pub name: &'static str,
+    pub namespace: Namespace,
+    pub address: Ipv4Addr,
+    /// Whether it is behind the tunnel.
+    pub is_remote: bool,
+    pub page: String,
+    pub nginx: Nginx,
+}
+
+/// Hosts of one journey.
+#[derive(Debug)]
+pub struct Site {
+    pub clients: Vec<Namespace>,
+    pub gateway: Namespace,
+    /// The router at the far end of the tunnel.
+    pub far_router: Namespace,
+    /// A host without a server in the remote network, where there is one.
+    pub remote_client: Option<Namespace>,
+    pub servers: Vec<Server>,
+    pub vip: Ipv4Addr,
+    /// Interfaces of the gateway that get the XDP program.
+    pub interfaces: &'static [&'static str],
+    /// The gateway's tunnel device.
+    pub tunnel: &'static str,
+    /// (name, CIDR, whether it is behind the tunnel) of the networks joined.
+    pub networks: [(&'static str, &'static str, bool); 2],
+    /// The topology as a drawing.
+    pub drawing: &'static str,
+    /// Last, so that everything else is gone when the lab goes.
+    pub lab: Lab,
+}
+
+/// What a cross-region lab has beside one client, ECS01 and ECS02.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// ECS03 beside ECS01 and ECS04 beside ECS02.
+    pub second_servers: bool,
+    /// A second client beside the first.
+    pub second_client: bool,
+    /// A client in the remote network.
+    pub remote_client: bool,
+    /// Inbound rules on ECS01 and ECS02.
+    pub security_groups: bool,
+}
+
+/// A host to be put on a segment.
+struct Host {
+    name: &'static str,
+    address: &'static str,
+    page: &'static str,
+}
+
+const CLIENT: Host = Host {
+    name: "client",
+    address: "172.16.0.10",
+    page: "",
+};
+const CLIENT2: Host = Host {
+    name: "client2",
+    address: "172.16.0.11",
+    page: "",
+};
+const REMOTE_CLIENT: Host = Host {
+    name: "remote-client",
+    address: "192.168.1.50",
+    page: "",
+};
+const ECS01: Host = Host {
+    name: "ecs01",
+    address: "172.16.1.10",
+    page: "Hello World! This is ECS01 in Chengdu.",
+};
+const ECS02: Host = Host {
+    name: "ecs02",
+    address: "192.168.1.10",
+    page: "Hello World! This is ECS02 in Hangzhou.",
+};
+const ECS03: Host = Host {
+    name: "ecs03",
+    address: "172.16.1.11",
+    page: "Hello World! This is ECS03 in Chengdu.",
+};
+const ECS04: Host = Host {
+    name: "ecs04",
+    address: "192.168.1.11",
+    page: "Hello World! This is ECS04 in Hangzhou.",
+};
+
+const PEERING_DRAWING: &str =
+    "  VPC-Test-01  172.18.0.0/24                                VPC-Test-02  172.17.0.0/24
+  client ─────────────── gateway ═══ peering (VXLAN) ═══ transit ─────────────── ECS-Test
+  172.18.0.10            172.18.0.1                      172.17.0.1           172.17.0.205
+                         VIP 172.18.0.100                                     nginx, inbound rules
+                         back-to-origin 100.64.0.0/26";
+
+const CROSS_REGION_DRAWING: &str =
+    "  Chengdu: VPC1 172.16.0.0/12                       Hangzhou: VPC2 192.168.0.0/16
+
+  client ── VSW 172.16.0.0/24 ───┐                  ┌── VSW3 192.168.1.0/24 ── ECS02
+  172.16.0.10                    │                  │                   192.168.1.10
+                              gateway ═ VXLAN ═ transit-hangzhou               nginx
+                                 │      over transit-chengdu
+  ECS01 ── VSW1 172.16.1.0/24 ───┘      VIP 172.16.0.100
+  172.16.1.10                           back-to-origin 100.64.0.0/26
+  nginx";
+
+impl Site {
+    /// One remote server over a peering connection.
+    pub fn peering(lifetime: Lifetime) -> Result<Self> {
+        let lab = Lab::open(lifetime)?;
+        let gateway = lab.namespace("gateway")?;
+        let client = lab.namespace("client")?;
+        let transit = lab.namespace("transit")?;
+        let server = lab.namespace("ecs-test")?;
+
+        lab.cable((&gateway, "eth0"), (&client, "eth0"), MTU_BYTES)?;
+        gateway.address("eth0", "172.18.0.1/24")?;
+        client.address("eth0", "172.18.0.10/24")?;
+        lab.cable((&transit, "eth1"), (&server, "eth0"), MTU_BYTES)?;
+        transit.address("eth1", "172.17.0.1/24")?;
+        server.address("eth0", "172.17.0.205/24")?;
+        lab.cable((&gateway, "wan"), (&transit, "wan"), CARRIER_MTU_BYTES)?;
+        gateway.address("wan", "198.51.100.1/30")?;
+        transit.address("wan", "198.51.100.2/30")?;
+        gateway.forward()?;
+        transit.forward()?;
+
+        let (near, far) = (Ipv4Addr::new(169, 254, 18, 1), Ipv4Addr::new(169, 254, 18, 2));
+        tunnel(
+            "peering",
+            (&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
+            (&transit, Ipv4Addr::new(198, 51, 100, 2), far),
+        )?;
+        // VPC-Test-01's route table; then VPC-Test-02's, in its router and on its server.
+        gateway.route("172.17.0.0/24", far)?;
+        for destination in ["172.18.0.0/24", POOL] {
+            transit.route(destination, near)?;
+            server.route(destination, Ipv4Addr::new(172, 17, 0, 1))?;
+        }
+        server.security_group(&["172.17.0.0/24", BACK_TO_ORIGIN])?;
+
+        let page = "Welcome to nginx on ECS-Test in VPC-Test-02!";
+        let nginx = Nginx::start(&lab, &server, &[PORT], page)?;
+        Ok(Self {
+            clients: vec![client],
+            gateway,
+            far_router: transit,
+            remote_client: None,
+            servers: vec![Server {
+                name: "ecs-test",
+                namespace: server,
+                address: Ipv4Addr::new(172, 17, 0, 205),
+                is_remote: true,
+                page: page.to_owned(),
+                nginx,
+            }],
+            vip: Ipv4Addr::new(172, 18, 0, 100),
+            interfaces: &["eth0"],
+            tunnel: "peering",
+            networks: [
+                ("vpc-test-01", "172.18.0.0/24", false),
+                ("vpc-test-02", "172.17.0.0/24", true),
+            ],
+            drawing: PEERING_DRAWING,
+            lab,
+        })
+    }
+
+    /// Local and remote servers behind one listener.
+    pub fn cross_region(lifetime: Lifetime, extras: Extras) -> Result<Self> {
+        let lab = Lab::open(lifetime)?;
+        let gateway = lab.namespace("gateway")?;
+        let chengdu = lab.namespace("transit-chengdu")?;
+        let hangzhou = lab.namespace("transit-hangzhou")?;
+        for router in [&gateway, &chengdu, &hangzhou] {
+            router.forward()?;
+        }
+
+        // The carrier: the transit router of the gateway's region sees tunnel packets only.
+        lab.cable((&gateway, "wan"), (&chengdu, "eth0"), CARRIER_MTU_BYTES)?;
+        gateway.address("wan", "198.51.100.1/30")?;
+        chengdu.address("eth0", "198.51.100.2/30")?;
+        lab.cable((&chengdu, "eth1"), (&hangzhou, "wan"), CARRIER_MTU_BYTES)?;
+        chengdu.address("eth1", "203.0.113.1/30")?;
+        hangzhou.address("wan", "203.0.113.2/30")?;
+        gateway.route("203.0.113.0/30", Ipv4Addr::new(198, 51, 100, 2))?;
+        hangzhou.route("198.51.100.0/30", Ipv4Addr::new(203, 0, 113, 1))?;
+        let (near, far) = (Ipv4Addr::new(169, 254, 42, 1), Ipv4Addr::new(169, 254, 42, 2));
+        tunnel(
+            "cen",
+            (&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
+            (&hangzhou, Ipv4Addr::new(203, 0, 113, 2), far),
+        )?;
+
+        let mut clients = vec![&CLIENT];
+        clients.extend(extras.second_client.then_some(&CLIENT2));
+        let (mut local, mut remote) = (vec![&ECS01], vec![&ECS02]);
+        if extras.second_servers {
+            local.push(&ECS03);
+            remote.push(&ECS04);
+        }
+        let mut remote_hosts = remote.clone();
+        remote_hosts.extend(extras.remote_client.then_some(&REMOTE_CLIENT));
+        let clients = subnet(&lab, "vsw", (&gateway, "eth0", "172.16.0.1"), &clients)?;
+        let local_hosts = subnet(&lab, "vsw1", (&gateway, "eth1", "172.16.1.1"), &local)?;
+        let mut remote_hosts = subnet(&lab, "vsw3", (&hangzhou, "eth1", "192.168.1.1"), &remote_hosts)?;
+
+        // VPC1's route table; then VPC2's, in its router and on its hosts.
+        gateway.route("192.168.0.0/16", far)?;
+        for host in clients.iter().chain(&local_hosts) {
+            let router = host_router(host, &clients);
+            host.route("172.16.0.0/12", router)?;
+            host.route("192.168.0.0/16", router)?;
+        }
+        for host in &local_hosts {
+            host.route(POOL, Ipv4Addr::new(172, 16, 1, 1))?;
+        }
+        for destination in ["172.16.0.0/12", POOL] {
+            hangzhou.route(destination, near)?;
+            for host in &remote_hosts {
+                host.route(destination, Ipv4Addr::new(192, 168, 1, 1))?;
+            }
+        }
+        let remote_client = if extras.remote_client {
+            remote_hosts.pop()
+        } else {
+            None
+        };
+
+        if extras.security_groups {
+            for (hosts, cidr) in [(&local_hosts, "172.16.0.0/12"), (&remote_hosts, "192.168.0.0/16")] {
+                for host in hosts {
+                    host.security_group(&[cidr, BACK_TO_ORIGIN])?;
+                }
+            }
+        }
+
+        let local = local_hosts
+            .into_iter()
+            .zip(local)
+            .map(|(namespace, host)| (namespace, host, false));
+        let remote = remote_hosts
+            .into_iter()
+            .zip(remote)
+            .map(|(namespace, host)| (namespace, host, true));
+        let servers = local
+            .chain(remote)
+            .map(|(namespace, host, is_remote)| {
+                Ok(Server {
+                    name: host.name,
+                    nginx: Nginx::start(&lab, &namespace, &[PORT], host.page)?,
+                    namespace,
+                    address: host.address.parse()?,
+                    is_remote,
+                    page: host.page.to_owned(),
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            clients,
+            gateway,
+            far_router: hangzhou,
+            remote_client,
+            servers,
+            vip: Ipv4Addr::new(172, 16, 0, 100),
+            interfaces: &["eth0", "eth1"],
+            tunnel: "cen",
+            networks: [("vpc1", "172.16.0.0/12", false), ("vpc2", "192.168.0.0/16", true)],
+            drawing: CROSS_REGION_DRAWING,
+            lab,
+        })
+    }
+
+    /// The client that requests come from.
+    pub fn client(&self) -> &Namespace {
+        &self.clients[0]
+    }
+
+    pub fn server(&self, name: &str) -> Result<&Server> {
+        self.servers
+            .iter()
+            .find(|server| server.name == name)
+            .with_context(|| format!("no server {name}"))
+    }
+
+    /// Stops a server's nginx, as `systemctl stop nginx` there would.
+    pub fn stop_nginx(&mut self, name: &str) -> Result<()> {
+        self.nginx_mut(name)?.0.stop()
+    }
+
+    /// Starts a server's nginx again.
+    pub fn start_nginx(&mut self, name: &str) -> Result<()> {
+        let (nginx, lab) = self.nginx_mut(name)?;
+        nginx.restart(lab)
+    }
+
+    fn nginx_mut(&mut self, name: &str) -> Result<(&mut Nginx, &Lab)> {
+        let server = self.servers.iter_mut().find(|server| server.name == name);
+        Ok((
+            &mut server.with_context(|| format!("no server {name}"))?.nginx,
+            &self.lab,
+        ))
+    }
+
+    /// One request of the client's to the VIP.
+    pub fn curl(&self) -> Result<Answer> {
+        curl(self.client(), self.vip, PORT)
+    }
+
+    /// The server that a page comes from.
+    pub fn answered_by(&self, page: &str) -> Option<&Server> {
+        self.servers.iter().find(|server| server.page == page)
+    }
+
+    /// The part of the agent's configuration that describes this site; groups and listeners are to follow.
+    /// `interface_keys` are set for every interface.
+    pub fn configuration(&self, interface_keys: &[(&str, &str)]) -> Configuration {
+        let mut configuration =
+            Configuration::new(&agent::control_socket(&self.lab)).snat(POOL, PROBE_ADDRESS);
+        for interface in self.interfaces {
+            configuration = configuration.interface(interface, interface_keys);
+        }
+        for (name, cidr, is_remote) in self.networks {
+            configuration = configuration.network(name, cidr, is_remote.then_some(self.tunnel));
+        }
+        configuration
+    }
+
+    /// One listener `web` on port 80, and all servers in its group `web`.
+    pub fn web_configuration(&self) -> Configuration {
+        self.web_configuration_with(&[], "full", |_| 100)
+    }
+
+    /// [`Self::web_configuration`] with keys for the interfaces, the NAT mode and a weight for each server.
+    pub fn web_configuration_with(
+        &self,
+        interface_keys: &[(&str, &str)],
+        nat: &str,
+        weight: impl Fn(&Server) -> u16,
+    ) -> Configuration {
+        let group = self.configuration(interface_keys).group("web", nat, Check::Http);
+        self.servers
+            .iter()
+            .fold(group, |configuration, server| {
+                configuration.backend("web", server.name, server.address, PORT, weight(server))
+            })
+            .listener("web", self.vip, PORT, "tcp", "web")
+    }
+
+    /// Starts the agent and waits until it calls every backend of `group` healthy.
+    pub fn start_agent(&self, configuration: &Configuration, group: &str) -> Result<Agent> {
+        let agent = Agent::start(&self.lab, &self.gateway, configuration)?;
+        wait_until("all backends to be healthy", Duration::from_secs(10), || {
+            let status = agent.status().map_err(|error| format!("{error:#}"))?;
+            let backends = status.backends(group).map_err(|error| format!("{error:#}"))?;
+            match backends.iter().find(|backend| !backend.is_healthy()) {
+                None => Ok(()),
+                Some(backend) => Err(format!("{} is {}", backend.name, backend.health)),
+            }
+        })?;
+        Ok(agent)
+    }
+
+    /// Switches transmit checksum offload of every client and server: with it, their packets come to XDP on
+    /// the gateway with a checksum that is not computed yet.
+    pub fn checksum_offload(&self, on: bool) -> Result<()> {
+        let servers = self.servers.iter().map(|server| &server.namespace);
+        for host in self.clients.iter().chain(servers).chain(&self.remote_client) {
+            host.offload("eth0", "tx", on)?;
+        }
+        Ok(())
+    }
+}
+
+/// The router of a host of VPC1: the gateway's address on the host's subnet.
+fn host_router(host: &Namespace, clients: &[Namespace]) -> Ipv4Addr {
+    let is_client = clients.iter().any(|client| client.name() == host.name());
+    if is_client {
+        Ipv4Addr::new(172, 16, 0, 1)
+    } else {
+        Ipv4Addr::new(172, 16, 1, 1)
+    }
+}
+
+/// Makes `hosts` and joins them and `router` (namespace, interface, address) to one /24.
+fn subnet(
+    lab: &Lab,
+    name: &str,
+    router: (&Namespace, &str, &str),
+    hosts: &[&Host],
+) -> Result<Vec<Namespace>> {
+    let namespaces = hosts
+        .iter()
+        .map(|host| lab.namespace(host.name))
+        .collect::<Result<Vec<_>>>()?;
+    let ends: Vec<_> = namespaces.iter().map(|namespace| (namespace, "eth0")).collect();
+    lab.segment(name, (router.0, router.1), &ends)?;
+    router.0.address(router.1, &format!("{}/24", router.2))?;
+    for (namespace, host) in namespaces.iter().zip(hosts) {
+        namespace.address("eth0", &format!("{}/24", host.address))?;
+    }
+    Ok(namespaces)
+}
+
+/// Joins two hosts (namespace, address on the carrier's network, address inside) by a VXLAN device `name`.
+fn tunnel(
+    name: &str,
+    a: (&Namespace, Ipv4Addr, Ipv4Addr),
+    b: (&Namespace, Ipv4Addr, Ipv4Addr),
+) -> Result<()> {
+    for ((namespace, local, inside), remote) in [(a, b.1), (b, a.1)] {
+        namespace.run(&format!(
+            "ip link add name {name} mtu {MTU_BYTES} type vxlan id 42 local {local} remote {remote} dstport 4789"
+        ))?;
+        namespace.address(name, &format!("{inside}/30"))?;
+        namespace.run(&format!("ip link set {name} up"))?;
+    }
+    Ok(())
+}

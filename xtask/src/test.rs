@@ -1,0 +1,272 @@
+//! `cargo xtask test`: the rings of tests, from the cheapest to the most real.
+//!
+//! Which ring a file of integration tests belongs to is told by its name, so a new file is never left
+//! out: `netns_*` need root and network namespaces, `program_*` and `parity*` need the kernel's BPF, all
+//! others need nothing. Here a test that can't run fails (`FORWARDER_TESTS_STRICT=1`), and so does a ring
+//! in which no test ran; plain `cargo test` lets both pass.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead as _, BufReader},
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
+
+use crate::{lint, setup, workspace};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Run only this ring, without setup and lint
+    #[arg(value_enum)]
+    ring: Option<Ring>,
+    /// Passed to the test programs: a part of the tests' names, or options
+    #[arg(last = true, requires = "ring")]
+    test_arguments: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Ring {
+    /// Ring 1: the data path as a library, the agent's logic, its command line
+    Library,
+    /// Ring 2: the same packets through the kernel's programs; needs the right to load BPF
+    Program,
+    /// Ring 3: real sockets in network namespaces; needs root
+    Netns,
+}
+
+impl Ring {
+    const ALL: [Self; 3] = [Self::Library, Self::Program, Self::Netns];
+
+    /// The ring of the integration tests in `<stem>.rs`.
+    fn of_file(stem: &str) -> Self {
+        if stem.starts_with("netns_") {
+            Self::Netns
+        } else if stem.starts_with("program_") || stem.starts_with("parity") {
+            Self::Program
+        } else {
+            Self::Library
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Library => "library",
+            Self::Program => "program",
+            Self::Netns => "netns",
+        }
+    }
+}
+
+/// Counts of finished tests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+}
+
+impl Tally {
+    /// Adds the counts of a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+    fn add_line(&mut self, line: &str) {
+        let Some(counts) = line.strip_prefix("test result: ") else {
+            return;
+        };
+        let words: Vec<&str> = counts.split_whitespace().collect();
+        for pair in words.windows(2) {
+            let Ok(count) = pair[0].parse::<usize>() else {
+                continue;
+            };
+            match pair[1] {
+                "passed;" => self.passed += count,
+                "failed;" => self.failed += count,
+                "ignored;" => self.ignored += count,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// What became of one step, for the summary.
+struct Outcome {
+    step: &'static str,
+    text: String,
+    is_ok: bool,
+    took: Duration,
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { step, text, took, .. } = self;
+        write!(f, "{step} {text} ({} s)", took.as_secs())
+    }
+}
+
+/// Runs the tests and prints one line about all of them at the end.
+///
+/// # Errors
+/// Something failed; the line before says what.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let rings = match arguments.ring {
+        Some(ring) => vec![ring],
+        None => Ring::ALL.to_vec(),
+    };
+    let mut outcomes = Vec::new();
+    if arguments.ring.is_none() {
+        // Nothing can be built without it, so nothing else would be worth trying.
+        setup::run(&setup::Arguments::default())?;
+        outcomes.push(measure("lint", || {
+            lint::run().map(|()| (String::from("ok"), true))
+        }));
+    }
+    let forwarder = workspace::build_release(&["forwarder"])?;
+    // Later rings run after a failure too: together they say more about its cause.
+    for ring in rings {
+        outcomes.push(measure(ring.name(), || {
+            run_ring(ring, &arguments.test_arguments, &forwarder["forwarder"])
+        }));
+    }
+    let summary: Vec<String> = outcomes.iter().map(Outcome::to_string).collect();
+    eprintln!("\ntest: {}", summary.join(" · "));
+    if outcomes.iter().any(|outcome| !outcome.is_ok) {
+        bail!("not all tests passed");
+    }
+    Ok(())
+}
+
+fn measure(step: &'static str, action: impl FnOnce() -> Result<(String, bool)>) -> Outcome {
+    eprintln!("\n==> {step}");
+    let start = Instant::now();
+    let (text, is_ok) = action().unwrap_or_else(|error| {
+        crate::report(&error);
+        (String::from("FAILED"), false)
+    });
+    Outcome {
+        step,
+        text,
+        is_ok,
+        took: start.elapsed(),
+    }
+}
+
+/// Runs one ring: the text for the summary, and whether all is well.
+fn run_ring(ring: Ring, test_arguments: &[String], forwarder: &PathBuf) -> Result<(String, bool)> {
+    let files = test_files(ring)?;
+    // All of a ring in one call, and always for the same packages: dependencies are then built once.
+    let mut cargo_arguments = vec!["test", "--locked", "--no-fail-fast"];
+    if ring == Ring::Library {
+        cargo_arguments.extend(["--lib", "--bins"]);
+    }
+    for file in &files {
+        cargo_arguments.extend(["--test", file]);
+    }
+    let mut calls = vec![cargo_arguments];
+    if ring == Ring::Library {
+        calls.push(vec!["test", "--locked", "--no-fail-fast", "--doc"]);
+    } else if files.is_empty() {
+        bail!("the {} ring has no tests", ring.name());
+    }
+    let mut tally = Tally::default();
+    let mut is_ok = true;
+    for call in calls {
+        let mut command = workspace::cargo(&call);
+        command
+            .env("FORWARDER_TESTS_STRICT", "1")
+            .env("FORWARDER_BIN", forwarder);
+        if ring == Ring::Netns || !test_arguments.is_empty() {
+            command.arg("--").args(test_arguments);
+        }
+        if ring == Ring::Netns {
+            // Labs share the machine's names and its few cores; wrk's figures want it alone.
+            command.arg("--test-threads=1");
+        }
+        is_ok &= run_tests(&mut command, &mut tally)?;
+    }
+    if tally.passed == 0 && test_arguments.is_empty() {
+        bail!("no test of the {} ring passed", ring.name());
+    }
+    let verdict = if is_ok { "ok" } else { "FAILED" };
+    let mut text = format!("{verdict}, {} passed", tally.passed);
+    for (count, what) in [(tally.failed, "failed"), (tally.ignored, "ignored")] {
+        if count > 0 {
+            text.push_str(&format!(", {count} {what}"));
+        }
+    }
+    Ok((text, is_ok))
+}
+
+/// Names of the ring's files of integration tests, in any crate of the workspace.
+fn test_files(ring: Ring) -> Result<BTreeSet<String>> {
+    let mut files = BTreeSet::new();
+    for package in ["forwarder-common", "forwarder-user", "tests", "xtask"] {
+        let folder = workspace::root().join(package).join("tests");
+        if !folder.is_dir() {
+            continue;
+        }
+        for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "rs")
+                && let Some(stem) = path.file_stem().and_then(|stem| stem.to_str())
+                && Ring::of_file(stem) == ring
+            {
+                files.insert(stem.to_owned());
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// Runs one cargo call to its end, shows what it prints and adds its counts. Whether it succeeded.
+fn run_tests(command: &mut Command, tally: &mut Tally) -> Result<bool> {
+    eprintln!("test: {}", workspace::show(command));
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("can't run {}", workspace::show(command)))?;
+    let stdout = child.stdout.take().context("cargo has no output")?;
+    // Bytes, not text: a failing test may print anything.
+    for line in BufReader::new(stdout).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        tally.add_line(&line);
+    }
+    Ok(child.wait()?.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_name_has_a_ring() {
+        assert_eq!(Ring::of_file("netns_forward"), Ring::Netns);
+        assert_eq!(Ring::of_file("program_cases"), Ring::Program);
+        assert_eq!(Ring::of_file("parity"), Ring::Program);
+        assert_eq!(Ring::of_file("pipeline_cases"), Ring::Library);
+        assert_eq!(Ring::of_file("cli"), Ring::Library);
+    }
+
+    #[test]
+    fn counts_of_several_test_programs_add_up() {
+        let mut tally = Tally::default();
+        for line in [
+            "running 4 tests",
+            "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s",
+            "test a_test ... FAILED",
+            "test result: FAILED. 5 passed; 2 failed; 0 ignored; 0 measured; 7 filtered out; finished in 1.20s",
+        ] {
+            tally.add_line(line);
+        }
+        let expected = Tally {
+            passed: 8,
+            failed: 2,
+            ignored: 1,
+        };
+        assert_eq!(tally, expected);
+    }
+}
