@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use forwarder_common::{
-    abi::reason::Reason,
+    abi::{reason::Reason, settings::flag},
     datapath::{Action, Hook, Verdict, pipeline},
 };
 
@@ -47,7 +47,7 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
     let ingress_ifindex = ctx.ingress_ifindex() as u32;
     let mut env = KernelEnv {
         ctx: ctx.as_ptr(),
-        hook: Hook::Xdp,
+        hook: if GENERIC { Hook::XdpGeneric } else { Hook::Xdp },
         ingress_ifindex,
     };
     let mut packet = XdpPacket::<GENERIC> { ctx };
@@ -60,12 +60,22 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
     }
     let Verdict { action, ifindex } = outcome.verdict;
     match action {
-        Action::Transmit => xdp_action::XDP_TX,
+        Action::Transmit if settings.flags & flag::TRANSMIT_BY_REDIRECT == 0 => xdp_action::XDP_TX,
+        // SAFETY: a helper without pointers.
+        Action::Transmit => unsafe { bpf_redirect(ingress_ifindex, 0) as u32 },
         // SAFETY: a helper without pointers.
         Action::Redirect => unsafe { bpf_redirect(ifindex, 0) as u32 },
         Action::Pass => xdp_action::XDP_PASS,
         Action::Drop => xdp_action::XDP_DROP,
     }
+}
+
+/// Sends a frame out of the interface that it claims to have come from. The agent runs it on a frame of its own
+/// (BPF_PROG_TEST_RUN with live frames) to learn whether frames can leave there straight from XDP.
+#[xdp]
+pub(crate) fn forwarder_test(ctx: XdpContext) -> u32 {
+    // SAFETY: a helper without pointers.
+    unsafe { bpf_redirect(ctx.ingress_ifindex() as u32, 0) as u32 }
 }
 
 /// Packets that the kernel has taken out of a tunnel.

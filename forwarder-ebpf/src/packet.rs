@@ -174,7 +174,13 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
-    fn adjust_checksum(&mut self, _offset: usize, _addresses: Delta, _ports: Delta) -> Result<(), Stop> {
+    fn adjust_checksum(
+        &mut self,
+        _offset: usize,
+        _addresses: Delta,
+        _ports: Delta,
+        _is_optional: bool,
+    ) -> Result<(), Stop> {
         Err(Stop::drop(Reason::INTERNAL))
     }
 }
@@ -234,7 +240,13 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn adjust_checksum(&mut self, offset: usize, addresses: Delta, ports: Delta) -> Result<(), Stop> {
+    fn adjust_checksum(
+        &mut self,
+        offset: usize,
+        addresses: Delta,
+        ports: Delta,
+        is_optional: bool,
+    ) -> Result<(), Stop> {
         let skb = self.ctx.skb.skb;
         let update = |delta: Delta, flags: u64| {
             // SAFETY: the context is the one the kernel passed in; the helper checks the offset.

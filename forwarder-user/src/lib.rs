@@ -1,6 +1,22 @@
+//! The agent and its command line as a library, so that tests can reach every part.
+//!
+//! ```text
+//! cli -> agent -> state -> config        names and wishes become tables; pure
+//!          |  \-> health, network, diagnose   what is going on out there
+//!          \---> datapath                     the kernel's objects; the only place that knows aya
+//! status -> metrics, api                 what is known, for people and programs
+//! ```
+
+pub mod agent;
+pub mod api;
 pub mod cli;
 pub mod config;
+pub mod datapath;
 pub mod diagnose;
 pub mod error;
 pub mod health;
+pub mod metrics;
 pub mod network;
+pub mod state;
+pub mod status;
+pub mod sweep;

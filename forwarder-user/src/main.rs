@@ -9,12 +9,16 @@ use forwarder_user::cli::{
     args::{Cli, Verb},
     check::check,
     output,
+    run::run,
+    status::status,
 };
 
 fn main() -> ExitCode {
     // clap answers --help and --version itself, and exits with 2 on a wrong command line.
     let outcome = match Cli::parse().verb {
+        Verb::Run(args) => run(&args),
         Verb::Check(args) => check(&args),
+        Verb::Status(args) => status(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

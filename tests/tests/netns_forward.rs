@@ -18,7 +18,7 @@ use forwarder_tests::lab::{
     configuration::{Check, Configuration},
     load::{Answer, Connections, curl, wrk},
     nginx::{AccessLog, Nginx, large_file},
-    status::Status,
+    status::{BackendStatus, HEALTHY},
     topology::{Extras, POOL, PORT, PROBE_ADDRESS, Site},
     udp::{Client, EchoServer},
     wait_until,
@@ -103,7 +103,7 @@ fn load(site: &Site, agent: &Agent, kind: Connections) -> Result<()> {
     for server in &site.servers {
         server.nginx.clear_logs()?;
     }
-    let before = agent.status()?;
+    let before = agent.backends(GROUP)?;
     let load = wrk(
         site.client(),
         site.vip,
@@ -120,7 +120,7 @@ fn load(site: &Site, agent: &Agent, kind: Connections) -> Result<()> {
 
     // Servers may still log what was under way, and the agent's counters may lag.
     let (logs, _) = wait_until("the agent and the servers to agree", COUNTER_DEADLINE, || {
-        agree(site, agent, &before).map_err(|error| format!("{error:#}"))
+        agree(site, agent, &before)
     })?;
     let requests: u64 = logs.iter().map(|(_, log)| log.requests()).sum();
     // What is under way when wrk's time is up is served, but no longer counted by wrk.
@@ -155,14 +155,19 @@ fn load(site: &Site, agent: &Agent, kind: Connections) -> Result<()> {
 /// The servers' logs in the order of [`WEIGHTS`], if the agent counts for each server as many connections as
 /// that server does. wrk opens one more than it uses, to see whether anybody listens, and it ends in the
 /// middle of whatever it does: such connections are in the server's error log only.
-fn agree(site: &Site, agent: &Agent, before: &Status) -> Result<Vec<(&'static str, AccessLog)>> {
-    let after = agent.status()?;
+fn agree(site: &Site, agent: &Agent, before: &[BackendStatus]) -> Result<Vec<(&'static str, AccessLog)>> {
+    let after = agent.backends(GROUP)?;
+    let opened = |backends: &[BackendStatus], name| {
+        let found = backends.iter().find(|backend| backend.name == name);
+        found
+            .map(|backend| backend.traffic.connections_opened)
+            .context("a backend of the group")
+    };
     let mut logs = Vec::new();
     for (name, _) in WEIGHTS {
         let log = site.server(name)?.nginx.access_log()?.without(PROBE_ADDRESS);
         let accepted = log.connections() + log.silent_connections();
-        let opened =
-            after.backend(GROUP, name)?.connections_opened - before.backend(GROUP, name)?.connections_opened;
+        let opened = opened(&after, name)? - opened(before, name)?;
         ensure!(
             opened == accepted,
             "{name}: the agent counts {opened} connections, the server {accepted}"
@@ -430,27 +435,17 @@ fn a_reply_after_its_flow_ended_is_dropped_and_counted() -> Result<()> {
             assert_eq!(client.receive()?, Some(("unasked".to_owned(), vip)));
 
             wait_until("the flow to end", Duration::from_secs(30), || {
-                let status = agent.status().map_err(|error| format!("{error:#}"))?;
-                match status
-                    .backend("echo", name)
-                    .map_err(|error| format!("{error:#}"))?
-                    .flows
-                {
-                    0 => Ok(()),
-                    flows => Err(format!("{flows} flows")),
-                }
+                let flows = agent.backend("echo", name)?.traffic.flows;
+                ensure!(flows == 0, "{flows} flows");
+                Ok(())
             })?;
-            let before = agent.metrics()?.packets("no_flow");
+            let before = agent.packets("no_flow")?;
             server.send(b"too late", peer)?;
             assert_eq!(client.receive()?, None);
             wait_until("the drop to be counted", COUNTER_DEADLINE, || {
-                let metrics = agent.metrics().map_err(|error| format!("{error:#}"))?;
-                let counted = metrics.packets("no_flow") - before;
-                if counted == 1.0 {
-                    Ok(())
-                } else {
-                    Err(format!("{counted}"))
-                }
+                let counted = agent.packets("no_flow")? - before;
+                ensure!(counted == 1, "{counted} packets");
+                Ok(())
             })?;
             Ok(())
         })?;
@@ -663,12 +658,15 @@ fn a_stopped_agent_leaves_nothing_behind() -> Result<()> {
         assert!(status.success(), "{signal}: {status}");
         // The kernel frees programs a moment after the last reference is gone.
         wait_until("the gateway to be as before", Duration::from_secs(5), || {
-            let after = traces(&site.gateway).map_err(|error| format!("{error:#}"))?;
-            if after == before {
-                Ok(())
-            } else {
-                Err(format!("before:\n{before}\nafter:\n{after}"))
-            }
+            let after = traces(&site.gateway)?;
+            ensure!(
+                after == before,
+                "before:
+{before}
+after:
+{after}"
+            );
+            Ok(())
         })?;
         assert_eq!(pins(), pins_before);
         assert!(!agent.control_socket().exists());
@@ -702,23 +700,12 @@ fn a_backend_that_stops_is_taken_out_and_comes_back() -> Result<()> {
                 site.stop_nginx(name)?;
             }
             wait_until("its health to change", Duration::from_secs(10), || {
-                let status = agent.status().map_err(|error| format!("{error:#}"))?;
-                let backend = status
-                    .backend(GROUP, name)
-                    .map_err(|error| format!("{error:#}"))?;
-                if backend.is_healthy() == start {
-                    Ok(())
-                } else {
-                    Err(backend.health.clone())
-                }
+                let health = agent.backend(GROUP, name)?.health;
+                ensure!((health == HEALTHY) == start, "it is {health}");
+                Ok(())
             })?;
             if !start {
-                let status = agent.status()?;
-                let diagnosis = status
-                    .backend(GROUP, name)?
-                    .diagnosis
-                    .clone()
-                    .context("a diagnosis")?;
+                let diagnosis = agent.backend(GROUP, name)?.diagnosis.context("a diagnosis")?;
                 assert_eq!(diagnosis.cause, "refused");
             }
             let load = wrk(

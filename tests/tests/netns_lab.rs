@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use forwarder_tests::lab::{
     self, Lab, Lifetime,
     load::{Answer, Connections, curl, wrk},
@@ -290,12 +290,10 @@ fn a_killed_lab_has_no_processes_left_and_the_next_one_sweeps_the_rest() -> Resu
     wait_until(
         "the servers of a killed lab to end",
         Duration::from_secs(5),
-        || match leftovers(&format!("fwd-{pid}-"))
-            .iter()
-            .find(|name| name.contains("nginx"))
-        {
-            None => Ok(()),
-            Some(server) => Err(server.clone()),
+        || {
+            let left = leftovers(&format!("fwd-{pid}-"));
+            ensure!(!left.iter().any(|name| name.contains("nginx")), "{left:?}");
+            Ok(())
         },
     )?;
     assert_ne!(leftovers(&format!("fwd-{pid}-")), Vec::<String>::new());

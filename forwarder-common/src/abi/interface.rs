@@ -13,8 +13,10 @@ pub struct InterfaceKey {
 
 /// Bits of [`Interface::flags`].
 pub mod flag {
-    /// Frames may leave through this interface straight from XDP. Through all others the stack sends.
-    pub const SEND: u16 = 1;
+    /// Frames may leave through this interface straight from native XDP.
+    pub const SEND_NATIVE: u16 = 1;
+    /// Frames may leave through this interface straight from generic XDP.
+    pub const SEND_GENERIC: u16 = 2;
 }
 
 /// Value of the interface table.

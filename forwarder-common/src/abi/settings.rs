@@ -9,6 +9,9 @@ pub mod flag {
     /// Some attached interface may hand us frames whose transport checksum its sender left to the device:
     /// veth, tap, virtio. Without it the data path does not look.
     pub const PARTIAL_CHECKSUMS: u32 = 1;
+    /// Some interface in native mode takes frames back only by redirect: XDP_TX on a veth needs a program on its
+    /// peer, a redirect to itself only NAPI there.
+    pub const TRANSMIT_BY_REDIRECT: u32 = 2;
 }
 
 /// The settings.

@@ -152,7 +152,14 @@ pub trait Packet {
     fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop>;
 
     /// Applies deltas to the transport checksum at `offset`; called where `CHECKSUM_OFFLOAD` is `Kernel`.
-    fn adjust_checksum(&mut self, offset: usize, addresses: Delta, ports: Delta) -> Result<(), Stop>;
+    /// `is_optional`: a checksum of zero means "none", as in UDP and not in TCP.
+    fn adjust_checksum(
+        &mut self,
+        offset: usize,
+        addresses: Delta,
+        ports: Delta,
+        is_optional: bool,
+    ) -> Result<(), Stop>;
 }
 
 /// The tables that the agent fills and the walk reads.
@@ -164,11 +171,16 @@ pub trait Tables {
     fn slot(&self, index: u32) -> Option<BackendId>;
     fn backend(&self, id: BackendId) -> Option<&Backend>;
     fn interface(&self, key: &InterfaceKey) -> Option<&Interface>;
-    /// Can frames leave through this interface straight from XDP?
+    /// Can frames leave through this interface straight from this hook? Through all others the stack sends.
     #[inline(always)]
-    fn can_send(&self, ifindex: u32) -> bool {
+    fn can_send(&self, hook: Hook, ifindex: u32) -> bool {
+        let wanted = match hook {
+            Hook::Xdp => flag::SEND_NATIVE,
+            Hook::XdpGeneric => flag::SEND_GENERIC,
+            Hook::Tcx => return true,
+        };
         self.interface(&InterfaceKey { ifindex })
-            .is_some_and(|interface| interface.flags & flag::SEND != 0)
+            .is_some_and(|interface| interface.flags & wanted != 0)
     }
 
     fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference>;
@@ -236,10 +248,12 @@ impl crate::abi::counter::ReasonCounters {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Hook {
-    /// Frames can leave through interfaces marked so; both link addresses must be known.
+    /// Native XDP: frames can leave through interfaces marked so; both link addresses must be known.
     Xdp = 1,
-    /// Packets can leave through any interface; the kernel resolves the neighbour.
+    /// tcx: packets can leave through any interface; the kernel resolves the neighbour.
     Tcx = 2,
+    /// Generic XDP: as native, with other interfaces.
+    XdpGeneric = 3,
 }
 
 /// What the walk asks of its surroundings.

@@ -41,7 +41,7 @@ pub fn resolve<T: Tables, E: Env>(
     };
     match env.route(&rewritten) {
         Route::Neighbour { ifindex, link } => {
-            let is_direct = hook == Hook::Tcx || tables.can_send(ifindex);
+            let is_direct = tables.can_send(hook, ifindex);
             hop.kind = if is_direct {
                 HopKind::DIRECT
             } else {
@@ -59,7 +59,7 @@ pub fn resolve<T: Tables, E: Env>(
                 HopKind::STACK
             };
             hop.ifindex = ifindex;
-            if hook == Hook::Xdp && tables.can_send(ifindex) {
+            if hook != Hook::Tcx && tables.can_send(hook, ifindex) {
                 // Not remembered: as soon as the neighbour is known, packets leave from here.
                 return Ok(hop);
             }
@@ -76,7 +76,7 @@ pub fn resolve<T: Tables, E: Env>(
 pub fn verdict<E: Env>(env: &E, hop: &NextHop) -> Verdict {
     if hop.kind != HopKind::DIRECT {
         Verdict::PASS
-    } else if env.hook() == Hook::Xdp && hop.ifindex == env.ingress_ifindex() {
+    } else if env.hook() != Hook::Tcx && hop.ifindex == env.ingress_ifindex() {
         Verdict::TRANSMIT
     } else {
         Verdict::redirect(hop.ifindex)

@@ -126,7 +126,7 @@ pub fn apply<P: Packet>(
     transport_checksum::update(packet, frame, rewrite, checksum, is_sent)?;
 
     // In tcx the kernel writes the link header as it sends.
-    if is_sent && hook == Hook::Xdp {
+    if is_sent && hook != Hook::Tcx {
         packet.header::<EthernetHeader>(0)?.link = hop.link;
     }
     Ok(())

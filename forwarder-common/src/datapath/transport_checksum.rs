@@ -88,7 +88,7 @@ pub fn update<P: Packet>(
 ) -> Result<(), Stop> {
     let offset = field_offset(frame);
     if let ChecksumOffload::Kernel = P::CHECKSUM_OFFLOAD {
-        return packet.adjust_checksum(offset, rewrite.addresses, rewrite.ports);
+        return packet.adjust_checksum(offset, rewrite.addresses, rewrite.ports, !frame.is_tcp());
     }
     let field = packet.header::<Field16>(offset)?;
     let old = field.value;

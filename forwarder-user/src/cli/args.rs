@@ -18,7 +18,9 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Verb {
+    Run(RunArgs),
     Check(CheckArgs),
+    Status(StatusArgs),
 }
 
 /// Which configuration file is meant.

@@ -6,3 +6,6 @@
 pub mod args;
 pub mod check;
 pub mod output;
+pub mod run;
+pub mod status;
+pub mod table;

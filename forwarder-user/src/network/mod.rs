@@ -19,6 +19,7 @@ use tokio::task::AbortHandle;
 use crate::error::Error;
 
 mod address;
+mod drops;
 mod interface;
 mod neighbour;
 mod route;
@@ -27,6 +28,7 @@ mod sysctl;
 mod testing;
 mod watch;
 
+pub use drops::dropped_frames;
 pub use interface::{Interface, InterfaceKind};
 pub use neighbour::{Neighbour, NeighbourState};
 pub use route::{Route, RouteError};

@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use super::{
     Lab, Namespace, Process, Service,
     configuration::Configuration,
-    status::{Metrics, Status},
+    status::{self, BackendStatus, Metrics, Status},
     tail,
 };
 
@@ -150,7 +150,29 @@ impl Agent {
                 String::from_utf8_lossy(&output.stderr).trim()
             );
         }
-        Status::parse(&output.stdout)
+        status::parse(&output.stdout)
+    }
+
+    /// The backends of a group.
+    pub fn backends(&self, group: &str) -> Result<Vec<BackendStatus>> {
+        status::backends(self.status()?, group)
+    }
+
+    /// One backend of a group.
+    pub fn backend(&self, group: &str, name: &str) -> Result<BackendStatus> {
+        let found = self
+            .backends(group)?
+            .into_iter()
+            .find(|backend| backend.name == name);
+        found.with_context(|| format!("no backend {name:?} in group {group:?} of the status"))
+    }
+
+    /// Packets that ended for a reason of the data path (`forwarder_common::abi::reason`).
+    pub fn packets(&self, reason: &str) -> Result<u64> {
+        let found = self.status()?.reasons.into_iter().find(|one| one.name == reason);
+        Ok(found
+            .with_context(|| format!("no reason {reason:?} in the status"))?
+            .packets)
     }
 
     /// What Prometheus would scrape.

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use super::{Lab, Namespace, Process, Service, find, tail, wait_until};
@@ -104,12 +104,10 @@ http {{
                 START_DEADLINE,
                 || {
                     if let Some(status) = process.ended() {
-                        return Err(format!("it ended with {status}: {}", tail(&errors, 3)));
+                        bail!("it ended with {status}: {}", tail(&errors, 3));
                     }
-                    match self.namespace.inside(|| TcpStream::connect(address)) {
-                        Ok(connected) => connected.map(drop).map_err(|error| error.to_string()),
-                        Err(error) => Err(format!("{error:#}")),
-                    }
+                    self.namespace.inside(|| TcpStream::connect(address))??;
+                    Ok(())
                 },
             )?;
         }

@@ -1,70 +1,22 @@
-//! What the agent says about itself, as far as the labs look at it: `forwarder status -o json` and the
-//! Prometheus text. The one place of the tests that knows their shape.
-
-use std::net::Ipv4Addr;
+//! What the agent says about itself: `forwarder status -o json`, and the Prometheus text.
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
+pub use forwarder_user::status::{BackendStatus, DiagnosisStatus, Status};
 
-/// `forwarder status -o json`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Status {
-    groups: Vec<Group>,
+/// What the status calls a backend that takes new flows.
+pub const HEALTHY: &str = "healthy";
+
+pub(super) fn parse(json: &[u8]) -> Result<Status> {
+    serde_json::from_slice(json)
+        .with_context(|| format!("a status of another shape: {}", String::from_utf8_lossy(json)))
 }
 
-#[derive(Clone, Debug, Deserialize)]
-struct Group {
-    name: String,
-    backends: Vec<Backend>,
-}
-
-/// One backend of one group.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Backend {
-    pub name: String,
-    pub address: Ipv4Addr,
-    /// `healthy` or `unhealthy`.
-    pub health: String,
-    /// Why it is unhealthy, as far as the gateway can know.
-    pub diagnosis: Option<Diagnosis>,
-    pub connections_opened: u64,
-    pub flows: u64,
-    pub packets_in: u64,
-    pub packets_out: u64,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub struct Diagnosis {
-    /// `no-route`, `no-return-route`, `filtered`, `refused`, …
-    pub cause: String,
-    pub text: String,
-    pub hint: Option<String>,
-}
-
-impl Backend {
-    pub fn is_healthy(&self) -> bool {
-        self.health == "healthy"
-    }
-}
-
-impl Status {
-    pub(super) fn parse(json: &[u8]) -> Result<Self> {
-        serde_json::from_slice(json)
-            .with_context(|| format!("a status of another shape: {}", String::from_utf8_lossy(json)))
-    }
-
-    /// The backends of a group, in the agent's order.
-    pub fn backends(&self, group: &str) -> Result<&[Backend]> {
-        let found = self.groups.iter().find(|one| one.name == group);
-        Ok(&found
-            .with_context(|| format!("no group {group:?} in the status"))?
-            .backends)
-    }
-
-    pub fn backend(&self, group: &str, name: &str) -> Result<&Backend> {
-        let found = self.backends(group)?.iter().find(|backend| backend.name == name);
-        found.with_context(|| format!("no backend {name:?} in group {group:?} of the status"))
-    }
+/// The backends of a group, in the agent's order.
+pub(super) fn backends(status: Status, group: &str) -> Result<Vec<BackendStatus>> {
+    let found = status.groups.into_iter().find(|one| one.name == group);
+    Ok(found
+        .with_context(|| format!("no group {group:?} in the status"))?
+        .backends)
 }
 
 /// A scrape: samples in the text format of Prometheus.
@@ -88,11 +40,6 @@ impl Metrics {
             .map(|line| Sample::parse(line).with_context(|| format!("not a sample: {line:?}")))
             .collect::<Result<_>>()?;
         Ok(Self { samples })
-    }
-
-    /// Packets that ended for a reason of the data path (`forwarder_common::abi::reason`).
-    pub fn packets(&self, reason: &str) -> f64 {
-        self.sum("forwarder_packets_total", &[("reason", reason)])
     }
 
     /// Sum of the samples of a metric that carry all of `labels`; 0 where there is none.

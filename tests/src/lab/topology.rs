@@ -10,7 +10,7 @@
 
 use std::{net::Ipv4Addr, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::{
     Lab, Lifetime, Namespace,
@@ -18,6 +18,7 @@ use super::{
     configuration::{Check, Configuration},
     load::{Answer, curl},
     nginx::Nginx,
+    status::HEALTHY,
     wait_until,
 };
 
@@ -392,12 +393,10 @@ impl Site {
     pub fn start_agent(&self, configuration: &Configuration, group: &str) -> Result<Agent> {
         let agent = Agent::start(&self.lab, &self.gateway, configuration)?;
         wait_until("all backends to be healthy", Duration::from_secs(10), || {
-            let status = agent.status().map_err(|error| format!("{error:#}"))?;
-            let backends = status.backends(group).map_err(|error| format!("{error:#}"))?;
-            match backends.iter().find(|backend| !backend.is_healthy()) {
-                None => Ok(()),
-                Some(backend) => Err(format!("{} is {}", backend.name, backend.health)),
-            }
+            let backends = agent.backends(group)?;
+            let other = backends.iter().find(|backend| backend.health != HEALTHY);
+            ensure!(other.is_none(), "{other:?}");
+            Ok(())
         })?;
         Ok(agent)
     }

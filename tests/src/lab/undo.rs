@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -274,14 +274,11 @@ fn dismantle(lab: &LabId) -> Result<()> {
             // It may have ended meanwhile.
             let _ = kill(pid, signal);
         }
-        let ended = wait_until(
-            "the lab's processes to end",
-            Duration::from_secs(5),
-            || match pids() {
-                Ok(left) if left.is_empty() => Ok(()),
-                left => Err(format!("{left:?}")),
-            },
-        );
+        let ended = wait_until("the lab's processes to end", Duration::from_secs(5), || {
+            let left = pids()?;
+            ensure!(left.is_empty(), "{left:?}");
+            Ok(())
+        });
         if ended.is_ok() {
             break;
         }

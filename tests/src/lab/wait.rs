@@ -15,12 +15,12 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// Looks at `condition` until it holds and returns its value and how long that took.
 ///
-/// The condition answers `Err` with what it sees instead; the last such text is part of the error when
-/// `deadline` passes. It is asked at least once.
+/// The condition fails with what it sees instead; the last such error is part of this one's when `deadline`
+/// passes. It is asked at least once.
 pub fn wait_until<T>(
     what: &str,
     deadline: Duration,
-    mut condition: impl FnMut() -> Result<T, String>,
+    mut condition: impl FnMut() -> Result<T>,
 ) -> Result<(T, Duration)> {
     let start = Instant::now();
     loop {
@@ -30,7 +30,7 @@ pub fn wait_until<T>(
         };
         if start.elapsed() >= deadline {
             bail!(
-                "waited {:.1} s for {what}; last seen: {seen}",
+                "waited {:.1} s for {what}; last seen: {seen:#}",
                 deadline.as_secs_f64()
             );
         }
@@ -44,13 +44,13 @@ mod tests {
 
     #[test]
     fn a_condition_that_holds_at_once_needs_no_time() {
-        let (value, _) = wait_until("nothing", Duration::ZERO, || Ok::<_, String>(7)).unwrap();
+        let (value, _) = wait_until("nothing", Duration::ZERO, || Ok(7)).unwrap();
         assert_eq!(value, 7);
     }
 
     #[test]
     fn the_error_names_what_was_awaited_and_what_was_seen() {
-        let error = wait_until("rain", Duration::ZERO, || Err::<(), _>("sun".to_owned())).unwrap_err();
+        let error = wait_until("rain", Duration::ZERO, || -> Result<()> { bail!("sun") }).unwrap_err();
         assert_eq!(error.to_string(), "waited 0.0 s for rain; last seen: sun");
     }
 }

@@ -11,7 +11,7 @@ use forwarder_tests::lab::{
     Namespace,
     agent::Agent,
     load::Answer,
-    status::{Backend, Diagnosis},
+    status::{BackendStatus, DiagnosisStatus, HEALTHY},
     topology::{BACK_TO_ORIGIN, PORT, Site},
 };
 
@@ -189,20 +189,19 @@ impl Play {
     fn show_counters(&self, agent: &Agent) -> Result<()> {
         self.screen.part("The agent's counters");
         let (backends, _) = self.screen.wait("the counters to agree", COUNTER_DEADLINE, || {
-            let status = agent.status().map_err(|error| format!("{error:#}"))?;
-            let backends = status.backends(GROUP).map_err(|error| format!("{error:#}"))?;
-            match backends
-                .iter()
-                .find(|one| self.connections.get(&*one.name) != Some(&one.connections_opened))
-            {
-                None => Ok(backends.to_vec()),
-                Some(one) => Err(format!(
-                    "{} counts {} connections, the client {:?}",
-                    one.name,
-                    one.connections_opened,
-                    self.connections.get(&*one.name)
-                )),
+            let backends = agent.backends(GROUP)?;
+            for backend in &backends {
+                let (counted, own) = (
+                    backend.traffic.connections_opened,
+                    self.connections.get(&*backend.name),
+                );
+                ensure!(
+                    own == Some(&counted),
+                    "{}: the agent counts {counted} connections, the client {own:?}",
+                    backend.name
+                );
             }
+            Ok(backends)
         })?;
         let rows: Vec<_> = backends.iter().map(row).collect();
         self.screen.table(
@@ -248,8 +247,7 @@ impl Play {
         let stopped = Instant::now();
         let mut failed = 0;
         loop {
-            let was_out = !agent.status()?.backend(GROUP, name)?.is_healthy();
-            if was_out {
+            if agent.backend(GROUP, name)?.health != HEALTHY {
                 break;
             }
             ensure!(
@@ -310,12 +308,9 @@ impl Play {
     fn wait_until_healthy(&self, agent: &Agent, name: &str) -> Result<Duration> {
         let what = format!("{name} to be healthy");
         let ((), took) = self.screen.wait(&what, HEALTH_DEADLINE, || {
-            let status = agent.status().map_err(|error| format!("{error:#}"))?;
-            match status.backend(GROUP, name) {
-                Ok(backend) if backend.is_healthy() => Ok(()),
-                Ok(backend) => Err(format!("it is {}", backend.health)),
-                Err(error) => Err(format!("{error:#}")),
-            }
+            let backend = agent.backend(GROUP, name)?;
+            ensure!(backend.health == HEALTHY, "it is {}", backend.health);
+            Ok(())
         })?;
         Ok(took)
     }
@@ -328,17 +323,17 @@ impl Play {
         need.host.run(need.take)?;
         let what = format!("the agent to say \"{}\" about {REMOTE}", need.cause);
         let (diagnosis, took) = self.screen.wait(&what, HEALTH_DEADLINE, || {
-            let status = agent.status().map_err(|error| format!("{error:#}"))?;
-            let backend = status
-                .backend(GROUP, REMOTE)
-                .map_err(|error| format!("{error:#}"))?;
-            match &backend.diagnosis {
-                Some(diagnosis) if !backend.is_healthy() && diagnosis.cause == need.cause => {
-                    Ok(diagnosis.clone())
-                }
-                Some(diagnosis) => Err(format!("{}, diagnosis {}", backend.health, diagnosis.cause)),
-                None => Err(format!("{}, no diagnosis", backend.health)),
-            }
+            let backend = agent.backend(GROUP, REMOTE)?;
+            let cause = backend
+                .diagnosis
+                .as_ref()
+                .map_or("none", |diagnosis| &*diagnosis.cause);
+            ensure!(
+                backend.health != HEALTHY && cause == need.cause,
+                "it is {}, diagnosis: {cause}",
+                backend.health
+            );
+            backend.diagnosis.context("a diagnosis")
         })?;
         self.screen.held(format!(
             "after {:.1} s the agent names it: {}",
@@ -383,19 +378,19 @@ impl Play {
     }
 }
 
-fn row(backend: &Backend) -> [String; 6] {
+fn row(backend: &BackendStatus) -> [String; 6] {
     [
         backend.name.clone(),
-        backend.address.to_string(),
+        format!("{}:{}", backend.address, backend.port),
         backend.health.clone(),
-        backend.connections_opened.to_string(),
-        backend.packets_in.to_string(),
-        backend.packets_out.to_string(),
+        backend.traffic.connections_opened.to_string(),
+        backend.traffic.packets_in.to_string(),
+        backend.traffic.packets_out.to_string(),
     ]
 }
 
 /// A command in the hint that can be run as it is: quoted in backticks, a single one, nothing to fill in.
-fn command_of(diagnosis: &Diagnosis) -> Option<String> {
+fn command_of(diagnosis: &DiagnosisStatus) -> Option<String> {
     let hint = diagnosis.hint.as_deref()?;
     let command = hint
         .split('`')

@@ -119,7 +119,7 @@ impl Screen {
         self,
         what: &str,
         deadline: Duration,
-        mut condition: impl FnMut() -> Result<T, String>,
+        mut condition: impl FnMut() -> Result<T>,
     ) -> Result<(T, Duration)> {
         let start = Instant::now();
         let outcome = wait_until(what, deadline, || {
@@ -127,7 +127,7 @@ impl Screen {
             if self.is_terminal
                 && let Err(seen) = &seen
             {
-                let line: String = format!("  … {what}: {:.1} s, {seen}", start.elapsed().as_secs_f64())
+                let line: String = format!("  … {what}: {:.1} s, {seen:#}", start.elapsed().as_secs_f64())
                     .chars()
                     .take(COLUMNS)
                     .collect();

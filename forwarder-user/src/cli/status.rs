@@ -1,0 +1,455 @@
+//! `forwarder status`: what the running agent knows, from its control socket.
+//!
+//! Draws the agent's [`Status`] for people, or prints it as JSON. Asks and changes nothing else.
+
+use std::{io, path::Path, time::Duration};
+
+use anstyle::Style;
+use forwarder_common::abi::reason::DESCRIPTIONS;
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::{Request, StatusCode, body::Bytes, client::conn::http1, header::HOST};
+use hyper_util::rt::TokioIo;
+use tokio::{net::UnixStream, time::timeout};
+
+use super::{
+    args::{OutputFormat, StatusArgs},
+    output,
+    table::{Align, lines},
+};
+use crate::{
+    api::{ErrorBody, STATUS_PATH},
+    error::{Error, Errors},
+    status::{BackendStatus, DiagnosisStatus, GroupStatus, PoolStatus, Rates, Status},
+};
+
+/// Longer than the agent itself waits for its loop, so that its own words arrive.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of the longest answer that is read: 10 000 backends take about 8 MB.
+const MAX_ANSWER: usize = 256 << 20;
+/// From which share on the pool's use is worth a remark.
+const POOL_NEARLY_USED: f64 = 0.8;
+
+const TITLE: Style = Style::new().bold();
+
+/// Asks the agent and prints its answer.
+///
+/// # Errors
+/// No agent answers, rights are missing, or the answer can't be written.
+pub fn status(args: &StatusArgs) -> Result<(), Errors> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::host(format!("cannot wait for an answer: {error}")))?;
+    let status = runtime.block_on(async {
+        timeout(ANSWER_TIMEOUT, ask(&args.socket))
+            .await
+            .unwrap_or_else(|_| {
+                let what = format!("the agent on {} does not answer", args.socket.display());
+                Err(Error::failed(what).hint("see its log: `journalctl -u forwarder`"))
+            })
+    })?;
+    match args.output.output {
+        OutputFormat::Text => output::text(&draw(&status))?,
+        OutputFormat::Json => output::json(&status)?,
+    }
+    Ok(())
+}
+
+async fn ask(socket: &Path) -> Result<Status, Error> {
+    let stream = UnixStream::connect(socket)
+        .await
+        .map_err(|error| not_connected(socket, &error))?;
+    let (code, body) = exchange(stream)
+        .await
+        .map_err(|error| Error::failed(format!("the agent on {} broke off: {error}", socket.display())))?;
+    if code != StatusCode::OK {
+        return Err(match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(ErrorBody { error }) => {
+                let refused = Error::failed(error.what);
+                match error.hint {
+                    Some(hint) => refused.hint(hint),
+                    None => refused,
+                }
+            }
+            Err(_) => Error::failed(format!("{} answers HTTP status {code}", socket.display()))
+                .hint("is this the control socket of an agent?"),
+        });
+    }
+    serde_json::from_slice(&body).map_err(|error| {
+        Error::failed(format!("the agent's answer is of another shape: {error}"))
+            .hint("the agent is of another version: use its own binary, or restart it")
+    })
+}
+
+fn not_connected(socket: &Path, error: &io::Error) -> Error {
+    let path = socket.display();
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::failed(format!(
+            "no agent answers on {path}"
+        ))
+        .hint(
+            "start one with `forwarder run -c FILE` or `systemctl start forwarder`; if its configuration has \
+                 another agent.control_socket, name that with --socket",
+        ),
+        io::ErrorKind::PermissionDenied => Error::host(format!("no permission to ask the agent on {path}"))
+            .hint("run this as root, or as the user that the agent runs as"),
+        _ => Error::failed(format!("cannot ask the agent on {path}: {error}")),
+    }
+}
+
+/// One request and its answer.
+async fn exchange(
+    stream: UnixStream,
+) -> Result<(StatusCode, Bytes), Box<dyn std::error::Error + Send + Sync>> {
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    let request = Request::get(STATUS_PATH)
+        .header(HOST, "agent")
+        .body(Empty::<Bytes>::new())?;
+    let answer = async move {
+        let answer = sender.send_request(request).await?;
+        let code = answer.status();
+        let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await?;
+        Ok((code, body.to_bytes()))
+    };
+    // The connection moves the bytes; that it ends well or badly shows in the answer.
+    tokio::pin!(answer);
+    tokio::select! {
+        answer = &mut answer => answer,
+        _ = connection => answer.await,
+    }
+}
+
+/// The status as text for a terminal.
+fn draw(status: &Status) -> String {
+    let mut text = vec![format!(
+        "forwarder {}, up {}",
+        status.version,
+        duration(status.uptime_secs)
+    )];
+    let mut section = |title: &str, lines: Vec<String>| {
+        if !lines.is_empty() {
+            text.push(String::new());
+            text.push(format!("{TITLE}{title}{TITLE:#}"));
+            text.extend(lines.into_iter().map(|line| format!("  {line}")));
+        }
+    };
+    section("Warnings", status.warnings.clone());
+    section("Listeners", listeners(status));
+    for group in &status.groups {
+        section(&group_title(group), backends(group));
+    }
+    section("SNAT pool", pool(status.pool));
+    section("Interfaces", interfaces(status));
+    section("Drops since the start", drops(status));
+    text.join("\n")
+}
+
+fn listeners(status: &Status) -> Vec<String> {
+    let columns = [
+        ("LISTENER", Align::Left),
+        ("ADDRESS", Align::Left),
+        ("GROUP", Align::Left),
+        ("FLOWS", Align::Right),
+        ("NEW/S", Align::Right),
+        ("IN B/S", Align::Right),
+        ("OUT B/S", Align::Right),
+        ("REFUSED", Align::Right),
+    ];
+    let row = |listener: &crate::status::ListenerStatus| {
+        let traffic = &listener.traffic;
+        let Rates {
+            connections,
+            bytes_in,
+            bytes_out,
+            ..
+        } = traffic.rates;
+        [
+            listener.name.clone(),
+            format!("{}:{}/{}", listener.vip, listener.port, listener.protocol),
+            listener.group.clone(),
+            traffic.flows.to_string(),
+            rate(connections),
+            byte_rate(bytes_in),
+            byte_rate(bytes_out),
+            traffic.connections_refused.to_string(),
+        ]
+    };
+    lines(columns, status.listeners.iter().map(row).collect())
+}
+
+fn group_title(group: &GroupStatus) -> String {
+    let nat = match group.nat.as_str() {
+        "full" => "full NAT",
+        "dnat" => "DNAT",
+        other => other,
+    };
+    let all = group.backends.len();
+    format!(
+        "Group {} ({nat}): {} of {all} {} healthy",
+        group.name,
+        group.healthy_backends,
+        if all == 1 { "backend" } else { "backends" }
+    )
+}
+
+/// One line per backend, and below it what is wrong with it.
+fn backends(group: &GroupStatus) -> Vec<String> {
+    let columns = [
+        ("BACKEND", Align::Left),
+        ("ADDRESS", Align::Left),
+        ("HEALTH", Align::Left),
+        ("SHARE", Align::Right),
+        ("FLOWS", Align::Right),
+        ("NEW/S", Align::Right),
+        ("IN B/S", Align::Right),
+        ("OUT B/S", Align::Right),
+        ("OPENED", Align::Right),
+    ];
+    let row = |backend: &BackendStatus| {
+        let traffic = &backend.traffic;
+        let Rates {
+            connections,
+            bytes_in,
+            bytes_out,
+            ..
+        } = traffic.rates;
+        [
+            backend.name.clone(),
+            format!("{}:{}", backend.address, backend.port),
+            backend.health.clone(),
+            format!("{:.1}%", backend.share * 100.0),
+            traffic.flows.to_string(),
+            rate(connections),
+            byte_rate(bytes_in),
+            byte_rate(bytes_out),
+            traffic.connections_opened.to_string(),
+        ]
+    };
+    let mut table = lines(columns, group.backends.iter().map(row).collect()).into_iter();
+    let mut text: Vec<String> = table.next().into_iter().collect();
+    for (line, backend) in table.zip(&group.backends) {
+        text.push(line);
+        text.extend(trouble(backend));
+    }
+    text
+}
+
+/// Why a backend does not answer, and what to do.
+fn trouble(backend: &BackendStatus) -> Vec<String> {
+    let mut text = Vec::new();
+    match (&backend.diagnosis, &backend.failure) {
+        (
+            Some(DiagnosisStatus {
+                cause,
+                text: why,
+                hint,
+            }),
+            _,
+        ) => {
+            text.push(format!("  {cause}: {why}"));
+            text.extend(hint.as_ref().map(|hint| format!("  hint: {hint}")));
+        }
+        (None, Some(failure)) => text.push(format!("  last probe: {failure}")),
+        (None, None) => {}
+    }
+    text
+}
+
+fn pool(pool: PoolStatus) -> Vec<String> {
+    let PoolStatus { capacity, used, .. } = pool;
+    let mut text = vec![format!(
+        "{used} of {capacity} bindings in use ({:.1}%)",
+        pool.usage() * 100.0
+    )];
+    if pool.usage() >= POOL_NEARLY_USED {
+        text.push(
+            "hint: when all are in use, new flows are refused: raise agent.max_flows, add a prefix to [snat], or \
+             shorten idle timeouts"
+                .to_owned(),
+        );
+    }
+    text
+}
+
+fn interfaces(status: &Status) -> Vec<String> {
+    let columns = [
+        ("INTERFACE", Align::Left),
+        ("STATE", Align::Left),
+        ("ATTACHED", Align::Left),
+        ("SENT BY", Align::Left),
+    ];
+    let row = |interface: &crate::status::InterfaceStatus| {
+        [
+            interface.name.clone(),
+            if interface.is_up { "up" } else { "down" }.to_owned(),
+            interface.attachment.clone(),
+            if interface.sends { "data path" } else { "stack" }.to_owned(),
+        ]
+    };
+    lines(columns, status.interfaces.iter().map(row).collect())
+}
+
+/// The reasons that packets were dropped for, with what to do about them.
+fn drops(status: &Status) -> Vec<String> {
+    let dropped: Vec<_> = status
+        .reasons
+        .iter()
+        .filter(|reason| reason.verdict == "drop" && reason.packets > 0)
+        .collect();
+    if dropped.is_empty() {
+        return vec!["none".to_owned()];
+    }
+    let columns = [("REASON", Align::Left), ("PACKETS", Align::Right)];
+    let row = |reason: &&crate::status::ReasonStatus| [reason.name.clone(), reason.packets.to_string()];
+    let mut table = lines(columns, dropped.iter().map(row).collect()).into_iter();
+    let mut text: Vec<String> = table.next().into_iter().collect();
+    for (line, reason) in table.zip(&dropped) {
+        text.push(line);
+        // An agent of another version may know reasons that this program does not.
+        if let Some(known) = DESCRIPTIONS.iter().find(|known| known.name == reason.name) {
+            text.push(format!("  {}", known.text));
+            if !known.hint.is_empty() {
+                text.push(format!("  hint: {}", known.hint));
+            }
+        }
+    }
+    text
+}
+
+/// A number per second, short.
+fn rate(rate: f64) -> String {
+    if rate > 0.0 && rate < 100.0 {
+        format!("{rate:.1}")
+    } else {
+        format!("{rate:.0}")
+    }
+}
+
+/// Bytes per second, short, with the SI prefix that fits (k is 1000).
+fn byte_rate(rate: f64) -> String {
+    let mut rate = rate;
+    for prefix in ["", "k", "M", "G"] {
+        // Not 1000, which 999.95 would be rounded to.
+        if rate < 999.5 {
+            let digits = usize::from(!prefix.is_empty() && rate < 99.5);
+            return format!("{rate:.digits$}{prefix}");
+        }
+        rate /= 1000.0;
+    }
+    format!("{rate:.1}T")
+}
+
+/// A duration in its two largest units.
+fn duration(secs: u64) -> String {
+    let (days, hours, minutes) = (secs / 86_400, secs / 3600 % 24, secs / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{secs} s"),
+        (0, 0, _) => format!("{minutes} min {} s", secs % 60),
+        (0, ..) => format!("{hours} h {minutes} min"),
+        _ => format!("{days} d {hours} h"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anstream::adapter::strip_str;
+
+    use super::*;
+    use crate::{
+        api::{StatusSource, bind_control, serve_control},
+        status::testing::{assert_same_as_file, sample},
+    };
+
+    fn plain(status: &Status) -> String {
+        strip_str(&draw(status)).to_string()
+    }
+
+    #[test]
+    fn the_text_is_as_expected() {
+        assert_same_as_file("tests/golden/status/text.txt", &(plain(&sample()) + "\n"));
+    }
+
+    #[test]
+    fn a_gateway_without_trouble_is_quiet() {
+        let mut status = sample();
+        status.warnings.clear();
+        for reason in &mut status.reasons {
+            (reason.packets, reason.bytes) = (0, 0);
+        }
+        let text = plain(&status);
+        assert!(!text.contains("Warnings"), "{text}");
+        assert!(text.ends_with("Drops since the start\n  none"), "{text}");
+    }
+
+    #[test]
+    fn a_pool_that_runs_out_is_remarked_on_before_it_does() {
+        assert_eq!(pool(sample().pool).len(), 1);
+        let full = PoolStatus {
+            capacity: 10,
+            used: 8,
+            free: 2,
+        };
+        assert!(pool(full)[1].starts_with("hint: "));
+    }
+
+    #[test]
+    fn a_failure_without_a_diagnosis_is_shown() {
+        let mut backend = sample().groups[1].backends[1].clone();
+        backend.diagnosis = None;
+        assert_eq!(trouble(&backend), ["  last probe: no connection within 1s"]);
+    }
+
+    #[test]
+    fn tables_fit_80_columns_with_ordinary_names() {
+        // Sentences and hints are as long as they are: commands in them are to be copied.
+        for line in plain(&sample()).lines().filter(|line| !line.contains(": ")) {
+            assert!(line.chars().count() <= 80, "{line}");
+        }
+    }
+
+    #[test]
+    fn rates_and_durations_are_short() {
+        let rates = [0.0, 0.4, 99.94, 100.0, 123_456.0].map(rate);
+        assert_eq!(rates, ["0", "0.4", "99.9", "100", "123456"]);
+        let bytes = [0.0, 999.0, 999.9, 12_600.0, 369_000.0, 999_600.0, 2.5e9, 1.2e13].map(byte_rate);
+        assert_eq!(
+            bytes,
+            ["0", "999", "1.0k", "12.6k", "369k", "1.0M", "2.5G", "12.0T"]
+        );
+        let durations = [0, 59, 61, 3_661, 93_784].map(duration);
+        assert_eq!(durations, ["0 s", "59 s", "1 min 1 s", "1 h 1 min", "1 d 2 h"]);
+    }
+
+    #[tokio::test]
+    async fn the_agent_is_asked_over_its_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control.sock");
+        let (source, mut requests) = StatusSource::channel();
+        let server = tokio::spawn(serve_control(
+            bind_control(&path).unwrap(),
+            source,
+            std::future::pending(),
+        ));
+        let (answer, ()) = tokio::join!(ask(&path), async {
+            requests.next().await.unwrap().answer(sample());
+        });
+        assert_eq!(answer.unwrap(), sample());
+
+        // And its refusals arrive in its own words.
+        drop(requests);
+        assert_eq!(ask(&path).await.unwrap_err().what, "the agent is stopping");
+        server.abort();
+    }
+
+    #[tokio::test]
+    async fn without_an_agent_the_hint_says_how_to_start_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control.sock");
+        let missing = ask(&path).await.unwrap_err();
+        assert_eq!(missing.what, format!("no agent answers on {}", path.display()));
+        assert!(missing.hint.as_ref().unwrap().contains("forwarder run"));
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert_eq!(ask(&path).await.unwrap_err(), missing);
+        let denied = not_connected(&path, &io::ErrorKind::PermissionDenied.into());
+        assert_eq!(denied.exit_code, crate::error::EXIT_HOST);
+        assert!(denied.hint.is_some());
+    }
+}

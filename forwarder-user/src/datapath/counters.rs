@@ -1,0 +1,65 @@
+//! Counters as numbers: the copies of all CPUs, added up.
+
+use aya::maps::{MapData, PerCpuArray};
+use forwarder_common::abi::{
+    backend::BackendId,
+    counter::{ReasonCounters, TrafficCounters},
+    listener::ListenerId,
+    reason::Reason,
+};
+
+use super::{maps::CounterMaps, object::kernel_error, pod::AsPod};
+use crate::error::Error;
+
+impl CounterMaps {
+    /// Sum over all CPUs.
+    ///
+    /// # Errors
+    /// When the kernel refuses, which no state of the table explains.
+    pub fn listener(&self, id: ListenerId) -> Result<TrafficCounters, Error> {
+        traffic(&self.listeners, id.0)
+    }
+
+    /// Sum over all CPUs.
+    ///
+    /// # Errors
+    /// As for [`Self::listener`].
+    pub fn backend(&self, id: BackendId) -> Result<TrafficCounters, Error> {
+        traffic(&self.backends, id.0)
+    }
+
+    /// Sum over all CPUs.
+    ///
+    /// # Errors
+    /// As for [`Self::listener`].
+    pub fn reason(&self, reason: Reason) -> Result<ReasonCounters, Error> {
+        let mut sum = ReasonCounters::default();
+        for AsPod(one) in per_cpu(&self.reasons, reason.0)? {
+            sum.packets += one.packets;
+            sum.bytes += one.bytes;
+        }
+        Ok(sum)
+    }
+}
+
+fn per_cpu<T: bytemuck::Pod>(map: &PerCpuArray<MapData, AsPod<T>>, index: u32) -> Result<Vec<AsPod<T>>, Error> {
+    match map.get(&index, 0) {
+        Ok(values) => Ok(values.to_vec()),
+        Err(error) => Err(kernel_error("read a counter", &error)),
+    }
+}
+
+fn traffic(map: &PerCpuArray<MapData, AsPod<TrafficCounters>>, index: u32) -> Result<TrafficCounters, Error> {
+    let mut sum = TrafficCounters::default();
+    for AsPod(one) in per_cpu(map, index)? {
+        sum.flows_opened += one.flows_opened;
+        sum.request_packets += one.request_packets;
+        sum.request_bytes += one.request_bytes;
+        sum.reply_packets += one.reply_packets;
+        sum.reply_bytes += one.reply_bytes;
+        sum.client_resets += one.client_resets;
+        sum.backend_resets += one.backend_resets;
+        sum.flows_refused += one.flows_refused;
+    }
+    Ok(sum)
+}

@@ -1,0 +1,90 @@
+//! Typed handles of the maps, taken out of the loaded object once.
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue},
+};
+use forwarder_common::abi::{
+    backend::{Backend, BackendGroup},
+    counter::{ReasonCounters, TrafficCounters},
+    flow::{FlowId, FlowKey, FlowReference},
+    interface::{Interface, InterfaceKey},
+    listener::{Listener, ListenerKey, Vip, VipKey},
+    map_name,
+    settings::Settings,
+};
+
+use super::{memory::FlowMemory, memory::SlotMemory, object::Sizes, object::kernel_error, pod::AsPod};
+use crate::error::Error;
+
+type Table<V> = Array<MapData, AsPod<V>>;
+type Hash<K, V> = HashMap<MapData, AsPod<K>, AsPod<V>>;
+
+/// What the writer writes.
+pub struct ControlMaps {
+    pub settings: Table<Settings>,
+    pub interfaces: Hash<InterfaceKey, Interface>,
+    pub vips: Hash<VipKey, Vip>,
+    pub listeners: Hash<ListenerKey, Listener>,
+    pub groups: Table<BackendGroup>,
+    pub backends: Table<Backend>,
+    pub slots: SlotMemory,
+}
+
+/// What the sweep works on.
+pub struct FlowMaps {
+    pub memory: FlowMemory,
+    pub index: Hash<FlowKey, FlowReference>,
+    pub free: Queue<MapData, AsPod<FlowId>>,
+}
+
+/// What is only read.
+pub struct CounterMaps {
+    pub listeners: PerCpuArray<MapData, AsPod<TrafficCounters>>,
+    pub backends: PerCpuArray<MapData, AsPod<TrafficCounters>>,
+    pub reasons: PerCpuArray<MapData, AsPod<ReasonCounters>>,
+}
+
+/// Takes all maps out of a loaded object.
+///
+/// # Errors
+/// When the object lacks one or it has another type, which is a fault of the build.
+pub fn take(ebpf: &mut Ebpf, sizes: &Sizes) -> Result<(ControlMaps, FlowMaps, CounterMaps), Error> {
+    let control = ControlMaps {
+        settings: typed(ebpf, map_name::SETTINGS)?,
+        interfaces: typed(ebpf, map_name::INTERFACES)?,
+        vips: typed(ebpf, map_name::VIPS)?,
+        listeners: typed(ebpf, map_name::LISTENERS)?,
+        groups: typed(ebpf, map_name::GROUPS)?,
+        backends: typed(ebpf, map_name::BACKENDS)?,
+        slots: SlotMemory::map(array(ebpf, map_name::SLOTS)?, sizes.slots)?,
+    };
+    let flows = FlowMaps {
+        memory: FlowMemory::map(array(ebpf, map_name::FLOWS)?, sizes.flows)?,
+        index: typed(ebpf, map_name::FLOW_INDEX)?,
+        free: typed(ebpf, map_name::FREE_FLOWS)?,
+    };
+    let counters = CounterMaps {
+        listeners: typed(ebpf, map_name::LISTENER_COUNTERS)?,
+        backends: typed(ebpf, map_name::BACKEND_COUNTERS)?,
+        reasons: typed(ebpf, map_name::REASON_COUNTERS)?,
+    };
+    Ok((control, flows, counters))
+}
+
+fn take_one(ebpf: &mut Ebpf, name: &str) -> Result<Map, Error> {
+    ebpf.take_map(name)
+        .ok_or_else(|| Error::failed(format!("the BPF object has no map \"{name}\"")).hint("rebuild the binary"))
+}
+
+fn typed<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &str) -> Result<T, Error> {
+    take_one(ebpf, name)?.try_into().map_err(|error| kernel_error(&format!("open the map \"{name}\""), &error))
+}
+
+/// The bare handle of an array, for mapping it into memory.
+fn array(ebpf: &mut Ebpf, name: &str) -> Result<MapData, Error> {
+    match take_one(ebpf, name)? {
+        Map::Array(data) => Ok(data),
+        _ => Err(Error::failed(format!("the map \"{name}\" is not an array")).hint("rebuild the binary")),
+    }
+}

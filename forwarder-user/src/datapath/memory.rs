@@ -1,0 +1,140 @@
+//! Map memory in the agent's address space.
+//!
+//! The flow table and the slot table are arrays with `BPF_F_MMAPABLE`: sweeping a million flows or writing
+//! 65 537 slots takes milliseconds here, where system calls would take a second. Programs write the same memory at the
+//! same time, so everything is read and written through atomics of the fields' own sizes.
+
+use std::{
+    mem::{offset_of, size_of},
+    os::fd::{AsFd as _, AsRawFd as _},
+    sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+};
+
+use aya::maps::MapData;
+use forwarder_common::abi::{
+    backend::BackendId,
+    flow::{FlowEntry, FlowId, FlowState},
+};
+use memmap2::{MmapOptions, MmapRaw};
+
+use crate::error::Error;
+
+/// An array map's values, one behind the other.
+struct Memory {
+    map: MmapRaw,
+    /// Keeps the map alive; the mapping alone would, too, but the handle is of use.
+    _data: MapData,
+}
+
+impl Memory {
+    fn map(data: MapData, len_bytes: usize, name: &str) -> Result<Self, Error> {
+        let fd = data.fd().as_fd().as_raw_fd();
+        match MmapOptions::new().len(len_bytes).map_raw(fd) {
+            Ok(map) => Ok(Self { map, _data: data }),
+            Err(error) => Err(Error::host(format!("the map {name} cannot be mapped into memory: {error}"))),
+        }
+    }
+
+    fn byte(&self, offset: usize) -> &AtomicU8 {
+        assert!(offset < self.map.len());
+        // SAFETY: inside the mapping, which lives as long as `self`; bytes need no alignment.
+        unsafe { AtomicU8::from_ptr(self.map.as_mut_ptr().add(offset)) }
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU32 {
+        assert!(offset + 4 <= self.map.len() && offset.is_multiple_of(4));
+        // SAFETY: inside the mapping, which lives as long as `self` and starts on a page, so 4 divides the
+        // address.
+        unsafe { AtomicU32::from_ptr(self.map.as_mut_ptr().add(offset).cast()) }
+    }
+
+    fn long(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset + 8 <= self.map.len() && offset.is_multiple_of(8));
+        // SAFETY: as for `word`, with 8.
+        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().add(offset).cast()) }
+    }
+}
+
+/// The flow table.
+pub struct FlowMemory {
+    memory: Memory,
+    capacity: u32,
+}
+
+const ENTRY: usize = size_of::<FlowEntry>();
+
+impl FlowMemory {
+    /// Maps a flow table of `capacity` entries.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn map(data: MapData, capacity: u32) -> Result<Self, Error> {
+        Ok(Self { memory: Memory::map(data, capacity as usize * ENTRY, "FLOWS")?, capacity })
+    }
+
+    /// Number of entries.
+    pub fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    fn offset(id: FlowId) -> usize {
+        id.0 as usize * ENTRY
+    }
+
+    /// What an entry is.
+    pub fn state(&self, id: FlowId) -> FlowState {
+        FlowState(self.memory.byte(Self::offset(id) + offset_of!(FlowEntry, state)).load(Relaxed))
+    }
+
+    /// Changes what an entry is.
+    pub fn set_state(&self, id: FlowId, state: FlowState) {
+        self.memory.byte(Self::offset(id) + offset_of!(FlowEntry, state)).store(state.0, Relaxed);
+    }
+
+    /// Has a packet come since this was asked last? Clears the mark.
+    pub fn take_seen(&self, id: FlowId) -> bool {
+        let seen = self.memory.byte(Self::offset(id) + offset_of!(FlowEntry, seen));
+        // No exchange: the store is skipped where nothing came, and a mark that is set in between is only lost
+        // together with the packet's own effect on a clock of one sweep.
+        seen.load(Relaxed) != 0 && {
+            seen.store(0, Relaxed);
+            true
+        }
+    }
+
+    /// Has a packet come since the mark was cleared?
+    pub fn is_seen(&self, id: FlowId) -> bool {
+        self.memory.byte(Self::offset(id) + offset_of!(FlowEntry, seen)).load(Relaxed) != 0
+    }
+
+    /// A copy of an entry, field by field: each is whole, together they may be of different packets.
+    pub fn read(&self, id: FlowId) -> FlowEntry {
+        let mut words = [0u64; ENTRY / 8];
+        for (index, word) in words.iter_mut().enumerate() {
+            *word = self.memory.long(Self::offset(id) + index * 8).load(Relaxed);
+        }
+        bytemuck::cast(words)
+    }
+}
+
+/// The slot table.
+pub struct SlotMemory {
+    memory: Memory,
+}
+
+impl SlotMemory {
+    /// Maps a slot table of `slots` slots.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn map(data: MapData, slots: u32) -> Result<Self, Error> {
+        Ok(Self { memory: Memory::map(data, slots as usize * size_of::<BackendId>(), "SLOTS")? })
+    }
+
+    /// Writes slots from index `first` on.
+    pub fn write(&self, first: u32, slots: &[BackendId]) {
+        for (index, slot) in slots.iter().enumerate() {
+            self.memory.word((first as usize + index) * size_of::<BackendId>()).store(slot.0, Relaxed);
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The agent's side of the kernel's objects: load, attach, write, read. The only place that knows aya.
+//!
+//! `object` loads, `attach` hooks programs to interfaces, `maps` has typed handles, `writer` executes the plan,
+//! `counters` and `flows` read, `memory` maps the two tables that are too large for system calls.
+
+pub mod attach;
+pub mod counters;
+pub mod flows;
+pub mod maps;
+pub mod memory;
+pub mod object;
+pub mod pod;
+pub mod writer;

@@ -1,0 +1,773 @@
+//! The metrics: [`Status`] as Prometheus text (OpenMetrics 1.0).
+//!
+//! Derived from the same value as `forwarder status`, so the two agree. Every family is described once, in
+//! [`families`]; docs/metrics.md is generated from there. Rates are left out, as Prometheus computes them from
+//! the counters.
+//!
+//! The number of series is bounded by the configuration: a fixed number per listener, group, backend and
+//! interface, per reason, and at most one diagnosis per backend. No client's address is ever a label.
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text},
+    metrics::MetricType,
+    registry::{Registry, Unit},
+};
+
+use crate::status::{Status, Traffic};
+
+/// What [`render`] returns, for HTTP (OpenMetrics 1.0 §4).
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Stands before every name.
+const PREFIX: &str = "forwarder";
+
+/// The metrics of a status, with HELP and TYPE of each family, ending in `# EOF`.
+#[must_use]
+pub fn render(status: &Status) -> String {
+    let mut registry = Registry::with_prefix(PREFIX);
+    registry.register_collector(Box::new(Snapshot(status.clone())));
+    let mut text = String::new();
+    match text::encode(&mut text, &registry) {
+        Ok(()) => text,
+        Err(std::fmt::Error) => unreachable!("writing to a String does not fail"),
+    }
+}
+
+/// What a family measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Only grows, from the agent's start on; its samples' names end in `_total`.
+    Counter,
+    Gauge,
+    /// Always 1: its labels are what it says. The samples' names end in `_info`.
+    Info,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Value {
+    Whole(u64),
+    Real(f64),
+}
+
+impl Value {
+    fn encode(self, kind: Kind, metric: &mut MetricEncoder<'_>) -> std::fmt::Result {
+        match (kind, self) {
+            (Kind::Counter, Self::Whole(number)) => {
+                metric.encode_counter::<NoLabelSet, _, u64>(&number, None)
+            }
+            (Kind::Counter, Self::Real(number)) => metric.encode_counter::<NoLabelSet, _, u64>(&number, None),
+            (Kind::Gauge | Kind::Info, Self::Whole(number)) => metric.encode_gauge(&number),
+            (Kind::Gauge | Kind::Info, Self::Real(number)) => metric.encode_gauge(&number),
+        }
+    }
+}
+
+/// One line of the text.
+struct Sample {
+    /// In the order of the family's labels.
+    labels: Vec<String>,
+    value: Value,
+}
+
+impl Sample {
+    fn new<const N: usize>(labels: [&str; N], value: Value) -> Self {
+        Self {
+            labels: labels.map(str::to_owned).to_vec(),
+            value,
+        }
+    }
+
+    fn whole<const N: usize>(labels: [&str; N], value: u64) -> Self {
+        Self::new(labels, Value::Whole(value))
+    }
+}
+
+/// One metric, all its samples, and what there is to say about it.
+struct Family {
+    /// Without prefix, unit and suffix.
+    name: String,
+    /// The part of the name that says the unit.
+    unit: Option<Unit>,
+    kind: Kind,
+    /// One sentence.
+    help: String,
+    labels: Vec<&'static str>,
+    samples: Box<dyn Fn(&Status) -> Vec<Sample>>,
+}
+
+impl Family {
+    fn new(
+        kind: Kind,
+        name: &str,
+        help: &str,
+        labels: &[&'static str],
+        samples: impl Fn(&Status) -> Vec<Sample> + 'static,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            unit: None,
+            kind,
+            help: help.to_owned(),
+            labels: labels.to_vec(),
+            samples: Box::new(samples),
+        }
+    }
+
+    /// The unit is appended to the name.
+    fn unit(mut self, unit: Unit) -> Self {
+        self.unit = Some(unit);
+        self
+    }
+}
+
+/// Every metric there is, in the order of the text.
+fn families() -> Vec<Family> {
+    let mut families: Vec<Family> = agent().into();
+    for scope in [Scope::Listener, Scope::Group, Scope::Backend] {
+        families.extend(
+            TRAFFIC
+                .iter()
+                .filter(|measure| measure.is_for(scope))
+                .map(|measure| measure.family(scope)),
+        );
+    }
+    families.extend(backends());
+    families.extend(gateway());
+    families
+}
+
+fn agent() -> [Family; 3] {
+    [
+        Family::new(
+            Kind::Info,
+            "build",
+            "The agent's build; always 1.",
+            &["version"],
+            |status| vec![Sample::whole([&status.version], 1)],
+        ),
+        Family::new(
+            Kind::Gauge,
+            "uptime",
+            "Time since the agent's start.",
+            &[],
+            |status| vec![Sample::whole([], status.uptime_secs)],
+        )
+        .unit(Unit::Seconds),
+        Family::new(
+            Kind::Gauge,
+            "warnings",
+            "Things an operator should look at; `forwarder status` shows them in words.",
+            &[],
+            |status| vec![Sample::whole([], status.warnings.len() as u64)],
+        ),
+    ]
+}
+
+/// Of what traffic is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    Listener,
+    Group,
+    Backend,
+}
+
+impl Scope {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Listener => "listener",
+            Self::Group => "group",
+            Self::Backend => "backend",
+        }
+    }
+
+    const fn labels(self) -> &'static [&'static str] {
+        match self {
+            Self::Listener => &["listener"],
+            Self::Group => &["group"],
+            Self::Backend => &["group", "backend"],
+        }
+    }
+
+    /// Everything of this scope: the values of its labels, and its traffic.
+    fn each(self, status: &Status) -> Vec<(Vec<String>, Traffic)> {
+        match self {
+            Self::Listener => status
+                .listeners
+                .iter()
+                .map(|listener| (vec![listener.name.clone()], listener.traffic))
+                .collect(),
+            Self::Group => status
+                .groups
+                .iter()
+                .map(|group| (vec![group.name.clone()], group.traffic))
+                .collect(),
+            Self::Backend => status
+                .groups
+                .iter()
+                .flat_map(|group| {
+                    group
+                        .backends
+                        .iter()
+                        .map(|backend| (vec![group.name.clone(), backend.name.clone()], backend.traffic))
+                })
+                .collect(),
+        }
+    }
+}
+
+/// Something that is counted of traffic.
+struct Measure {
+    kind: Kind,
+    name: &'static str,
+    unit: Option<Unit>,
+    help: &'static str,
+    /// The label that tells its values apart, if there are several.
+    label: Option<&'static str>,
+    /// Only listeners refuse: it is before a backend is chosen.
+    listeners_only: bool,
+    /// Values of the label, with the numbers; one without a label's value where there is none.
+    values: fn(&Traffic) -> Vec<(&'static str, u64)>,
+}
+
+const TRAFFIC: [Measure; 6] = [
+    Measure {
+        kind: Kind::Counter,
+        name: "connections",
+        unit: None,
+        help: "TCP connections and UDP flows opened",
+        label: None,
+        listeners_only: false,
+        values: |traffic| vec![("", traffic.connections_opened)],
+    },
+    Measure {
+        kind: Kind::Counter,
+        name: "connections_refused",
+        unit: None,
+        help: "New connections refused: no backend, no SNAT binding, or no room",
+        label: None,
+        listeners_only: true,
+        values: |traffic| vec![("", traffic.connections_refused)],
+    },
+    Measure {
+        kind: Kind::Counter,
+        name: "packets",
+        unit: None,
+        help: "Packets forwarded: in, from clients to backends; out, back to them",
+        label: Some("direction"),
+        listeners_only: false,
+        values: |traffic| vec![("in", traffic.packets_in), ("out", traffic.packets_out)],
+    },
+    Measure {
+        kind: Kind::Counter,
+        name: "",
+        unit: Some(Unit::Bytes),
+        help: "Bytes of the forwarded IP packets, headers included: in, from clients to backends; out, back to them",
+        label: Some("direction"),
+        listeners_only: false,
+        values: |traffic| vec![("in", traffic.bytes_in), ("out", traffic.bytes_out)],
+    },
+    Measure {
+        kind: Kind::Counter,
+        name: "resets",
+        unit: None,
+        help: "TCP resets forwarded, by who sent them",
+        label: Some("origin"),
+        listeners_only: false,
+        values: |traffic| {
+            vec![
+                ("client", traffic.client_resets),
+                ("backend", traffic.backend_resets),
+            ]
+        },
+    },
+    Measure {
+        kind: Kind::Gauge,
+        name: "flows",
+        unit: None,
+        help: "Flows in the table now: active ones, and those that are half open, closing or silent",
+        label: Some("state"),
+        listeners_only: false,
+        values: |traffic| {
+            vec![
+                ("active", traffic.active_flows),
+                ("inactive", traffic.inactive_flows),
+            ]
+        },
+    },
+];
+
+impl Measure {
+    fn is_for(&self, scope: Scope) -> bool {
+        !self.listeners_only || scope == Scope::Listener
+    }
+
+    fn family(&self, scope: Scope) -> Family {
+        let (label, values) = (self.label, self.values);
+        let mut labels = scope.labels().to_vec();
+        labels.extend(label);
+        let name = match self.name {
+            "" => scope.name().to_owned(),
+            name => format!("{}_{name}", scope.name()),
+        };
+        let help = format!("{}; by {}.", self.help, scope.name());
+        let mut family = Family::new(self.kind, &name, &help, &labels, move |status| {
+            let mut samples = Vec::new();
+            for (owner, traffic) in scope.each(status) {
+                for (value, number) in values(&traffic) {
+                    let mut labels = owner.clone();
+                    labels.extend(label.map(|_| value.to_owned()));
+                    samples.push(Sample {
+                        labels,
+                        value: Value::Whole(number),
+                    });
+                }
+            }
+            samples
+        });
+        family.unit.clone_from(&self.unit);
+        family
+    }
+}
+
+/// All of [`BackendStatus::health`](crate::status::BackendStatus::health).
+const HEALTH: [&str; 3] = ["healthy", "unhealthy", "unknown"];
+
+fn backends() -> [Family; 5] {
+    let of_backends = |read: fn(&crate::status::BackendStatus) -> Value| {
+        move |status: &Status| {
+            let mut samples = Vec::new();
+            for group in &status.groups {
+                for backend in &group.backends {
+                    samples.push(Sample::new([&group.name, &backend.name], read(backend)));
+                }
+            }
+            samples
+        }
+    };
+    let of_one = &["group", "backend"];
+    [
+        Family::new(
+            Kind::Gauge,
+            "group_backends",
+            "Backends of the group, by health; unknown before the first probe.",
+            &["group", "health"],
+            |status| {
+                let mut samples = Vec::new();
+                for group in &status.groups {
+                    for health in HEALTH {
+                        let count = group
+                            .backends
+                            .iter()
+                            .filter(|backend| backend.health == health)
+                            .count();
+                        samples.push(Sample::whole([&group.name, health], count as u64));
+                    }
+                }
+                samples
+            },
+        ),
+        Family::new(
+            Kind::Gauge,
+            "backend_healthy",
+            "1 if the backend is healthy, else 0.",
+            of_one,
+            of_backends(|backend| Value::Whole(u64::from(backend.health == "healthy"))),
+        ),
+        Family::new(
+            Kind::Gauge,
+            "backend_weight",
+            "The backend's weight, as configured.",
+            of_one,
+            of_backends(|backend| Value::Whole(u64::from(backend.weight))),
+        ),
+        Family::new(
+            Kind::Gauge,
+            "backend_slot_share",
+            "Share of the group's slots, and so of its new flows, that the backend has now, 0 to 1.",
+            of_one,
+            of_backends(|backend| Value::Real(backend.share)),
+        ),
+        Family::new(
+            Kind::Gauge,
+            "backend_diagnosis",
+            "Always 1, for a backend that does not answer: the cause that the agent found.",
+            &["group", "backend", "cause"],
+            |status| {
+                let mut samples = Vec::new();
+                for group in &status.groups {
+                    for backend in &group.backends {
+                        if let Some(diagnosis) = &backend.diagnosis {
+                            samples.push(Sample::whole([&group.name, &backend.name, &diagnosis.cause], 1));
+                        }
+                    }
+                }
+                samples
+            },
+        ),
+    ]
+}
+
+fn gateway() -> [Family; 6] {
+    let by_reason = &["reason", "verdict"];
+    [
+        Family::new(
+            Kind::Counter,
+            "packets",
+            "Packets seen by the data path, by the reason of their verdict (docs/reasons.md).",
+            by_reason,
+            |status| {
+                let sample = |reason: &crate::status::ReasonStatus| {
+                    Sample::whole([&reason.name, &reason.verdict], reason.packets)
+                };
+                status.reasons.iter().map(sample).collect()
+            },
+        ),
+        Family::new(
+            Kind::Counter,
+            "",
+            "Frame bytes seen by the data path, by the reason of their verdict (docs/reasons.md).",
+            by_reason,
+            |status| {
+                let sample = |reason: &crate::status::ReasonStatus| {
+                    Sample::whole([&reason.name, &reason.verdict], reason.bytes)
+                };
+                status.reasons.iter().map(sample).collect()
+            },
+        )
+        .unit(Unit::Bytes),
+        Family::new(
+            Kind::Gauge,
+            "pool_bindings",
+            "SNAT bindings, each held by one flow: used ones and free ones.",
+            &["state"],
+            |status| {
+                vec![
+                    Sample::whole(["used"], status.pool.used),
+                    Sample::whole(["free"], status.pool.free),
+                ]
+            },
+        ),
+        Family::new(
+            Kind::Gauge,
+            "pool_used_ratio",
+            "Share of the SNAT bindings that flows hold, 0 to 1; at 1 new flows are refused.",
+            &[],
+            |status| vec![Sample::new([], Value::Real(status.pool.usage()))],
+        ),
+        Family::new(
+            Kind::Gauge,
+            "interface_up",
+            "1 if the interface that the data path is attached to is up, else 0.",
+            &["interface", "attachment"],
+            |status| {
+                let sample = |interface: &crate::status::InterfaceStatus| {
+                    Sample::whole(
+                        [&interface.name, &interface.attachment],
+                        u64::from(interface.is_up),
+                    )
+                };
+                status.interfaces.iter().map(sample).collect()
+            },
+        ),
+        Family::new(
+            Kind::Gauge,
+            "interface_sends",
+            "1 if frames leave through the interface straight from the data path, 0 if the stack sends them.",
+            &["interface", "attachment"],
+            |status| {
+                let sample = |interface: &crate::status::InterfaceStatus| {
+                    Sample::whole(
+                        [&interface.name, &interface.attachment],
+                        u64::from(interface.sends),
+                    )
+                };
+                status.interfaces.iter().map(sample).collect()
+            },
+        ),
+    ]
+}
+
+/// A status, as the encoder wants it.
+#[derive(Debug)]
+struct Snapshot(Status);
+
+impl Collector for Snapshot {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
+        for family in families() {
+            let metric_type = match family.kind {
+                Kind::Counter => MetricType::Counter,
+                Kind::Gauge => MetricType::Gauge,
+                Kind::Info => MetricType::Info,
+            };
+            // The encoder joins prefix, name and unit; without a name, the unit is the name.
+            let (name, unit) = match (family.name.as_str(), &family.unit) {
+                ("", Some(unit)) => (unit.as_str(), None),
+                (name, unit) => (name, unit.as_ref()),
+            };
+            let mut metric = encoder.encode_descriptor(name, &family.help, unit, metric_type)?;
+            for sample in (family.samples)(&self.0) {
+                let labels: Vec<(&str, String)> = family.labels.iter().copied().zip(sample.labels).collect();
+                if family.kind == Kind::Info {
+                    metric.encode_info(&labels)?;
+                } else if labels.is_empty() {
+                    // As a family it would be written with `{}`.
+                    sample.value.encode(family.kind, &mut metric)?;
+                } else {
+                    sample
+                        .value
+                        .encode(family.kind, &mut metric.encode_family(&labels)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, HashSet};
+
+    use forwarder_common::abi::reason::{DESCRIPTIONS, VerdictKind};
+
+    use super::*;
+    use crate::status::testing::{assert_same_as_file, sample};
+
+    /// One family of a text that is known to be well formed.
+    #[derive(Debug)]
+    struct Read {
+        metric_type: String,
+        samples: BTreeMap<String, f64>,
+    }
+
+    /// Reads OpenMetrics text and panics at whatever the format does not allow.
+    fn read(text: &str) -> BTreeMap<String, Read> {
+        let mut families: BTreeMap<String, Read> = BTreeMap::new();
+        let mut lines = text.lines().peekable();
+        loop {
+            let line = lines.next().expect("a text ends in # EOF");
+            if line == "# EOF" {
+                assert_eq!(lines.next(), None, "nothing follows # EOF");
+                return families;
+            }
+            let (name, help) = line
+                .strip_prefix("# HELP ")
+                .expect(line)
+                .split_once(' ')
+                .expect(line);
+            assert!(help.ends_with('.') && !help.contains(['\n', '\\', '"']), "{line}");
+            assert!(name.starts_with("forwarder_"), "{line}");
+            assert!(name.chars().all(|c| c == '_' || c.is_ascii_lowercase()), "{line}");
+            assert!(
+                !name.contains("__") && !name.ends_with("_total") && !name.ends_with("_info"),
+                "{line}"
+            );
+            let line = lines.next().expect("TYPE follows HELP");
+            let metric_type = line
+                .strip_prefix(&format!("# TYPE {name} "))
+                .expect(line)
+                .to_owned();
+            let suffix = match metric_type.as_str() {
+                "counter" => "_total",
+                "gauge" => "",
+                "info" => "_info",
+                _ => panic!("{line}"),
+            };
+            if let Some(line) = lines.next_if(|line| line.starts_with("# UNIT ")) {
+                let unit = line.strip_prefix(&format!("# UNIT {name} ")).expect(line);
+                assert!(name.ends_with(&format!("_{unit}")), "{line}");
+            }
+            let mut samples = BTreeMap::new();
+            while let Some(line) = lines.next_if(|line| !line.starts_with('#')) {
+                let (series, value) = line.rsplit_once(' ').expect(line);
+                let labels = series.strip_prefix(&format!("{name}{suffix}")).expect(line);
+                read_labels(labels, line);
+                let value: f64 = value.parse().expect(line);
+                assert!(value.is_finite() && value >= 0.0, "{line}");
+                assert_eq!(samples.insert(labels.to_owned(), value), None, "twice: {line}");
+            }
+            let family = Read { metric_type, samples };
+            assert!(
+                families.insert(name.to_owned(), family).is_none(),
+                "twice: {name}"
+            );
+        }
+    }
+
+    fn read_labels(labels: &str, line: &str) {
+        if labels.is_empty() {
+            return;
+        }
+        let inner = labels
+            .strip_prefix('{')
+            .and_then(|rest| rest.strip_suffix('}'))
+            .expect(line);
+        let mut seen = HashSet::new();
+        for label in inner.split(',') {
+            let (key, value) = label.split_once('=').expect(line);
+            assert!(seen.insert(key), "twice: {line}");
+            assert!(key.chars().all(|c| c == '_' || c.is_ascii_lowercase()), "{line}");
+            let value = value
+                .strip_prefix('"')
+                .and_then(|rest| rest.strip_suffix('"'))
+                .expect(line);
+            assert!(!value.is_empty() && !value.contains(['"', '\\']), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_text_is_as_expected() {
+        assert_same_as_file("tests/golden/status/metrics.txt", &render(&sample()));
+    }
+
+    #[test]
+    fn the_text_is_well_formed_and_complete() {
+        let read = read(&render(&sample()));
+        assert_eq!(read.len(), families().len());
+        assert_eq!(read["forwarder_packets"].samples.len(), DESCRIPTIONS.len());
+        assert_eq!(read["forwarder_packets"].metric_type, "counter");
+        assert_eq!(
+            read["forwarder_backend_healthy"].samples[r#"{group="web",backend="ecs02"}"#],
+            0.0
+        );
+        assert_eq!(
+            read["forwarder_listener_bytes"].samples[r#"{listener="web",direction="in"}"#],
+            5_120_000.0
+        );
+        assert_eq!(read["forwarder_build"].metric_type, "info");
+    }
+
+    #[test]
+    fn names_keep_what_an_operator_wrote() {
+        let mut status = sample();
+        status.listeners[0].name = "web.v1-eu_2".to_owned();
+        assert!(render(&status).contains(r#"forwarder_listener_connections_total{listener="web.v1-eu_2"} "#));
+    }
+
+    #[test]
+    fn the_number_of_series_does_not_depend_on_traffic() {
+        let count = |status: &Status| {
+            read(&render(status))
+                .values()
+                .map(|family| family.samples.len())
+                .sum::<usize>()
+        };
+        let busy = sample();
+        let mut idle = busy.clone();
+        for reason in &mut idle.reasons {
+            (reason.packets, reason.bytes) = (0, 0);
+        }
+        for listener in &mut idle.listeners {
+            listener.traffic = Traffic::default();
+        }
+        assert_eq!(count(&busy), count(&idle));
+    }
+
+    #[test]
+    fn docs_metrics_md_is_current() {
+        let mut page = String::from(METRICS_INTRODUCTION);
+        for family in families() {
+            let name = [
+                PREFIX,
+                &family.name,
+                family.unit.as_ref().map_or("", Unit::as_str),
+            ]
+            .into_iter()
+            .filter(|part| !part.is_empty())
+            .collect::<Vec<_>>()
+            .join("_");
+            let (suffix, kind) = match family.kind {
+                Kind::Counter => ("_total", "counter"),
+                Kind::Gauge => ("", "gauge"),
+                Kind::Info => ("_info", "info"),
+            };
+            let labels: Vec<String> = family.labels.iter().map(|label| format!("`{label}`")).collect();
+            page += &format!(
+                "| `{name}{suffix}` | {kind} | {} | {} |\n",
+                labels.join(", "),
+                family.help
+            );
+        }
+        page += METRICS_END;
+        assert_same_as_file("docs/metrics.md", &page);
+    }
+
+    const METRICS_INTRODUCTION: &str = "\
+<!-- Generated from forwarder-user/src/metrics.rs: `FORWARDER_BLESS=1 cargo test -p forwarder-user docs_` -->
+# Metrics
+
+The agent serves them at `http://127.0.0.1:9469/metrics`; `metrics_address` in the configuration changes the address.
+The format is OpenMetrics 1.0, which Prometheus reads.
+
+- Counters start at zero with the agent. *In* is from clients to backends (requests), *out* is back (replies), on
+  whatever interface. A *connection* is a TCP connection or a UDP flow.
+- There are no rates: `rate(forwarder_listener_connections_total[1m])` computes them. `forwarder status` shows some.
+- The number of series is bounded by the configuration: it does not grow with clients or flows.
+
+| name | type | labels | meaning |
+|---|---|---|---|
+";
+
+    const METRICS_END: &str = "
+## Values of labels
+
+| label | values |
+|---|---|
+| `listener`, `group`, `backend`, `interface` | names of the configuration |
+| `direction` | `in`, `out` |
+| `origin` | `client`, `backend` |
+| `state` | of flows: `active`, `inactive`; of bindings: `used`, `free` |
+| `health` | `healthy`, `unhealthy`, `unknown` |
+| `attachment` | `xdp-native`, `xdp-generic`, `tcx` |
+| `verdict` | `send`, `pass`, `drop` |
+| `reason` | see [reasons](reasons.md) |
+| `cause` | as in `forwarder status -o json`, such as `no-return-route` |
+
+## Worth an alert
+
+```text
+min by (group) (forwarder_group_backends{health=\"healthy\"}) == 0               nobody serves the group
+forwarder_backend_healthy == 0                                                 a backend is out
+forwarder_pool_used_ratio > 0.8                                                flows will soon be refused
+rate(forwarder_listener_connections_refused_total[5m]) > 0                     flows are being refused
+sum by (reason) (rate(forwarder_packets_total{verdict=\"drop\"}[5m])) > 100      many drops, and why
+forwarder_interface_up == 0                                                    an interface is down
+forwarder_warnings > 0                                                         see `forwarder status`
+```
+";
+
+    #[test]
+    fn docs_reasons_md_is_current() {
+        let mut page = String::from(REASONS_INTRODUCTION);
+        for description in DESCRIPTIONS {
+            let verdict = match description.verdict {
+                VerdictKind::Send => "send",
+                VerdictKind::Pass => "pass",
+                VerdictKind::Drop => "drop",
+            };
+            page += &format!(
+                "| {} | `{}` | {verdict} | {} | {} |\n",
+                description.reason.0,
+                description.name,
+                description.text,
+                // A pipe would end the cell.
+                description.hint.replace('|', "\\|"),
+            );
+        }
+        assert_same_as_file("docs/reasons.md", &page);
+    }
+
+    const REASONS_INTRODUCTION: &str = "\
+<!-- Generated from forwarder-common/src/abi/reason.rs: `FORWARDER_BLESS=1 cargo test -p forwarder-user docs_` -->
+# Reasons
+
+Every packet that reaches the data path ends with exactly one of these reasons, which is counted: in
+`forwarder_packets_total{reason=…,verdict=…}` and `forwarder_bytes_total` (see [metrics](metrics.md)), and in
+`forwarder status`, which lists the drops. Numbers and names are never reused.
+
+*send*: the packet leaves straight from the data path. *pass*: it goes up to the host's stack. *drop*: it ends here.
+
+| number | name | verdict | what happened | what to do |
+|---|---|---|---|---|
+";
+}

@@ -1,0 +1,246 @@
+//! What the agent knows about itself and the data path, as one value.
+//!
+//! The agent makes a [`Status`] when asked; `forwarder status` draws it, `-o json` prints it, and
+//! the Prometheus text is derived from it. So all of them agree.
+//!
+//! The names of its fields are the names in the JSON, which scripts rely on: add some, but rename none.
+//! tests/golden/status/sample.json shows them all. Real numbers must be finite, as JSON knows no others.
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+/// Everything there is to show.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the agent.
+    pub version: String,
+    pub uptime_secs: u64,
+    pub interfaces: Vec<InterfaceStatus>,
+    pub listeners: Vec<ListenerStatus>,
+    pub groups: Vec<GroupStatus>,
+    pub pool: PoolStatus,
+    /// By number of the reason, all of them, also those that never occurred.
+    pub reasons: Vec<ReasonStatus>,
+    /// Things an operator should look at, one sentence each: missing sysctls, a VIP without route, …
+    pub warnings: Vec<String>,
+}
+
+/// An interface the data path is attached to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    pub name: String,
+    /// `xdp-native`, `xdp-generic` or `tcx`.
+    pub attachment: String,
+    /// Do frames leave through it straight from XDP?
+    pub sends: bool,
+    pub is_up: bool,
+}
+
+/// Counters since the agent's start, and rates over the last second or so. Bytes are IP bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Traffic {
+    pub connections_opened: u64,
+    /// New connections refused: no backend, no binding, no room.
+    pub connections_refused: u64,
+    pub packets_in: u64,
+    pub bytes_in: u64,
+    pub packets_out: u64,
+    pub bytes_out: u64,
+    /// TCP resets from clients.
+    pub client_resets: u64,
+    /// TCP resets from backends.
+    pub backend_resets: u64,
+    /// Flows in the table now: active and inactive.
+    pub flows: u64,
+    /// Flows that carried a packet in the last sweep or whose TCP connection is established.
+    pub active_flows: u64,
+    /// Flows in the table that are not active: half open, closing, closed.
+    pub inactive_flows: u64,
+    pub rates: Rates,
+}
+
+impl Traffic {
+    /// Adds another's counters and rates.
+    pub fn add(&mut self, other: &Self) {
+        self.connections_opened += other.connections_opened;
+        self.connections_refused += other.connections_refused;
+        self.packets_in += other.packets_in;
+        self.bytes_in += other.bytes_in;
+        self.packets_out += other.packets_out;
+        self.bytes_out += other.bytes_out;
+        self.client_resets += other.client_resets;
+        self.backend_resets += other.backend_resets;
+        self.flows += other.flows;
+        self.active_flows += other.active_flows;
+        self.inactive_flows += other.inactive_flows;
+        self.rates.connections += other.rates.connections;
+        self.rates.packets_in += other.rates.packets_in;
+        self.rates.bytes_in += other.rates.bytes_in;
+        self.rates.packets_out += other.rates.packets_out;
+        self.rates.bytes_out += other.rates.bytes_out;
+    }
+}
+
+/// Per second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    pub connections: f64,
+    pub packets_in: f64,
+    pub bytes_in: f64,
+    pub packets_out: f64,
+    pub bytes_out: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListenerStatus {
+    pub name: String,
+    pub vip: Ipv4Addr,
+    pub port: u16,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    pub group: String,
+    #[serde(flatten)]
+    pub traffic: Traffic,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupStatus {
+    pub name: String,
+    /// `full` or `dnat`.
+    pub nat: String,
+    pub healthy_backends: usize,
+    pub unhealthy_backends: usize,
+    /// Sum over its backends.
+    #[serde(flatten)]
+    pub traffic: Traffic,
+    pub backends: Vec<BackendStatus>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BackendStatus {
+    pub name: String,
+    pub address: Ipv4Addr,
+    pub port: u16,
+    pub weight: u16,
+    /// `healthy`, `unhealthy`, or `unknown` before the first probe.
+    pub health: String,
+    /// Share of the group's slots, 0 to 1.
+    pub share: f64,
+    /// Why the last probe failed; none if it passed.
+    pub failure: Option<String>,
+    pub diagnosis: Option<DiagnosisStatus>,
+    #[serde(flatten)]
+    pub traffic: Traffic,
+}
+
+/// What the agent found out about a backend that does not answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiagnosisStatus {
+    /// Stable kebab-case name, such as `no-return-route`.
+    pub cause: String,
+    pub text: String,
+    pub hint: Option<String>,
+}
+
+/// SNAT bindings, each of which one flow holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// Flows the table has room for, each with its binding.
+    pub capacity: u64,
+    /// Held now.
+    pub used: u64,
+    pub free: u64,
+}
+
+impl PoolStatus {
+    /// Share of the bindings that is held, 0 to 1; 0 of an empty pool.
+    #[must_use]
+    pub fn usage(&self) -> f64 {
+        if self.capacity == 0 {
+            0.0
+        } else {
+            self.used as f64 / self.capacity as f64
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReasonStatus {
+    pub name: String,
+    /// `send`, `pass` or `drop`.
+    pub verdict: String,
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{testing::sample, *};
+
+    #[test]
+    fn json_has_the_names_that_scripts_rely_on() {
+        let json = serde_json::to_string_pretty(&sample()).unwrap() + "\n";
+        testing::assert_same_as_file("tests/golden/status/sample.json", &json);
+    }
+
+    #[test]
+    fn an_empty_pool_is_not_used() {
+        assert_eq!(PoolStatus::default().usage(), 0.0);
+    }
+}
+
+/// For tests of everything that shows a status.
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+    };
+
+    use forwarder_common::abi::reason::{DESCRIPTIONS, VerdictKind};
+
+    use super::{ReasonStatus, Status};
+
+    fn workspace(path: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+    }
+
+    /// A gateway with one backend in trouble; its reasons are those of this build, with the sample's numbers.
+    pub(crate) fn sample() -> Status {
+        let json = fs::read_to_string(workspace("tests/golden/status/sample.json")).unwrap();
+        let mut status: Status = serde_json::from_str(&json).unwrap();
+        let counted = std::mem::take(&mut status.reasons);
+        status.reasons = DESCRIPTIONS
+            .iter()
+            .map(|description| {
+                let known = counted.iter().find(|reason| reason.name == description.name);
+                ReasonStatus {
+                    name: description.name.to_owned(),
+                    verdict: match description.verdict {
+                        VerdictKind::Send => "send",
+                        VerdictKind::Pass => "pass",
+                        VerdictKind::Drop => "drop",
+                    }
+                    .to_owned(),
+                    packets: known.map_or(0, |reason| reason.packets),
+                    bytes: known.map_or(0, |reason| reason.bytes),
+                }
+            })
+            .collect();
+        status
+    }
+
+    /// Compares with a file of the repository; writes it instead if `FORWARDER_BLESS` is set.
+    pub(crate) fn assert_same_as_file(path: &str, text: &str) {
+        let file = workspace(path);
+        if std::env::var_os("FORWARDER_BLESS").is_some() {
+            fs::write(&file, text).unwrap();
+        }
+        let expected = fs::read_to_string(&file).unwrap_or_default();
+        assert!(
+            text == expected,
+            "{path} differs: if this is right, run again with FORWARDER_BLESS=1 and read the difference\n{text}"
+        );
+    }
+}

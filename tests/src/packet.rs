@@ -1,0 +1,457 @@
+//! Frames built field by field, and checks of finished frames.
+//!
+//! Checksums are computed here over the whole packet, in big-endian order, and share nothing with the data
+//! path's incremental updates: a case's expected frame is *built*, never derived from what the data path did.
+//! Lengths that lie are made with [`patched`], after building.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use forwarder_common::wire::tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
+
+/// An Ethernet address.
+pub type Mac = [u8; 6];
+
+/// Length of an Ethernet header without tags, in bytes: where IPv4 and ARP start.
+pub const ETHERNET_LEN: usize = 14;
+
+const ICMP: u8 = 1;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// Flags of the usual TCP segments.
+pub mod segment {
+    use super::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
+
+    pub const SYN: u8 = FLAG_SYN;
+    pub const SYN_ACK: u8 = FLAG_SYN | FLAG_ACK;
+    pub const ACK: u8 = FLAG_ACK;
+    pub const FIN: u8 = FLAG_FIN | FLAG_ACK;
+    pub const RST: u8 = FLAG_RST;
+}
+
+/// What the transport checksum field holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Checksum {
+    /// The checksum.
+    Complete,
+    /// What a sender with checksum offload leaves to its device: the sum of the pseudo-header, not
+    /// complemented.
+    Partial,
+    /// This.
+    Fixed(u16),
+}
+
+#[derive(Clone, Debug)]
+enum Transport {
+    Tcp {
+        flags: u8,
+        options: Vec<u8>,
+    },
+    Udp,
+    Icmp {
+        kind: u8,
+        code: u8,
+    },
+    /// A protocol without a header of ours.
+    Other(u8),
+}
+
+/// An IPv4 packet in an Ethernet frame.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    source_mac: Mac,
+    destination_mac: Mac,
+    vlan: Option<u16>,
+    source: SocketAddrV4,
+    destination: SocketAddrV4,
+    ttl: u8,
+    fragment: u16,
+    options: Vec<u8>,
+    transport: Transport,
+    payload: Vec<u8>,
+    checksum: Checksum,
+    padding: Vec<u8>,
+}
+
+impl Builder {
+    fn new(transport: Transport, source: SocketAddrV4, destination: SocketAddrV4) -> Self {
+        Self {
+            source_mac: [0; 6],
+            destination_mac: [0; 6],
+            vlan: None,
+            source,
+            destination,
+            ttl: 64,
+            fragment: 0,
+            options: Vec::new(),
+            transport,
+            payload: Vec::new(),
+            checksum: Checksum::Complete,
+            padding: Vec::new(),
+        }
+    }
+
+    /// A TCP segment with these flags.
+    pub fn tcp(flags: u8, source: SocketAddrV4, destination: SocketAddrV4) -> Self {
+        let options = Vec::new();
+        Self::new(Transport::Tcp { flags, options }, source, destination)
+    }
+
+    /// A UDP datagram.
+    pub fn udp(source: SocketAddrV4, destination: SocketAddrV4) -> Self {
+        Self::new(Transport::Udp, source, destination)
+    }
+
+    /// An ICMP message of this type and code.
+    pub fn icmp(kind: u8, code: u8, source: Ipv4Addr, destination: Ipv4Addr) -> Self {
+        let (source, destination) = (SocketAddrV4::new(source, 0), SocketAddrV4::new(destination, 0));
+        Self::new(Transport::Icmp { kind, code }, source, destination)
+    }
+
+    /// A packet of another protocol.
+    pub fn other(protocol: u8, source: Ipv4Addr, destination: Ipv4Addr) -> Self {
+        let (source, destination) = (SocketAddrV4::new(source, 0), SocketAddrV4::new(destination, 0));
+        Self::new(Transport::Other(protocol), source, destination)
+    }
+
+    #[must_use]
+    pub fn link(mut self, source: Mac, destination: Mac) -> Self {
+        (self.source_mac, self.destination_mac) = (source, destination);
+        self
+    }
+
+    /// Link addresses of the answer.
+    #[must_use]
+    pub fn link_swapped(self) -> Self {
+        let (source, destination) = (self.source_mac, self.destination_mac);
+        self.link(destination, source)
+    }
+
+    #[must_use]
+    pub fn from(mut self, source: SocketAddrV4) -> Self {
+        self.source = source;
+        self
+    }
+
+    #[must_use]
+    pub fn to(mut self, destination: SocketAddrV4) -> Self {
+        self.destination = destination;
+        self
+    }
+
+    #[must_use]
+    pub fn ttl(mut self, ttl: u8) -> Self {
+        self.ttl = ttl;
+        self
+    }
+
+    /// An 802.1Q tag with this number.
+    #[must_use]
+    pub fn vlan(mut self, number: u16) -> Self {
+        self.vlan = Some(number);
+        self
+    }
+
+    /// Flags and offset of fragmentation, as they stand in the header.
+    #[must_use]
+    pub fn fragment(mut self, field: u16) -> Self {
+        self.fragment = field;
+        self
+    }
+
+    /// IPv4 options: a multiple of 4 bytes, at most 40.
+    #[must_use]
+    pub fn options(mut self, options: Vec<u8>) -> Self {
+        assert!(options.len().is_multiple_of(4) && options.len() <= 40);
+        self.options = options;
+        self
+    }
+
+    /// TCP options: a multiple of 4 bytes, at most 40.
+    #[must_use]
+    pub fn tcp_options(mut self, new: Vec<u8>) -> Self {
+        assert!(new.len().is_multiple_of(4) && new.len() <= 40);
+        match &mut self.transport {
+            Transport::Tcp { options, .. } => *options = new,
+            other => panic!("{other:?} has no TCP options"),
+        }
+        self
+    }
+
+    /// ICMP type.
+    #[must_use]
+    pub fn icmp_kind(mut self, new: u8) -> Self {
+        match &mut self.transport {
+            Transport::Icmp { kind, .. } => *kind = new,
+            other => panic!("{other:?} has no ICMP type"),
+        }
+        self
+    }
+
+    /// So many bytes of payload, no two neighbours equal.
+    #[must_use]
+    pub fn payload(mut self, len: usize) -> Self {
+        self.payload = (0..len).map(|index| (index * 7 + 0x31) as u8).collect();
+        self
+    }
+
+    #[must_use]
+    pub fn checksum(mut self, checksum: Checksum) -> Self {
+        self.checksum = checksum;
+        self
+    }
+
+    /// Changes the payload's first two bytes so that the transport checksum is `wanted`, which no packet has
+    /// as 0xffff. Addresses and ports must be set before.
+    #[must_use]
+    pub fn payload_for_checksum(mut self, wanted: u16) -> Self {
+        assert!(wanted != 0xffff && self.payload.len() >= 2);
+        self.payload[..2].fill(0);
+        let segment = self.segment(0);
+        let sum = fold(self.pseudo_sum(segment.len()) + sum(&segment));
+        let word = fold(u64::from(!wanted) + u64::from(!sum));
+        self.payload[..2].copy_from_slice(&word.to_be_bytes());
+        self
+    }
+
+    /// Bytes behind the packet, as Ethernet needs to reach 60.
+    #[must_use]
+    pub fn padding(mut self, len: usize) -> Self {
+        self.padding = vec![0xa5; len];
+        self
+    }
+
+    /// The folded sum of the pseudo-header: a partial checksum.
+    pub fn partial_checksum(&self) -> u16 {
+        fold(self.pseudo_sum(self.segment(0).len()))
+    }
+
+    fn protocol(&self) -> u8 {
+        match self.transport {
+            Transport::Tcp { .. } => TCP,
+            Transport::Udp => UDP,
+            Transport::Icmp { .. } => ICMP,
+            Transport::Other(protocol) => protocol,
+        }
+    }
+
+    fn pseudo_sum(&self, len: usize) -> u64 {
+        let (source, destination) = (self.source.ip().octets(), self.destination.ip().octets());
+        sum(&source) + sum(&destination) + u64::from(self.protocol()) + len as u64
+    }
+
+    /// Transport header and payload with this in the checksum field.
+    fn segment(&self, checksum: u16) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let ports = [self.source.port(), self.destination.port()];
+        match &self.transport {
+            Transport::Tcp { flags, options } => {
+                ports.iter().for_each(|port| bytes.extend(port.to_be_bytes()));
+                bytes.extend(0x1234_5678_u32.to_be_bytes());
+                bytes.extend(0x9abc_def0_u32.to_be_bytes());
+                bytes.extend([((20 + options.len()) / 4 << 4) as u8, *flags, 0xfa, 0xf0]);
+                bytes.extend(checksum.to_be_bytes());
+                bytes.extend([0, 0]);
+                bytes.extend(options);
+            }
+            Transport::Udp => {
+                ports.iter().for_each(|port| bytes.extend(port.to_be_bytes()));
+                bytes.extend(((8 + self.payload.len()) as u16).to_be_bytes());
+                bytes.extend(checksum.to_be_bytes());
+            }
+            Transport::Icmp { kind, code } => {
+                bytes.extend([*kind, *code]);
+                bytes.extend(checksum.to_be_bytes());
+                bytes.extend([0x0b, 0xad, 0, 1]);
+            }
+            Transport::Other(_) => {}
+        }
+        bytes.extend(&self.payload);
+        bytes
+    }
+
+    fn transport_checksum(&self) -> u16 {
+        let segment = self.segment(0);
+        match (self.checksum, &self.transport) {
+            (Checksum::Fixed(value), _) => value,
+            (Checksum::Partial, _) => self.partial_checksum(),
+            (Checksum::Complete, Transport::Icmp { .. }) => !fold(sum(&segment)),
+            (Checksum::Complete, transport) => {
+                let value = !fold(self.pseudo_sum(segment.len()) + sum(&segment));
+                // RFC 768: zero means "none", so a computed zero is sent as all ones.
+                let is_udp = matches!(transport, Transport::Udp);
+                if is_udp && value == 0 { 0xffff } else { value }
+            }
+        }
+    }
+
+    /// The frame.
+    pub fn build(&self) -> Vec<u8> {
+        let segment = self.segment(self.transport_checksum());
+        let header_len = 20 + self.options.len();
+        let mut ip = vec![0x40 | (header_len / 4) as u8, 0];
+        ip.extend(((header_len + segment.len()) as u16).to_be_bytes());
+        ip.extend(0xbeef_u16.to_be_bytes());
+        ip.extend(self.fragment.to_be_bytes());
+        ip.extend([self.ttl, self.protocol(), 0, 0]);
+        ip.extend(self.source.ip().octets());
+        ip.extend(self.destination.ip().octets());
+        ip.extend(&self.options);
+        let checksum = !fold(sum(&ip));
+        ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+
+        let mut frame = Vec::new();
+        frame.extend(self.destination_mac);
+        frame.extend(self.source_mac);
+        if let Some(number) = self.vlan {
+            frame.extend(0x8100_u16.to_be_bytes());
+            frame.extend(number.to_be_bytes());
+        }
+        frame.extend(0x0800_u16.to_be_bytes());
+        frame.extend(ip);
+        frame.extend(segment);
+        frame.extend(&self.padding);
+        frame
+    }
+}
+
+/// An ARP packet in an Ethernet frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Arp {
+    /// 1: request, 2: reply.
+    pub operation: u16,
+    pub sender_mac: Mac,
+    pub sender: Ipv4Addr,
+    pub target_mac: Mac,
+    pub target: Ipv4Addr,
+}
+
+impl Arp {
+    /// The frame, with these link addresses.
+    pub fn build(&self, source: Mac, destination: Mac) -> Vec<u8> {
+        let mut frame = Vec::new();
+        frame.extend(destination);
+        frame.extend(source);
+        frame.extend(0x0806_u16.to_be_bytes());
+        frame.extend([0, 1, 8, 0, 6, 4]);
+        frame.extend(self.operation.to_be_bytes());
+        frame.extend(self.sender_mac);
+        frame.extend(self.sender.octets());
+        frame.extend(self.target_mac);
+        frame.extend(self.target.octets());
+        frame
+    }
+}
+
+/// A frame with some bytes replaced; checksums stay as they are.
+pub fn patched(mut frame: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
+    frame[offset..offset + bytes.len()].copy_from_slice(bytes);
+    frame
+}
+
+/// Which checksums of a frame are wrong; empty for frames that have none. A UDP checksum of zero is none.
+///
+/// # Panics
+/// When the frame's length fields lie.
+pub fn wrong_checksums(frame: &[u8]) -> Vec<&'static str> {
+    let Some(ip) = ipv4(frame) else {
+        return Vec::new();
+    };
+    let header_len = usize::from(ip[0] & 0x0f) * 4;
+    let total_len = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
+    let (header, segment) = (&ip[..header_len], &ip[header_len..total_len]);
+    let protocol = ip[9];
+    let pseudo = sum(&ip[12..20]) + u64::from(protocol) + segment.len() as u64;
+    let mut wrong = Vec::new();
+    if fold(sum(header)) != 0xffff {
+        wrong.push("IPv4");
+    }
+    match protocol {
+        TCP if fold(pseudo + sum(segment)) != 0xffff => wrong.push("TCP"),
+        UDP if segment[6..8] != [0, 0] && fold(pseudo + sum(segment)) != 0xffff => wrong.push("UDP"),
+        ICMP if fold(sum(segment)) != 0xffff => wrong.push("ICMP"),
+        _ => {}
+    }
+    wrong
+}
+
+/// The IPv4 packet of an untagged frame, with whatever follows it.
+fn ipv4(frame: &[u8]) -> Option<&[u8]> {
+    match frame.get(12..ETHERNET_LEN)? {
+        [8, 0] => Some(&frame[ETHERNET_LEN..]),
+        _ => None,
+    }
+}
+
+/// Length field of a frame's IPv4 header: header and payload in bytes.
+pub fn ip_len(frame: &[u8]) -> u64 {
+    u64::from(u16::from_be_bytes([
+        frame[ETHERNET_LEN + 2],
+        frame[ETHERNET_LEN + 3],
+    ]))
+}
+
+/// Is this a TCP segment with RST?
+pub fn is_reset(frame: &[u8]) -> bool {
+    ipv4(frame).is_some_and(|ip| ip[9] == TCP && ip[usize::from(ip[0] & 0x0f) * 4 + 13] & segment::RST != 0)
+}
+
+/// Sum of big-endian words; an odd last byte is padded with zero (RFC 1071).
+pub fn sum(bytes: &[u8]) -> u64 {
+    bytes
+        .chunks(2)
+        .map(|word| u64::from(word[0]) << 8 | word.get(1).map_or(0, |low| u64::from(*low)))
+        .sum()
+}
+
+/// Adds carries back in until 16 bits are left (RFC 1071).
+pub fn fold(mut sum: u64) -> u16 {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLIENT: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 7), 50000);
+    const VIP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, 10), 80);
+
+    #[test]
+    fn the_example_of_rfc_1071() {
+        let bytes = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
+        assert_eq!(fold(sum(&bytes)), 0xddf2);
+    }
+
+    #[test]
+    fn built_packets_have_valid_checksums_and_damaged_ones_do_not() {
+        let packets = [
+            Builder::tcp(segment::SYN, CLIENT, VIP)
+                .tcp_options(vec![2, 4, 5, 0xb4])
+                .payload(3),
+            Builder::udp(CLIENT, VIP).options(vec![1; 8]).payload(5),
+            Builder::icmp(8, 0, *CLIENT.ip(), *VIP.ip()).payload(56),
+        ];
+        for packet in packets {
+            let mut frame = packet.build();
+            assert_eq!(wrong_checksums(&frame), Vec::<&str>::new(), "{packet:?}");
+            frame[ETHERNET_LEN + 8] ^= 1;
+            let last = frame.len() - 1;
+            frame[last] ^= 1;
+            assert_eq!(wrong_checksums(&frame).len(), 2, "{packet:?}");
+        }
+    }
+
+    #[test]
+    fn a_payload_can_be_made_for_any_checksum() {
+        for wanted in [0, 1, 0x1234, 0xfffe] {
+            let packet = Builder::tcp(segment::ACK, CLIENT, VIP)
+                .payload(11)
+                .payload_for_checksum(wanted);
+            assert_eq!(packet.transport_checksum(), wanted);
+            assert_eq!(wrong_checksums(&packet.build()), Vec::<&str>::new());
+        }
+    }
+}

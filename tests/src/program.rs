@@ -1,0 +1,323 @@
+//! The real programs in the kernel, run on single frames (BPF_PROG_TEST_RUN) and not attached to anything.
+//!
+//! [`with_kernel`] makes a network namespace that looks like the cases' network (`tables::LINKS`), so that the
+//! kernel's own forwarding table answers as the cases' does. The namespace belongs to one thread and is gone
+//! when that ends.
+//!
+//! What such a run does not show: the egress interface of a redirect (look at the flow's next hop instead), and
+//! partial checksums in tcx, whose mark it cannot set.
+
+use std::{
+    collections::{HashMap as StdHashMap, VecDeque},
+    fs,
+    hash::Hash,
+    io::Write as _,
+    panic,
+    process::{Command, Stdio},
+    thread,
+};
+
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, MapError, PerCpuArray, Queue},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp},
+};
+use bytemuck::Pod;
+use forwarder_common::{
+    abi::{
+        counter::{ReasonCounters, TrafficCounters},
+        flow::{FlowEntry, FlowId, FlowKey, FlowReference},
+        map_name,
+        reason::Reason,
+    },
+    datapath::Action,
+};
+use forwarder_user::datapath::{object, pod::AsPod};
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, unshare},
+};
+
+use crate::tables::{
+    BEHIND_ROUTER, FORBIDDEN, LINKS, MemoryTables, NEIGHBOURS, Program, ROUTER, SIZES,
+};
+
+/// Set to 1 where a test that cannot run has to fail.
+const STRICT_VARIABLE: &str = "FORWARDER_TESTS_STRICT";
+
+/// Room for what a program makes of a frame.
+const OUTPUT_LEN: usize = 16 * 1024;
+
+/// Runs `test` with the programs loaded, in a network namespace of the cases' network.
+///
+/// Without the rights to do so it prints `SKIP: …` and does nothing, or panics where skipping is forbidden.
+///
+/// # Panics
+/// When the programs do not load, and whenever `test` does.
+pub fn with_kernel(test: impl FnOnce(&mut Kernel) + Send) {
+    let run = || {
+        match unshare(CloneFlags::CLONE_NEWNET) {
+            Ok(()) => {}
+            Err(Errno::EPERM) => return skip(),
+            Err(error) => panic!("no network namespace: {error}"),
+        }
+        build_network().expect("the cases' network");
+        match object::load(&SIZES) {
+            Ok(ebpf) => test(&mut Kernel { ebpf }),
+            Err(error) if error.what.contains("(os error 1)") => skip(),
+            Err(error) => panic!("{error}"),
+        }
+    };
+    // A thread of its own, as a namespace is a property of a thread and this one's must not change.
+    let outcome = thread::scope(|scope| scope.spawn(run).join());
+    if let Err(payload) = outcome {
+        panic::resume_unwind(payload);
+    }
+}
+
+fn skip() {
+    let is_strict = std::env::var_os(STRICT_VARIABLE).is_some_and(|value| value == "1");
+    assert!(!is_strict, "needs CAP_BPF, and {STRICT_VARIABLE}=1 forbids to skip");
+    println!("SKIP: needs CAP_BPF");
+}
+
+/// Builds [`LINKS`], [`NEIGHBOURS`] and the routes in this thread's network namespace.
+fn build_network() -> Result<()> {
+    // First, as links copy it when they are made. Router solicitations would be packets that no test sent.
+    fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").context("disable IPv6")?;
+    let mut batch = String::new();
+    for link in &LINKS {
+        let [a, b, c, d, e, f] = link.mac;
+        let (name, peer, ifindex) = (link.name, format!("{}p", link.name), link.ifindex);
+        // The MTU is above all test packets: tcx would refuse to route larger ones.
+        batch += &format!(
+            "link add {name} index {ifindex} mtu 9000 \
+             address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} type veth peer name {peer} mtu 9000\n\
+             link set {peer} up\nlink set {name} up\naddress add {}/24 dev {name}\n",
+            link.address
+        );
+    }
+    for (address, [a, b, c, d, e, f]) in NEIGHBOURS {
+        let link = LINKS
+            .iter()
+            .find(|link| link.address.octets()[..3] == address.octets()[..3])
+            .context("a neighbour on no link")?;
+        batch += &format!(
+            "neighbour add {address} lladdr {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} dev {} nud permanent\n",
+            link.name
+        );
+    }
+    batch += &format!("route add {BEHIND_ROUTER}/24 via {ROUTER}\nroute add unreachable {FORBIDDEN}/24\n");
+    ip_batch(&batch)?;
+    for link in &LINKS {
+        let path = format!("/proc/sys/net/ipv4/conf/{}/forwarding", link.name);
+        let value = if link.is_forwarding { "1" } else { "0" };
+        fs::write(&path, value).with_context(|| path)?;
+    }
+    Ok(())
+}
+
+fn ip_batch(batch: &str) -> Result<()> {
+    let mut child = Command::new("ip")
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot start `ip`")?;
+    child
+        .stdin
+        .take()
+        .context("`ip` has no input")?
+        .write_all(batch.as_bytes())?;
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        bail!("`ip -batch` failed: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+/// The loaded programs and their maps.
+pub struct Kernel {
+    ebpf: Ebpf,
+}
+
+impl Kernel {
+    /// Gives all maps the content of these tables, and nothing else.
+    pub fn fill(&mut self, tables: &MemoryTables) -> Result<()> {
+        self.set_array(map_name::SETTINGS, &[tables.settings])?;
+        self.set_hash(map_name::VIPS, &tables.vips)?;
+        self.set_hash(map_name::LISTENERS, &tables.listeners)?;
+        self.set_hash(map_name::INTERFACES, &tables.interfaces)?;
+        self.set_hash(map_name::FLOW_INDEX, &tables.flow_index)?;
+        self.set_array(map_name::GROUPS, &tables.groups)?;
+        self.set_array(map_name::SLOTS, &tables.slots)?;
+        self.set_array(map_name::BACKENDS, &tables.backends)?;
+        self.set_array(map_name::FLOWS, &tables.flows)?;
+        self.drain_free_flows()?;
+        let mut queue = self.free_flows()?;
+        for id in &tables.free_flows {
+            queue.push(AsPod(*id), 0)?;
+        }
+        self.set_counters(map_name::LISTENER_COUNTERS, &tables.listener_counters)?;
+        self.set_counters(map_name::BACKEND_COUNTERS, &tables.backend_counters)?;
+        self.set_counters(map_name::REASON_COUNTERS, &tables.reason_counters)
+    }
+
+    /// These tables with what the data path writes read from the maps. Takes the queue of free flows apart:
+    /// fill the maps anew before the next run.
+    pub fn read(&mut self, tables: &MemoryTables) -> Result<MemoryTables> {
+        Ok(MemoryTables {
+            flow_index: self.hash::<FlowKey, FlowReference>(map_name::FLOW_INDEX)?,
+            flows: self.array::<FlowEntry>(map_name::FLOWS)?,
+            free_flows: self.drain_free_flows()?,
+            listener_counters: self
+                .counters::<TrafficCounters, 8>(map_name::LISTENER_COUNTERS, tables.listener_counters.len())?,
+            backend_counters: self
+                .counters::<TrafficCounters, 8>(map_name::BACKEND_COUNTERS, tables.backend_counters.len())?,
+            reason_counters: self.reason_counters()?,
+            ..tables.clone()
+        })
+    }
+
+    /// What was counted per reason.
+    pub fn reason_counters(&mut self) -> Result<Vec<ReasonCounters>> {
+        self.counters::<ReasonCounters, 2>(map_name::REASON_COUNTERS, Reason::COUNT)
+    }
+
+    /// Runs a program on a frame that claims to have come in by an interface of the cases' network.
+    ///
+    /// # Errors
+    /// When the kernel refuses the frame: it asks for 14 bytes, and for 15 in tcx.
+    pub fn run(&mut self, program: Program, ifindex: u32, frame: &[u8]) -> Result<(Action, Vec<u8>)> {
+        let mut output = vec![0; OUTPUT_LEN];
+        let context = match program {
+            Program::Native | Program::Generic => {
+                // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+                bytemuck::bytes_of(&[0, frame.len() as u32, 0, ifindex, 0, 0]).to_vec()
+            }
+            Program::Tunnel => {
+                // struct __sk_buff up to `ifindex`; all other fields that may be given stay zero.
+                let mut context = [0_u32; 11];
+                context[10] = ifindex;
+                bytemuck::bytes_of(&context).to_vec()
+            }
+        };
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut output),
+            ctx_in: Some(&context),
+            ..TestRunOptions::new()
+        };
+        let result = match program {
+            Program::Native => {
+                object::program::<&mut Xdp>(&mut self.ebpf, map_name::PROGRAM_XDP)?.test_run(options)
+            }
+            Program::Generic => {
+                object::program::<&mut Xdp>(&mut self.ebpf, map_name::PROGRAM_XDP_GENERIC)?.test_run(options)
+            }
+            Program::Tunnel => {
+                object::program::<&mut SchedClassifier>(&mut self.ebpf, map_name::PROGRAM_TUNNEL)?.test_run(options)
+            }
+        }
+        .with_context(|| format!("{program:?} on {} bytes", frame.len()))?;
+        output.truncate(result.data_size_out as usize);
+        let action = match (program, result.return_value) {
+            // linux/bpf.h, enum xdp_action
+            (Program::Native | Program::Generic, 1) => Action::Drop,
+            (Program::Native | Program::Generic, 2) => Action::Pass,
+            (Program::Native | Program::Generic, 3) => Action::Transmit,
+            (Program::Native | Program::Generic, 4) => Action::Redirect,
+            // linux/pkt_cls.h, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_REDIRECT
+            (Program::Tunnel, 0) => Action::Pass,
+            (Program::Tunnel, 2) => Action::Drop,
+            (Program::Tunnel, 7) => Action::Redirect,
+            (program, value) => bail!("{program:?} returned {value}"),
+        };
+        Ok((action, output))
+    }
+
+    fn map(&mut self, name: &str) -> Result<&mut aya::maps::Map> {
+        self.ebpf.map_mut(name).with_context(|| format!("no map {name}"))
+    }
+
+    fn set_array<V: Pod>(&mut self, name: &str, values: &[V]) -> Result<()> {
+        let mut array: Array<_, AsPod<V>> = Array::try_from(self.map(name)?)?;
+        for (index, value) in (0..).zip(values) {
+            array.set(index, AsPod(*value), 0)?;
+        }
+        Ok(())
+    }
+
+    fn array<V: Pod>(&mut self, name: &str) -> Result<Vec<V>> {
+        let array: Array<_, AsPod<V>> = Array::try_from(self.map(name)?)?;
+        (0..array.len()).map(|index| Ok(array.get(&index, 0)?.0)).collect()
+    }
+
+    fn set_hash<K: Pod, V: Pod>(&mut self, name: &str, entries: &StdHashMap<K, V>) -> Result<()> {
+        let mut hash: HashMap<_, AsPod<K>, AsPod<V>> = HashMap::try_from(self.map(name)?)?;
+        let stale: Vec<_> = hash.keys().collect::<Result<_, _>>()?;
+        for key in stale {
+            hash.remove(&key)?;
+        }
+        for (key, value) in entries {
+            hash.insert(AsPod(*key), AsPod(*value), 0)?;
+        }
+        Ok(())
+    }
+
+    fn hash<K: Pod + Eq + Hash, V: Pod>(&mut self, name: &str) -> Result<StdHashMap<K, V>> {
+        let hash: HashMap<_, AsPod<K>, AsPod<V>> = HashMap::try_from(self.map(name)?)?;
+        hash.iter()
+            .map(|entry| entry.map(|(key, value)| (key.0, value.0)).map_err(Into::into))
+            .collect()
+    }
+
+    /// Puts the values on the first CPU and zeroes the others.
+    fn set_counters<V: Pod>(&mut self, name: &str, values: &[V]) -> Result<()> {
+        let mut array: PerCpuArray<_, AsPod<V>> = PerCpuArray::try_from(self.map(name)?)?;
+        for (index, value) in (0..).zip(values) {
+            let mut per_cpu = array.get(&index, 0)?;
+            for copy in per_cpu.iter_mut() {
+                copy.0 = V::zeroed();
+            }
+            per_cpu[0].0 = *value;
+            array.set(index, per_cpu, 0)?;
+        }
+        Ok(())
+    }
+
+    /// The first `count` values, summed over the CPUs; a value consists of `WORDS` counters.
+    fn counters<V: Pod, const WORDS: usize>(&mut self, name: &str, count: usize) -> Result<Vec<V>> {
+        let array: PerCpuArray<_, AsPod<V>> = PerCpuArray::try_from(self.map(name)?)?;
+        (0..count as u32)
+            .map(|index| {
+                let mut total = [0_u64; WORDS];
+                for copy in array.get(&index, 0)?.iter() {
+                    let words: [u64; WORDS] = bytemuck::cast(copy.0);
+                    for (total, word) in total.iter_mut().zip(words) {
+                        *total += word;
+                    }
+                }
+                Ok(bytemuck::cast(total))
+            })
+            .collect()
+    }
+
+    fn free_flows(&mut self) -> Result<Queue<&mut aya::maps::MapData, AsPod<FlowId>>> {
+        Ok(Queue::try_from(self.map(map_name::FREE_FLOWS)?)?)
+    }
+
+    fn drain_free_flows(&mut self) -> Result<VecDeque<FlowId>> {
+        let mut queue = self.free_flows()?;
+        let mut ids = VecDeque::new();
+        loop {
+            match queue.pop(0) {
+                Ok(AsPod(id)) => ids.push_back(id),
+                Err(MapError::ElementNotFound) => return Ok(ids),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+

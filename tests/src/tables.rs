@@ -1,0 +1,551 @@
+//! The data path's surroundings in memory: `Tables` over vectors and hash maps, `Packet` over a vector, `Env`
+//! over a small network that `program` builds in the kernel as well.
+//!
+//! Table sizes are those of the kernel's maps in ring 2 ([`SIZES`]), so that both fill up at the same entry.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt::Debug,
+    marker::PhantomData,
+    net::Ipv4Addr,
+};
+
+use bytemuck::Zeroable;
+use forwarder_common::{
+    abi::{
+        ABI_VERSION,
+        backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, NatMode},
+        counter::{ReasonCounters, TrafficCounters},
+        flow::{FlowEntry, FlowId, FlowKey, FlowReference},
+        interface::{Interface, InterfaceKey, flag},
+        listener::{Listener, ListenerId, ListenerKey, Vip, VipKey},
+        reason::Reason,
+        settings::Settings,
+        snat::SnatRange,
+    },
+    datapath::{
+        ChecksumOffload, Env, Hook, Outcome, Packet, Route, Stop, Tables, TrafficEvent, pipeline,
+    },
+    wire::{Be16, Field16, Ipv4Address, LinkPair, MacAddress, WireHeader, checksum::Delta},
+};
+use forwarder_user::datapath::object::Sizes;
+
+use crate::packet::{self, Mac};
+
+/// How many entries the tables have.
+pub const SIZES: Sizes = Sizes {
+    flows: 16,
+    flow_keys: 24,
+    slots: 128,
+    groups: 16,
+    backends: 16,
+    listeners: 16,
+    vips: 8,
+    interfaces: 8,
+};
+
+/// All tables with their counters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MemoryTables {
+    pub settings: Settings,
+    pub vips: HashMap<VipKey, Vip>,
+    pub listeners: HashMap<ListenerKey, Listener>,
+    pub groups: Vec<BackendGroup>,
+    pub slots: Vec<BackendId>,
+    pub backends: Vec<Backend>,
+    pub interfaces: HashMap<InterfaceKey, Interface>,
+    pub flow_index: HashMap<FlowKey, FlowReference>,
+    pub flows: Vec<FlowEntry>,
+    pub free_flows: VecDeque<FlowId>,
+    pub listener_counters: Vec<TrafficCounters>,
+    pub backend_counters: Vec<TrafficCounters>,
+    pub reason_counters: Vec<ReasonCounters>,
+    slots_used: u32,
+}
+
+impl Default for MemoryTables {
+    fn default() -> Self {
+        Self {
+            settings: Settings {
+                abi_version: ABI_VERSION,
+                route_generation: 7,
+                hash_seed: 0x5eed,
+                ..Settings::default()
+            },
+            vips: HashMap::new(),
+            listeners: HashMap::new(),
+            groups: vec![BackendGroup::zeroed(); SIZES.groups as usize],
+            slots: vec![BackendId(0); SIZES.slots as usize],
+            backends: vec![Backend::zeroed(); SIZES.backends as usize],
+            interfaces: HashMap::new(),
+            flow_index: HashMap::new(),
+            flows: vec![FlowEntry::zeroed(); SIZES.flows as usize],
+            free_flows: (0..SIZES.flows).map(FlowId).collect(),
+            listener_counters: vec![TrafficCounters::default(); SIZES.listeners as usize],
+            backend_counters: vec![TrafficCounters::default(); SIZES.backends as usize],
+            reason_counters: vec![ReasonCounters::default(); Reason::COUNT],
+            slots_used: 0,
+        }
+    }
+}
+
+impl MemoryTables {
+    /// Tables with the interfaces of [`LINKS`] and this many consecutive SNAT addresses.
+    pub fn new(first_snat: Ipv4Addr, snat_count: u32) -> Self {
+        let mut tables = Self::default();
+        tables.settings.pool.ranges[0] = SnatRange {
+            first: first_snat.into(),
+            count: snat_count,
+        };
+        for link in &LINKS {
+            let flags = if link.can_send {
+                flag::SEND_NATIVE | flag::SEND_GENERIC
+            } else {
+                0
+            };
+            let mac = MacAddress::new(link.mac);
+            let key = InterfaceKey {
+                ifindex: link.ifindex,
+            };
+            tables.interfaces.insert(key, Interface { mac, flags });
+        }
+        tables
+    }
+
+    /// A backend under the first id that is free.
+    pub fn add_backend(&mut self, address: Ipv4Addr, port: u16, state: BackendState) -> BackendId {
+        let free = self
+            .backends
+            .iter()
+            .position(|backend| backend.state == BackendState::ABSENT)
+            .expect("room for a backend");
+        self.backends[free] = Backend {
+            address: address.into(),
+            port: Be16::new(port),
+            state,
+            reserved: 0,
+        };
+        BackendId(free as u32)
+    }
+
+    /// A listener on a VIP for a new group whose slots are these; port 0: any port.
+    pub fn add_listener(
+        &mut self,
+        vip: Ipv4Addr,
+        port: u16,
+        protocol: u8,
+        nat: NatMode,
+        slots: &[BackendId],
+    ) -> ListenerId {
+        let id = self.listeners.len() as u32;
+        let vip_entry = self
+            .vips
+            .entry(VipKey { address: vip.into() })
+            .or_insert(Vip { listeners: 0 });
+        vip_entry.listeners += 1;
+        let first_slot = self.slots_used;
+        self.slots_used += slots.len() as u32;
+        self.slots[first_slot as usize..self.slots_used as usize].copy_from_slice(slots);
+        self.groups[id as usize] = BackendGroup {
+            first_slot,
+            slot_count: slots.len() as u32,
+            nat,
+            reserved: 0,
+        };
+        let listener = Listener {
+            id: ListenerId(id),
+            group: GroupId(id),
+            idle_timeout_secs: 300,
+        };
+        self.listeners
+            .insert(ListenerKey::new(vip.into(), Be16::new(port), protocol), listener);
+        ListenerId(id)
+    }
+
+    /// Zeroes all counters.
+    pub fn clear_counters(&mut self) {
+        self.listener_counters.fill(TrafficCounters::default());
+        self.backend_counters.fill(TrafficCounters::default());
+        self.reason_counters.fill(ReasonCounters::default());
+    }
+
+    /// The reasons counted so far, with packets and bytes.
+    pub fn counted_reasons(&self) -> Vec<(Reason, ReasonCounters)> {
+        (0..)
+            .map(Reason)
+            .zip(self.reason_counters.iter().copied())
+            .filter(|(_, counters)| *counters != ReasonCounters::default())
+            .collect()
+    }
+
+    /// What differs in the tables that the data path writes, one line each.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        fn compare<T: PartialEq + Debug>(found: &mut Vec<String>, what: &str, left: &[T], right: &[T]) {
+            for (index, (left, right)) in left.iter().zip(right).enumerate() {
+                if left != right {
+                    found.push(format!("{what} {index}:\n  {left:?}\n  {right:?}"));
+                }
+            }
+        }
+        let mut found = Vec::new();
+        if self.flow_index != other.flow_index {
+            found.push(format!(
+                "flow index:\n  {:?}\n  {:?}",
+                self.flow_index, other.flow_index
+            ));
+        }
+        if self.free_flows != other.free_flows {
+            found.push(format!(
+                "free flows:\n  {:?}\n  {:?}",
+                self.free_flows, other.free_flows
+            ));
+        }
+        compare(&mut found, "flow", &self.flows, &other.flows);
+        compare(
+            &mut found,
+            "listener counters",
+            &self.listener_counters,
+            &other.listener_counters,
+        );
+        compare(
+            &mut found,
+            "backend counters",
+            &self.backend_counters,
+            &other.backend_counters,
+        );
+        compare(
+            &mut found,
+            "reason counters",
+            &self.reason_counters,
+            &other.reason_counters,
+        );
+        found
+    }
+
+    /// Runs the library on a frame as one of the programs would: what becomes of it, and its bytes then.
+    pub fn forward(&mut self, program: Program, ifindex: u32, frame: &[u8]) -> (Outcome, Vec<u8>) {
+        match program {
+            Program::Native => self.forward_as::<Native>(ifindex, frame),
+            Program::Generic => self.forward_as::<Generic>(ifindex, frame),
+            Program::Tunnel => self.forward_as::<Tunnel>(ifindex, frame),
+        }
+    }
+
+    fn forward_as<K: Kind>(&mut self, ingress_ifindex: u32, frame: &[u8]) -> (Outcome, Vec<u8>) {
+        let settings = self.settings;
+        let mut packet = MemoryPacket::<K>::new(frame);
+        let mut env = MemoryEnv {
+            hook: K::HOOK,
+            ingress_ifindex,
+        };
+        let outcome = pipeline::forward(&mut packet, self, &mut env, &settings);
+        (outcome, packet.bytes)
+    }
+}
+
+impl Tables for MemoryTables {
+    fn vip(&self, key: &VipKey) -> Option<&Vip> {
+        self.vips.get(key)
+    }
+
+    fn listener(&self, key: &ListenerKey) -> Option<&Listener> {
+        self.listeners.get(key)
+    }
+
+    fn group(&self, id: GroupId) -> Option<&BackendGroup> {
+        self.groups.get(id.0 as usize)
+    }
+
+    fn slot(&self, index: u32) -> Option<BackendId> {
+        self.slots.get(index as usize).copied()
+    }
+
+    fn backend(&self, id: BackendId) -> Option<&Backend> {
+        self.backends.get(id.0 as usize)
+    }
+
+    fn interface(&self, key: &InterfaceKey) -> Option<&Interface> {
+        self.interfaces.get(key)
+    }
+
+    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference> {
+        self.flow_index.get(key).copied()
+    }
+
+    fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry> {
+        self.flows.get_mut(id.0 as usize)
+    }
+
+    fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool {
+        let has_room = self.flow_index.len() < SIZES.flow_keys as usize;
+        if !has_room || self.flow_index.contains_key(key) {
+            return false;
+        }
+        self.flow_index.insert(*key, reference);
+        true
+    }
+
+    fn remove_flow_reference(&mut self, key: &FlowKey) {
+        self.flow_index.remove(key);
+    }
+
+    fn take_flow(&mut self) -> Option<FlowId> {
+        self.free_flows.pop_front()
+    }
+
+    fn return_flow(&mut self, id: FlowId) {
+        self.free_flows.push_back(id);
+    }
+
+    fn count_listener(&mut self, id: ListenerId, event: TrafficEvent) {
+        if let Some(counters) = self.listener_counters.get_mut(id.0 as usize) {
+            counters.add(event);
+        }
+    }
+
+    fn count_backend(&mut self, id: BackendId, event: TrafficEvent) {
+        if let Some(counters) = self.backend_counters.get_mut(id.0 as usize) {
+            counters.add(event);
+        }
+    }
+
+    fn count_reason(&mut self, reason: Reason, frame_bytes: usize) {
+        self.reason_counters[reason.0 as usize].add(frame_bytes);
+    }
+}
+
+/// The programs of the BPF object.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Program {
+    /// XDP in native mode.
+    Native,
+    /// XDP in generic mode.
+    Generic,
+    /// tcx on the ingress of a tunnel device.
+    Tunnel,
+}
+
+/// What a program's packets are like.
+trait Kind {
+    const HOOK: Hook;
+    const CHECKSUM_OFFLOAD: ChecksumOffload;
+}
+
+struct Native;
+struct Generic;
+struct Tunnel;
+
+impl Kind for Native {
+    const HOOK: Hook = Hook::Xdp;
+    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::LostOnSend;
+}
+
+impl Kind for Generic {
+    const HOOK: Hook = Hook::XdpGeneric;
+    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kept;
+}
+
+impl Kind for Tunnel {
+    const HOOK: Hook = Hook::Tcx;
+    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kernel;
+}
+
+/// A frame in memory.
+struct MemoryPacket<K> {
+    bytes: Vec<u8>,
+    kind: PhantomData<K>,
+}
+
+impl<K> MemoryPacket<K> {
+    fn new(frame: &[u8]) -> Self {
+        Self {
+            bytes: frame.to_vec(),
+            kind: PhantomData,
+        }
+    }
+}
+
+impl<K: Kind> Packet for MemoryPacket<K> {
+    const CHECKSUM_OFFLOAD: ChecksumOffload = K::CHECKSUM_OFFLOAD;
+
+    fn header<H: WireHeader>(&mut self, offset: usize) -> Result<&mut H, Stop> {
+        match self.bytes.get_mut(offset..offset + size_of::<H>()) {
+            Some(bytes) => Ok(bytemuck::from_bytes_mut(bytes)),
+            None => Err(Stop::pass(Reason::TRUNCATED)),
+        }
+    }
+
+    fn frame_len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
+        match self.bytes.get(offset..offset + len) {
+            // The walk sums words as the machine reads them.
+            Some(bytes) => Ok(u32::from(packet::fold(packet::sum(bytes)).to_be())),
+            None => Err(Stop::pass(Reason::TRUNCATED)),
+        }
+    }
+
+    fn adjust_checksum(
+        &mut self,
+        offset: usize,
+        addresses: Delta,
+        ports: Delta,
+        is_optional: bool,
+    ) -> Result<(), Stop> {
+        let header = self.header::<Field16>(offset)?;
+        let (old, zero) = (header.value, Be16::new(0));
+        if is_optional && old == zero {
+            return Ok(());
+        }
+        let new = addresses.and(ports).apply(old);
+        header.value = if is_optional && new == zero {
+            Be16::new(0xffff)
+        } else {
+            new
+        };
+        Ok(())
+    }
+}
+
+/// The network around the data path, see [`LINKS`].
+struct MemoryEnv {
+    hook: Hook,
+    ingress_ifindex: u32,
+}
+
+impl Env for MemoryEnv {
+    fn hook(&self) -> Hook {
+        self.hook
+    }
+
+    fn ingress_ifindex(&self) -> u32 {
+        self.ingress_ifindex
+    }
+
+    fn route(&mut self, key: &FlowKey) -> Route {
+        route(self.ingress_ifindex, key.destination)
+    }
+}
+
+/// An interface of the gateway in the cases' network.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    pub name: &'static str,
+    pub ifindex: u32,
+    pub mac: Mac,
+    /// The gateway's own address; the network is its /24.
+    pub address: Ipv4Addr,
+    /// Can frames leave through it straight from XDP?
+    pub can_send: bool,
+    /// Does the kernel forward what comes in by it?
+    pub is_forwarding: bool,
+}
+
+/// Where clients are.
+pub const CLIENT_SIDE: Link = Link {
+    name: "client0",
+    ifindex: 11,
+    mac: [2, 0, 0, 0, 11, 1],
+    address: Ipv4Addr::new(172, 18, 0, 1),
+    can_send: true,
+    is_forwarding: true,
+};
+/// Where backends beside the gateway are.
+pub const SERVER_SIDE: Link = Link {
+    name: "server0",
+    ifindex: 12,
+    mac: [2, 0, 0, 0, 12, 1],
+    address: Ipv4Addr::new(172, 17, 0, 1),
+    can_send: true,
+    is_forwarding: true,
+};
+/// Where remote backends are: only the stack can send there.
+pub const TUNNEL_SIDE: Link = Link {
+    name: "tunnel0",
+    ifindex: 13,
+    mac: [2, 0, 0, 0, 13, 1],
+    address: Ipv4Addr::new(192, 168, 1, 1),
+    can_send: false,
+    is_forwarding: true,
+};
+/// An interface that does not forward.
+pub const CLOSED_SIDE: Link = Link {
+    name: "closed0",
+    ifindex: 14,
+    mac: [2, 0, 0, 0, 14, 1],
+    address: Ipv4Addr::new(172, 19, 0, 1),
+    can_send: true,
+    is_forwarding: false,
+};
+
+/// The gateway's interfaces.
+pub const LINKS: [Link; 4] = [CLIENT_SIDE, SERVER_SIDE, TUNNEL_SIDE, CLOSED_SIDE];
+
+/// Hosts whose link address the gateway knows; that of others on its links it does not.
+pub const NEIGHBOURS: [(Ipv4Addr, Mac); 8] = [
+    (Ipv4Addr::new(172, 18, 0, 10), [2, 0, 0, 0, 11, 10]),
+    (Ipv4Addr::new(172, 18, 0, 11), [2, 0, 0, 0, 11, 11]),
+    (Ipv4Addr::new(172, 18, 0, 20), [2, 0, 0, 0, 11, 20]),
+    (ROUTER, [2, 0, 0, 0, 11, 254]),
+    (Ipv4Addr::new(172, 17, 0, 205), [2, 0, 0, 0, 12, 205]),
+    (Ipv4Addr::new(172, 17, 0, 206), [2, 0, 0, 0, 12, 206]),
+    (Ipv4Addr::new(192, 168, 1, 20), [2, 0, 0, 0, 13, 20]),
+    (Ipv4Addr::new(172, 19, 0, 10), [2, 0, 0, 0, 14, 10]),
+];
+
+/// The next router on the clients' side.
+pub const ROUTER: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 254);
+/// The /24 behind [`ROUTER`].
+pub const BEHIND_ROUTER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 0);
+/// A /24 with a route that forbids.
+pub const FORBIDDEN: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 0);
+
+fn network(address: Ipv4Addr) -> [u8; 3] {
+    let [a, b, c, _] = address.octets();
+    [a, b, c]
+}
+
+/// What the kernel's forwarding table says in this network.
+fn route(ingress_ifindex: u32, destination: Ipv4Address) -> Route {
+    let is_closed = LINKS
+        .iter()
+        .any(|link| link.ifindex == ingress_ifindex && !link.is_forwarding);
+    if is_closed {
+        return Route::ForwardingDisabled;
+    }
+    let destination = Ipv4Addr::from(destination);
+    let next = if network(destination) == network(BEHIND_ROUTER) {
+        ROUTER
+    } else {
+        destination
+    };
+    let Some(link) = LINKS.iter().find(|link| network(link.address) == network(next)) else {
+        return Route::None;
+    };
+    // The gateway's own address and the broadcast address are not forwarded to.
+    if next == link.address || next.octets()[3] == 255 || next.octets()[3] == 0 {
+        return Route::None;
+    }
+    match NEIGHBOURS.iter().find(|(address, _)| *address == next) {
+        Some((_, mac)) => Route::Neighbour {
+            ifindex: link.ifindex,
+            link: LinkPair::new(MacAddress::new(*mac), MacAddress::new(link.mac)),
+        },
+        None => Route::Interface {
+            ifindex: link.ifindex,
+        },
+    }
+}
+
+/// The link address of a neighbour.
+///
+/// # Panics
+/// When the gateway does not know it.
+pub fn mac_of(address: Ipv4Addr) -> Mac {
+    let neighbour = NEIGHBOURS.iter().find(|(known, _)| *known == address);
+    neighbour
+        .unwrap_or_else(|| panic!("{address} is not a known neighbour"))
+        .1
+}
