@@ -70,14 +70,6 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
     }
 }
 
-/// Sends a frame out of the interface that it claims to have come from. The agent runs it on a frame of its own
-/// (BPF_PROG_TEST_RUN with live frames) to learn whether frames can leave there straight from XDP.
-#[xdp]
-pub(crate) fn forwarder_test(ctx: XdpContext) -> u32 {
-    // SAFETY: a helper without pointers.
-    unsafe { bpf_redirect(ctx.ingress_ifindex() as u32, 0) as u32 }
-}
-
 /// Packets that the kernel has taken out of a tunnel.
 #[classifier]
 pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {

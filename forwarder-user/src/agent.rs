@@ -84,7 +84,11 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let (source, requests) = StatusSource::channel();
     let (stop, stopped) = watch::channel(());
     let servers = [
-        tokio::spawn(api::serve_metrics(metrics_listener, source.clone(), ended(stopped.clone()))),
+        tokio::spawn(api::serve_metrics(
+            metrics_listener,
+            source.clone(),
+            ended(stopped.clone()),
+        )),
         tokio::spawn(api::serve_control(control_socket, source, ended(stopped))),
     ];
     let outcome = agent.serve(&mut signals, changes, requests).await;
@@ -115,10 +119,12 @@ struct Signals {
 
 impl Signals {
     fn listen() -> Result<Self, Error> {
-        let listen = |kind| {
-            signal(kind).map_err(|error| Error::failed(format!("cannot listen for signals: {error}")))
-        };
-        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+        let listen =
+            |kind| signal(kind).map_err(|error| Error::failed(format!("cannot listen for signals: {error}")));
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
     }
 
     async fn received(&mut self) -> &'static str {
@@ -227,21 +233,37 @@ impl Agent {
 
         let ids = Ids::assign(&config);
         let placement = Placement::new(
-            config.groups.iter().map(|(name, group)| (ids.groups[name], maglev::size_for(group.backends.len()))),
+            config
+                .groups
+                .iter()
+                .map(|(name, group)| (ids.groups[name], maglev::size_for(group.backends.len()))),
         );
         let observed = Observations {
             health: HashMap::new(),
-            interfaces: attachments.iter().map(|one| (one.ifindex, one.interface)).collect(),
+            interfaces: attachments
+                .iter()
+                .map(|one| (one.ifindex, one.interface))
+                .collect(),
             route_generation: 1,
-            flags: attachments.iter().fold(0, |flags, one| flags | one.settings_flags),
+            flags: attachments
+                .iter()
+                .fold(0, |flags, one| flags | one.settings_flags),
         };
         let warnings = warnings(&network, &links)?;
         for warning in &warnings {
             warn!("{warning}");
         }
         let mut agent = Self {
-            notes: ids.backends.keys().map(|name| (name.clone(), BackendNotes::default())).collect(),
-            links_down: links.iter().filter(|link| !link.is_running()).map(|link| link.name.clone()).collect(),
+            notes: ids
+                .backends
+                .keys()
+                .map(|name| (name.clone(), BackendNotes::default()))
+                .collect(),
+            links_down: links
+                .iter()
+                .filter(|link| !link.is_running())
+                .map(|link| link.name.clone())
+                .collect(),
             config: Arc::new(config),
             ids,
             network,
@@ -255,7 +277,11 @@ impl Agent {
             desired: Desired::empty(),
             placement,
             shares: HashMap::new(),
-            sample: Sample { taken_at: started_at, listeners: HashMap::new(), backends: HashMap::new() },
+            sample: Sample {
+                taken_at: started_at,
+                listeners: HashMap::new(),
+                backends: HashMap::new(),
+            },
             listener_rates: HashMap::new(),
             backend_rates: HashMap::new(),
             warnings,
@@ -277,8 +303,10 @@ impl Agent {
         let (diagnosis_sender, mut diagnoses) = mpsc::channel(QUEUE);
         let diagnosing = Arc::new(Semaphore::new(MAX_DIAGNOSES));
         let targets = self.targets();
-        let mut unheard: HashSet<BackendName> =
-            targets.iter().map(|target| (target.group.clone(), target.backend.clone())).collect();
+        let mut unheard: HashSet<BackendName> = targets
+            .iter()
+            .map(|target| (target.group.clone(), target.backend.clone()))
+            .collect();
         let _health = health::start(targets, self.config.snat.probe_address, report_sender);
         let mut is_ready = false;
         let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
@@ -286,7 +314,11 @@ impl Agent {
         loop {
             if !is_ready && unheard.is_empty() {
                 is_ready = true;
-                info!("ready: {} listeners, {} backends", self.ids.listeners.len(), self.ids.backends.len());
+                info!(
+                    "ready: {} listeners, {} backends",
+                    self.ids.listeners.len(),
+                    self.ids.backends.len()
+                );
                 if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
                     warn!(%error, "the service manager could not be notified");
                 }
@@ -340,7 +372,12 @@ impl Agent {
         let mut targets = Vec::new();
         for (name, group) in &self.config.groups {
             if let Some(check) = &group.health {
-                targets.extend(group.backends.iter().map(|(backend, at)| Target::new(name, backend, at, check)));
+                targets.extend(
+                    group
+                        .backends
+                        .iter()
+                        .map(|(backend, at)| Target::new(name, backend, at, check)),
+                );
             }
         }
         targets
@@ -354,7 +391,9 @@ impl Agent {
                 notes.diagnosis = None;
             }
         }
-        let Some(health) = report.transition else { return Ok(()) };
+        let Some(health) = report.transition else {
+            return Ok(());
+        };
         match (&report.result, health) {
             (Err(failure), Health::Unhealthy) => {
                 warn!(group, backend, address = %report.target.address, "unhealthy: {failure}");
@@ -373,9 +412,15 @@ impl Agent {
         diagnosing: &Arc<Semaphore>,
         sender: &mpsc::Sender<(BackendName, Diagnosis)>,
     ) {
-        let (Err(failure), Some(Health::Unhealthy)) = (&report.result, report.health) else { return };
-        let Some(notes) = self.notes.get_mut(name) else { return };
-        let is_recent = notes.diagnosed_at.is_some_and(|at| at.elapsed() < DIAGNOSIS_INTERVAL);
+        let (Err(failure), Some(Health::Unhealthy)) = (&report.result, report.health) else {
+            return;
+        };
+        let Some(notes) = self.notes.get_mut(name) else {
+            return;
+        };
+        let is_recent = notes
+            .diagnosed_at
+            .is_some_and(|at| at.elapsed() < DIAGNOSIS_INTERVAL);
         if notes.is_being_diagnosed || (is_recent && report.transition.is_none()) {
             return;
         }
@@ -393,7 +438,9 @@ impl Agent {
     }
 
     fn diagnosed(&mut self, name: &BackendName, diagnosis: Diagnosis) {
-        let Some(notes) = self.notes.get_mut(name) else { return };
+        let Some(notes) = self.notes.get_mut(name) else {
+            return;
+        };
         notes.is_being_diagnosed = false;
         notes.diagnosed_at = Some(Instant::now());
         if notes.failure.is_none() {
@@ -411,7 +458,11 @@ impl Agent {
     /// Makes every flow ask for its route anew, and says which attached links came or went.
     async fn network_changed(&mut self, changes: &network::Changes) -> Result<(), Error> {
         for change in &changes.links {
-            if !self.attachments.iter().any(|attachment| attachment.name == change.name) {
+            if !self
+                .attachments
+                .iter()
+                .any(|attachment| attachment.name == change.name)
+            {
                 continue;
             }
             match change.state {
@@ -425,7 +476,10 @@ impl Agent {
                 }
                 LinkState::Gone => {
                     self.links_down.insert(change.name.clone());
-                    error!(interface = change.name, "the interface is gone; restart the agent when it is back");
+                    error!(
+                        interface = change.name,
+                        "the interface is gone; restart the agent when it is back"
+                    );
                 }
             }
         }
@@ -440,8 +494,15 @@ impl Agent {
     /// Asks the kernel to find out the link addresses of the backends' next hops, before traffic needs them.
     async fn resolve_next_hops(&self) {
         let mut asked = HashSet::new();
-        for backend in self.config.groups.values().flat_map(|group| group.backends.values()) {
-            let Ok(route) = self.network.route_to(backend.address, None).await else { continue };
+        for backend in self
+            .config
+            .groups
+            .values()
+            .flat_map(|group| group.backends.values())
+        {
+            let Ok(route) = self.network.route_to(backend.address, None).await else {
+                continue;
+            };
             let next_hop = (route.interface, route.next_hop(backend.address));
             if asked.insert(next_hop)
                 && let Err(error) = self.network.resolve_neighbour(next_hop.0, next_hop.1).await
@@ -453,8 +514,11 @@ impl Agent {
 
     /// Reads all counters and computes rates since the last time.
     fn take_sample(&mut self) -> Result<(), Error> {
-        let mut sample =
-            Sample { taken_at: Instant::now(), listeners: HashMap::new(), backends: HashMap::new() };
+        let mut sample = Sample {
+            taken_at: Instant::now(),
+            listeners: HashMap::new(),
+            backends: HashMap::new(),
+        };
         for id in self.ids.listeners.values() {
             sample.listeners.insert(*id, self.counters.listener(*id)?);
         }
@@ -478,7 +542,11 @@ impl Agent {
             interfaces: Vec::new(),
             listeners: Vec::new(),
             groups: Vec::new(),
-            pool: PoolStatus { capacity, used: census.used, free: capacity.saturating_sub(census.used) },
+            pool: PoolStatus {
+                capacity,
+                used: census.used,
+                free: capacity.saturating_sub(census.used),
+            },
             reasons: Vec::new(),
             warnings: self.warnings.clone(),
         };
@@ -581,7 +649,12 @@ async fn existing(network: &Network, name: &str) -> Result<network::Interface, E
     if let Some(link) = network.interface(name).await? {
         return Ok(link);
     }
-    let names: Vec<_> = network.interfaces().await?.into_iter().map(|link| link.name).collect();
+    let names: Vec<_> = network
+        .interfaces()
+        .await?
+        .into_iter()
+        .map(|link| link.name)
+        .collect();
     Err(Error::host(format!("interface \"{name}\" does not exist"))
         .hint(format!("interfaces of this host: {}", names.join(", "))))
 }
@@ -593,7 +666,10 @@ fn sizes(config: &Config) -> Sizes {
     let vips: HashSet<_> = config.listeners.values().map(|listener| listener.vip).collect();
     Sizes {
         flows: config.agent.max_flows,
-        flow_keys: config.agent.max_flows.saturating_mul(if has_dnat { 2 } else { 1 }),
+        flow_keys: config
+            .agent
+            .max_flows
+            .saturating_mul(if has_dnat { 2 } else { 1 }),
         slots: config.agent.max_slots,
         groups: config.groups.len() as u32,
         backends: backends as u32,
@@ -622,7 +698,10 @@ fn warnings(network: &Network, links: &[network::Interface]) -> Result<Vec<Strin
             ));
         }
         if !link.is_running() {
-            warnings.push(format!("{}: the link is down; ip link set {} up", link.name, link.name));
+            warnings.push(format!(
+                "{}: the link is down; ip link set {} up",
+                link.name, link.name
+            ));
         }
     }
     Ok(warnings)
@@ -676,7 +755,8 @@ fn rates<K: Copy + Eq + std::hash::Hash>(
     after: &HashMap<K, TrafficCounters>,
     elapsed: Duration,
 ) -> HashMap<K, Rates> {
-    let per_second = |before: u64, after: u64| after.saturating_sub(before) as f64 / elapsed.as_secs_f64().max(1e-3);
+    let per_second =
+        |before: u64, after: u64| after.saturating_sub(before) as f64 / elapsed.as_secs_f64().max(1e-3);
     let rate = |key: &K, after: &TrafficCounters| {
         let before = before.get(key).copied().unwrap_or_default();
         Rates {
@@ -687,5 +767,8 @@ fn rates<K: Copy + Eq + std::hash::Hash>(
             bytes_out: per_second(before.reply_bytes, after.reply_bytes),
         }
     };
-    after.iter().map(|(key, after)| (*key, rate(key, after))).collect()
+    after
+        .iter()
+        .map(|(key, after)| (*key, rate(key, after)))
+        .collect()
 }

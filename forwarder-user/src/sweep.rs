@@ -39,7 +39,11 @@ impl SweepThread {
                 *lock(&shared) = outcome;
             }
         });
-        Self { latest, stop: Some(stop), thread: Some(thread) }
+        Self {
+            latest,
+            stop: Some(stop),
+            thread: Some(thread),
+        }
     }
 
     /// What the last sweep has found.

@@ -39,9 +39,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-use crate::tables::{
-    BEHIND_ROUTER, FORBIDDEN, LINKS, MemoryTables, NEIGHBOURS, Program, ROUTER, SIZES,
-};
+use crate::tables::{BEHIND_ROUTER, FORBIDDEN, LINKS, MemoryTables, NEIGHBOURS, Program, ROUTER, SIZES};
 
 /// Set to 1 where a test that cannot run has to fail.
 const STRICT_VARIABLE: &str = "FORWARDER_TESTS_STRICT";
@@ -78,7 +76,10 @@ pub fn with_kernel(test: impl FnOnce(&mut Kernel) + Send) {
 
 fn skip() {
     let is_strict = std::env::var_os(STRICT_VARIABLE).is_some_and(|value| value == "1");
-    assert!(!is_strict, "needs CAP_BPF, and {STRICT_VARIABLE}=1 forbids to skip");
+    assert!(
+        !is_strict,
+        "needs CAP_BPF, and {STRICT_VARIABLE}=1 forbids to skip"
+    );
     println!("SKIP: needs CAP_BPF");
 }
 
@@ -171,8 +172,10 @@ impl Kernel {
             flow_index: self.hash::<FlowKey, FlowReference>(map_name::FLOW_INDEX)?,
             flows: self.array::<FlowEntry>(map_name::FLOWS)?,
             free_flows: self.drain_free_flows()?,
-            listener_counters: self
-                .counters::<TrafficCounters, 8>(map_name::LISTENER_COUNTERS, tables.listener_counters.len())?,
+            listener_counters: self.counters::<TrafficCounters, 8>(
+                map_name::LISTENER_COUNTERS,
+                tables.listener_counters.len(),
+            )?,
             backend_counters: self
                 .counters::<TrafficCounters, 8>(map_name::BACKEND_COUNTERS, tables.backend_counters.len())?,
             reason_counters: self.reason_counters()?,
@@ -211,14 +214,13 @@ impl Kernel {
         };
         let result = match program {
             Program::Native => {
-                object::program::<&mut Xdp>(&mut self.ebpf, map_name::PROGRAM_XDP)?.test_run(options)
+                object::program::<Xdp>(&mut self.ebpf, map_name::PROGRAM_XDP)?.test_run(options)
             }
             Program::Generic => {
-                object::program::<&mut Xdp>(&mut self.ebpf, map_name::PROGRAM_XDP_GENERIC)?.test_run(options)
+                object::program::<Xdp>(&mut self.ebpf, map_name::PROGRAM_XDP_GENERIC)?.test_run(options)
             }
-            Program::Tunnel => {
-                object::program::<&mut SchedClassifier>(&mut self.ebpf, map_name::PROGRAM_TUNNEL)?.test_run(options)
-            }
+            Program::Tunnel => object::program::<SchedClassifier>(&mut self.ebpf, map_name::PROGRAM_TUNNEL)?
+                .test_run(options),
         }
         .with_context(|| format!("{program:?} on {} bytes", frame.len()))?;
         output.truncate(result.data_size_out as usize);
@@ -251,7 +253,9 @@ impl Kernel {
 
     fn array<V: Pod>(&mut self, name: &str) -> Result<Vec<V>> {
         let array: Array<_, AsPod<V>> = Array::try_from(self.map(name)?)?;
-        (0..array.len()).map(|index| Ok(array.get(&index, 0)?.0)).collect()
+        (0..array.len())
+            .map(|index| Ok(array.get(&index, 0)?.0))
+            .collect()
     }
 
     fn set_hash<K: Pod, V: Pod>(&mut self, name: &str, entries: &StdHashMap<K, V>) -> Result<()> {
@@ -320,4 +324,3 @@ impl Kernel {
         }
     }
 }
-

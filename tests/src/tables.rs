@@ -23,9 +23,7 @@ use forwarder_common::{
         settings::Settings,
         snat::SnatRange,
     },
-    datapath::{
-        ChecksumOffload, Env, Hook, Outcome, Packet, Route, Stop, Tables, TrafficEvent, pipeline,
-    },
+    datapath::{ChecksumOffload, Env, Hook, Outcome, Packet, Route, Stop, Tables, TrafficEvent, pipeline},
     wire::{Be16, Field16, Ipv4Address, LinkPair, MacAddress, WireHeader, checksum::Delta},
 };
 use forwarder_user::datapath::object::Sizes;

@@ -31,7 +31,5 @@ pub const REASON_COUNTERS: &str = "REASON_COUNT";
 pub const PROGRAM_XDP: &str = "forwarder_xdp";
 /// XDP program for interfaces in generic mode.
 pub const PROGRAM_XDP_GENERIC: &str = "forwarder_skb";
-/// XDP program that sends the agent's test frame; it is never attached.
-pub const PROGRAM_SEND_TEST: &str = "forwarder_test";
 /// tcx program for the ingress of tunnel devices.
 pub const PROGRAM_TUNNEL: &str = "forwarder_tunnel";

@@ -28,11 +28,14 @@ pub fn run(args: &RunArgs) -> Result<(), Errors> {
 fn log(args: &RunArgs) -> Result<(), Error> {
     let filter = args.log.as_deref().unwrap_or("info");
     let filter = EnvFilter::try_new(filter).map_err(|error| {
-        Error::usage(format!("--log \"{filter}\": {error}"))
-            .hint("a level such as \"debug\", or levels per module such as \"info,forwarder_user::health=debug\"")
+        Error::usage(format!("--log \"{filter}\": {error}")).hint(
+            "a level such as \"debug\", or levels per module such as \"info,forwarder_user::health=debug\"",
+        )
     })?;
     let is_terminal = std::io::stderr().is_terminal();
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     let outcome = match args.log_format {
         LogFormat::Json => subscriber.json().try_init(),
         LogFormat::Auto if !is_terminal => subscriber.json().try_init(),

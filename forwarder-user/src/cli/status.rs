@@ -120,7 +120,7 @@ async fn exchange(
 /// The status as text for a terminal.
 fn draw(status: &Status) -> String {
     let mut text = vec![format!(
-        "forwarder {}, up {}",
+        "forwarder {}, up {}; IN/S and OUT/S are bytes of requests and replies per second",
         status.version,
         duration(status.uptime_secs)
     )];
@@ -149,8 +149,8 @@ fn listeners(status: &Status) -> Vec<String> {
         ("GROUP", Align::Left),
         ("FLOWS", Align::Right),
         ("NEW/S", Align::Right),
-        ("IN B/S", Align::Right),
-        ("OUT B/S", Align::Right),
+        ("IN/S", Align::Right),
+        ("OUT/S", Align::Right),
         ("REFUSED", Align::Right),
     ];
     let row = |listener: &crate::status::ListenerStatus| {
@@ -199,8 +199,8 @@ fn backends(group: &GroupStatus) -> Vec<String> {
         ("SHARE", Align::Right),
         ("FLOWS", Align::Right),
         ("NEW/S", Align::Right),
-        ("IN B/S", Align::Right),
-        ("OUT B/S", Align::Right),
+        ("IN/S", Align::Right),
+        ("OUT/S", Align::Right),
         ("OPENED", Align::Right),
     ];
     let row = |backend: &BackendStatus| {
@@ -215,7 +215,7 @@ fn backends(group: &GroupStatus) -> Vec<String> {
             backend.name.clone(),
             format!("{}:{}", backend.address, backend.port),
             backend.health.clone(),
-            format!("{:.1}%", backend.share * 100.0),
+            share(backend.share),
             traffic.flows.to_string(),
             rate(connections),
             byte_rate(bytes_in),
@@ -312,6 +312,14 @@ fn drops(status: &Status) -> Vec<String> {
         }
     }
     text
+}
+
+/// A share of 0 to 1 in percent, short.
+fn share(share: f64) -> String {
+    let percent = share * 100.0;
+    // Not 100.0, which 99.95 would be rounded to.
+    let digits = usize::from(percent < 99.95);
+    format!("{percent:.digits$}%")
 }
 
 /// A number per second, short.
@@ -416,6 +424,14 @@ mod tests {
         );
         let durations = [0, 59, 61, 3_661, 93_784].map(duration);
         assert_eq!(durations, ["0 s", "59 s", "1 min 1 s", "1 h 1 min", "1 d 2 h"]);
+    }
+
+    #[test]
+    fn shares_are_short() {
+        assert_eq!(
+            [0.0, 0.6667, 0.9994, 0.9996, 1.0].map(share),
+            ["0.0%", "66.7%", "99.9%", "100%", "100%"]
+        );
     }
 
     #[tokio::test]

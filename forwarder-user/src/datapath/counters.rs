@@ -42,7 +42,10 @@ impl CounterMaps {
     }
 }
 
-fn per_cpu<T: bytemuck::Pod>(map: &PerCpuArray<MapData, AsPod<T>>, index: u32) -> Result<Vec<AsPod<T>>, Error> {
+fn per_cpu<T: bytemuck::Pod>(
+    map: &PerCpuArray<MapData, AsPod<T>>,
+    index: u32,
+) -> Result<Vec<AsPod<T>>, Error> {
     match map.get(&index, 0) {
         Ok(values) => Ok(values.to_vec()),
         Err(error) => Err(kernel_error("read a counter", &error)),

@@ -57,7 +57,10 @@ impl Sweeper {
                 .push(AsPod(FlowId(id)), 0)
                 .map_err(|error| kernel_error("fill the list of free flows", &error))?;
         }
-        Ok(Self { maps, last_seen_secs: vec![0; capacity as usize] })
+        Ok(Self {
+            maps,
+            last_seen_secs: vec![0; capacity as usize],
+        })
     }
 
     /// Looks at every entry once. `now`: time since the first sweep.
@@ -91,7 +94,11 @@ impl Sweeper {
             if idle >= timeout(&entry) {
                 self.unlink(id, &entry);
             } else {
-                let is_active = if is_tcp(&entry) { entry.tcp.phase() == Phase::Established } else { was_seen };
+                let is_active = if is_tcp(&entry) {
+                    entry.tcp.phase() == Phase::Established
+                } else {
+                    was_seen
+                };
                 for count in [
                     census.listeners.entry(entry.listener).or_default(),
                     census.backends.entry(entry.backend).or_default(),
@@ -113,7 +120,10 @@ impl Sweeper {
         // Not there: the data path unlinked it itself. Anything else shows as a key that stays.
         let _ = self.maps.index.remove(&request_key);
         if self.maps.memory.is_seen(id) {
-            let reference = AsPod(FlowReference { id, direction: Direction::REQUEST });
+            let reference = AsPod(FlowReference {
+                id,
+                direction: Direction::REQUEST,
+            });
             let _ = self.maps.index.insert(request_key, reference, NO_EXIST);
             return;
         }
@@ -125,7 +135,10 @@ impl Sweeper {
 
     fn free(&mut self, id: FlowId) -> Result<(), Error> {
         self.maps.memory.set_state(id, FlowState::FREE);
-        self.maps.free.push(AsPod(id), 0).map_err(|error| kernel_error("free a flow", &error))
+        self.maps
+            .free
+            .push(AsPod(id), 0)
+            .map_err(|error| kernel_error("free a flow", &error))
     }
 }
 
@@ -139,5 +152,9 @@ fn is_tcp(entry: &FlowEntry) -> bool {
 /// How long a flow may be idle.
 fn timeout(entry: &FlowEntry) -> Duration {
     let idle = Duration::from_secs(u64::from(entry.idle_timeout_secs));
-    if is_tcp(entry) { entry.tcp.phase().timeout(idle) } else { idle }
+    if is_tcp(entry) {
+        entry.tcp.phase().timeout(idle)
+    } else {
+        idle
+    }
 }

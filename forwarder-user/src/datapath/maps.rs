@@ -73,12 +73,15 @@ pub fn take(ebpf: &mut Ebpf, sizes: &Sizes) -> Result<(ControlMaps, FlowMaps, Co
 }
 
 fn take_one(ebpf: &mut Ebpf, name: &str) -> Result<Map, Error> {
-    ebpf.take_map(name)
-        .ok_or_else(|| Error::failed(format!("the BPF object has no map \"{name}\"")).hint("rebuild the binary"))
+    ebpf.take_map(name).ok_or_else(|| {
+        Error::failed(format!("the BPF object has no map \"{name}\"")).hint("rebuild the binary")
+    })
 }
 
 fn typed<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &str) -> Result<T, Error> {
-    take_one(ebpf, name)?.try_into().map_err(|error| kernel_error(&format!("open the map \"{name}\""), &error))
+    take_one(ebpf, name)?
+        .try_into()
+        .map_err(|error| kernel_error(&format!("open the map \"{name}\""), &error))
 }
 
 /// The bare handle of an array, for mapping it into memory.

@@ -31,7 +31,9 @@ impl Memory {
         let fd = data.fd().as_fd().as_raw_fd();
         match MmapOptions::new().len(len_bytes).map_raw(fd) {
             Ok(map) => Ok(Self { map, _data: data }),
-            Err(error) => Err(Error::host(format!("the map {name} cannot be mapped into memory: {error}"))),
+            Err(error) => Err(Error::host(format!(
+                "the map {name} cannot be mapped into memory: {error}"
+            ))),
         }
     }
 
@@ -69,7 +71,10 @@ impl FlowMemory {
     /// # Errors
     /// When the kernel refuses.
     pub fn map(data: MapData, capacity: u32) -> Result<Self, Error> {
-        Ok(Self { memory: Memory::map(data, capacity as usize * ENTRY, "FLOWS")?, capacity })
+        Ok(Self {
+            memory: Memory::map(data, capacity as usize * ENTRY, "FLOWS")?,
+            capacity,
+        })
     }
 
     /// Number of entries.
@@ -83,12 +88,18 @@ impl FlowMemory {
 
     /// What an entry is.
     pub fn state(&self, id: FlowId) -> FlowState {
-        FlowState(self.memory.byte(Self::offset(id) + offset_of!(FlowEntry, state)).load(Relaxed))
+        FlowState(
+            self.memory
+                .byte(Self::offset(id) + offset_of!(FlowEntry, state))
+                .load(Relaxed),
+        )
     }
 
     /// Changes what an entry is.
     pub fn set_state(&self, id: FlowId, state: FlowState) {
-        self.memory.byte(Self::offset(id) + offset_of!(FlowEntry, state)).store(state.0, Relaxed);
+        self.memory
+            .byte(Self::offset(id) + offset_of!(FlowEntry, state))
+            .store(state.0, Relaxed);
     }
 
     /// Has a packet come since this was asked last? Clears the mark.
@@ -104,7 +115,10 @@ impl FlowMemory {
 
     /// Has a packet come since the mark was cleared?
     pub fn is_seen(&self, id: FlowId) -> bool {
-        self.memory.byte(Self::offset(id) + offset_of!(FlowEntry, seen)).load(Relaxed) != 0
+        self.memory
+            .byte(Self::offset(id) + offset_of!(FlowEntry, seen))
+            .load(Relaxed)
+            != 0
     }
 
     /// A copy of an entry, field by field: each is whole, together they may be of different packets.
@@ -128,13 +142,17 @@ impl SlotMemory {
     /// # Errors
     /// When the kernel refuses.
     pub fn map(data: MapData, slots: u32) -> Result<Self, Error> {
-        Ok(Self { memory: Memory::map(data, slots as usize * size_of::<BackendId>(), "SLOTS")? })
+        Ok(Self {
+            memory: Memory::map(data, slots as usize * size_of::<BackendId>(), "SLOTS")?,
+        })
     }
 
     /// Writes slots from index `first` on.
     pub fn write(&self, first: u32, slots: &[BackendId]) {
         for (index, slot) in slots.iter().enumerate() {
-            self.memory.word((first as usize + index) * size_of::<BackendId>()).store(slot.0, Relaxed);
+            self.memory
+                .word((first as usize + index) * size_of::<BackendId>())
+                .store(slot.0, Relaxed);
         }
     }
 }

@@ -44,12 +44,14 @@ pub fn load(sizes: &Sizes) -> Result<Ebpf, Error> {
         .map_max_entries(map_name::INTERFACES, sizes.interfaces)
         .load(OBJECT)
         .map_err(|error| refused("create the maps", &error))?;
-    for name in [map_name::PROGRAM_XDP, map_name::PROGRAM_XDP_GENERIC, map_name::PROGRAM_SEND_TEST] {
+    for name in [map_name::PROGRAM_XDP, map_name::PROGRAM_XDP_GENERIC] {
         let program: &mut Xdp = program(&mut ebpf, name)?;
         program.load().map_err(|error| refused_program(name, &error))?;
     }
     let tunnel: &mut SchedClassifier = program(&mut ebpf, map_name::PROGRAM_TUNNEL)?;
-    tunnel.load().map_err(|error| refused_program(map_name::PROGRAM_TUNNEL, &error))?;
+    tunnel
+        .load()
+        .map_err(|error| refused_program(map_name::PROGRAM_TUNNEL, &error))?;
     Ok(ebpf)
 }
 
@@ -63,7 +65,9 @@ where
 {
     ebpf.program_mut(name)
         .and_then(|program| program.try_into().ok())
-        .ok_or_else(|| Error::failed(format!("the BPF object has no program \"{name}\"")).hint("rebuild the binary"))
+        .ok_or_else(|| {
+            Error::failed(format!("the BPF object has no program \"{name}\"")).hint("rebuild the binary")
+        })
 }
 
 fn refused_program(name: &str, error: &ProgramError) -> Error {
@@ -77,7 +81,10 @@ fn refused(what: &str, error: &(dyn std::error::Error + 'static)) -> Error {
     let mut errno = None;
     while let Some(error) = cause {
         text.push_str(&format!("\n  {error}"));
-        errno = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error).or(errno);
+        errno = error
+            .downcast_ref::<std::io::Error>()
+            .and_then(std::io::Error::raw_os_error)
+            .or(errno);
         cause = error.source();
     }
     let hint = match errno.map(nix::errno::Errno::from_raw) {
@@ -94,4 +101,3 @@ fn refused(what: &str, error: &(dyn std::error::Error + 'static)) -> Error {
 pub fn kernel_error(what: &str, error: &(dyn std::error::Error + 'static)) -> Error {
     refused(what, error)
 }
-

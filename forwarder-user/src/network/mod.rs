@@ -19,7 +19,6 @@ use tokio::task::AbortHandle;
 use crate::error::Error;
 
 mod address;
-mod drops;
 mod interface;
 mod neighbour;
 mod route;
@@ -27,13 +26,14 @@ mod sysctl;
 #[cfg(test)]
 mod testing;
 mod watch;
+mod xdp_features;
 
-pub use drops::dropped_frames;
 pub use interface::{Interface, InterfaceKind};
 pub use neighbour::{Neighbour, NeighbourState};
 pub use route::{Route, RouteError};
 pub use sysctl::RpFilter;
 pub use watch::{Changes, LinkChange, LinkState, Watch};
+pub use xdp_features::takes_redirects;
 
 /// A connection to the kernel's routing tables. Cheap to clone; the last clone closes it.
 #[derive(Clone, Debug)]

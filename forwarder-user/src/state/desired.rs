@@ -101,7 +101,9 @@ impl Desired {
                 group: ids.groups[&listener.group],
                 idle_timeout_secs: listener.idle_timeout.as_secs() as u32,
             };
-            desired.listeners.insert((vip, listener.port, protocol), (key, value));
+            desired
+                .listeners
+                .insert((vip, listener.port, protocol), (key, value));
         }
         desired
     }
@@ -112,15 +114,28 @@ impl Desired {
             let key = (name.to_owned(), backend_name.clone());
             let id = ids.backends[&key];
             let is_healthy = group.health.is_none() || observed.health.get(&key) == Some(&Health::Healthy);
-            let state = if is_healthy { BackendState::HEALTHY } else { BackendState::UNHEALTHY };
+            let state = if is_healthy {
+                BackendState::HEALTHY
+            } else {
+                BackendState::UNHEALTHY
+            };
             let address = backend.address.octets();
             self.backends.insert(
                 id,
-                Backend { address: Ipv4Address::new(address), port: Be16::new(backend.port), state, reserved: 0 },
+                Backend {
+                    address: Ipv4Address::new(address),
+                    port: Be16::new(backend.port),
+                    state,
+                    reserved: 0,
+                },
             );
             if is_healthy {
                 let identity = maglev::identity(address, backend.port);
-                entries.push(maglev::Entry { value: id.0, identity, weight: u32::from(backend.weight) });
+                entries.push(maglev::Entry {
+                    value: id.0,
+                    identity,
+                    weight: u32::from(backend.weight),
+                });
             }
         }
         let nat = match group.nat {
@@ -147,7 +162,10 @@ fn table(mut entries: Vec<maglev::Entry>, size: u32) -> Vec<BackendId> {
 fn pool(snat: &config::SnatPool) -> SnatPool {
     let mut pool = SnatPool::default();
     for (range, (first, count)) in pool.ranges.iter_mut().zip(&snat.ranges) {
-        *range = SnatRange { first: u32::from(*first), count: *count };
+        *range = SnatRange {
+            first: u32::from(*first),
+            count: *count,
+        };
     }
     pool
 }

@@ -28,7 +28,12 @@ impl Ids {
             .iter()
             .flat_map(|(group, settings)| settings.backends.keys().map(|name| (group.clone(), name.clone())));
         Self {
-            listeners: config.listeners.keys().cloned().zip((0..).map(ListenerId)).collect(),
+            listeners: config
+                .listeners
+                .keys()
+                .cloned()
+                .zip((0..).map(ListenerId))
+                .collect(),
             groups: config.groups.keys().cloned().zip((0..).map(GroupId)).collect(),
             backends: backends.zip((0..).map(BackendId)).collect(),
         }

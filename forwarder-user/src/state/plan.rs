@@ -63,7 +63,10 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
     let mut writes = Vec::new();
     for (ifindex, interface) in &after.interfaces {
         if before.interfaces.get(ifindex) != Some(interface) {
-            writes.push(MapWrite::Interface(InterfaceKey { ifindex: *ifindex }, *interface));
+            writes.push(MapWrite::Interface(
+                InterfaceKey { ifindex: *ifindex },
+                *interface,
+            ));
         }
     }
     if before.settings != after.settings {
@@ -78,21 +81,36 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
         if before.groups.get(id) == Some(group) {
             continue;
         }
-        let Some(region) = placement.regions.get_mut(id) else { continue };
+        let Some(region) = placement.regions.get_mut(id) else {
+            continue;
+        };
         region.side = 1 - region.side;
         let first = region.first + region.side * region.size;
         let slot_count = group.slots.len() as u32;
         if slot_count > 0 {
-            writes.push(MapWrite::Slots { first, slots: group.slots.clone() });
+            writes.push(MapWrite::Slots {
+                first,
+                slots: group.slots.clone(),
+            });
         }
         writes.push(MapWrite::Group(
             *id,
-            BackendGroup { first_slot: first, slot_count, nat: group.nat, reserved: 0 },
+            BackendGroup {
+                first_slot: first,
+                slot_count,
+                nat: group.nat,
+                reserved: 0,
+            },
         ));
     }
     for (address, vip) in &after.vips {
         if before.vips.get(address) != Some(vip) {
-            writes.push(MapWrite::Vip(VipKey { address: Ipv4Address::new(*address) }, *vip));
+            writes.push(MapWrite::Vip(
+                VipKey {
+                    address: Ipv4Address::new(*address),
+                },
+                *vip,
+            ));
         }
     }
     for (order, (key, listener)) in &after.listeners {
@@ -114,15 +132,27 @@ impl fmt::Display for MapWrite {
                     BackendState::DRAINING => "draining",
                     _ => "unhealthy",
                 };
-                write!(f, "backend {}: {:?}:{:?} {state}", id.0, backend.address, backend.port)
+                write!(
+                    f,
+                    "backend {}: {:?}:{:?} {state}",
+                    id.0, backend.address, backend.port
+                )
             }
             Self::Slots { first, slots } => write!(f, "slots {first}..{}", *first as usize + slots.len()),
             Self::Group(id, group) => {
-                write!(f, "group {}: {} slots from {}", id.0, group.slot_count, group.first_slot)
+                write!(
+                    f,
+                    "group {}: {} slots from {}",
+                    id.0, group.slot_count, group.first_slot
+                )
             }
             Self::Vip(key, _) => write!(f, "vip {:?}", key.address),
             Self::Listener(key, value) => {
-                write!(f, "listener {:?}:{:?} protocol {}: group {}", key.vip, key.port, key.protocol, value.group.0)
+                write!(
+                    f,
+                    "listener {:?}:{:?} protocol {}: group {}",
+                    key.vip, key.port, key.protocol, value.group.0
+                )
             }
         }
     }
@@ -163,8 +193,14 @@ mod tests {
     }
 
     fn healthy(names: &[&str]) -> Observations {
-        let health = names.iter().map(|name| (("web".into(), (*name).into()), Health::Healthy)).collect();
-        Observations { health, ..Observations::default() }
+        let health = names
+            .iter()
+            .map(|name| (("web".into(), (*name).into()), Health::Healthy))
+            .collect();
+        Observations {
+            health,
+            ..Observations::default()
+        }
     }
 
     fn table(desired: &Desired) -> &GroupTable {
@@ -175,8 +211,10 @@ mod tests {
     fn a_start_writes_backends_before_slots_before_group_before_listener() {
         let (config, mut placement) = (config(), Placement::new([(GroupId(0), 1021)]));
         let after = Desired::of(&config, &Ids::assign(&config), &healthy(&["a", "b"]));
-        let writes: Vec<_> =
-            plan(&Desired::empty(), &after, &mut placement).iter().map(ToString::to_string).collect();
+        let writes: Vec<_> = plan(&Desired::empty(), &after, &mut placement)
+            .iter()
+            .map(ToString::to_string)
+            .collect();
         assert_eq!(
             writes,
             [
@@ -198,10 +236,17 @@ mod tests {
         let before = Desired::of(&config, &ids, &healthy(&["a", "b"]));
         plan(&Desired::empty(), &before, &mut placement);
         let after = Desired::of(&config, &ids, &healthy(&["b"]));
-        let writes: Vec<_> = plan(&before, &after, &mut placement).iter().map(ToString::to_string).collect();
+        let writes: Vec<_> = plan(&before, &after, &mut placement)
+            .iter()
+            .map(ToString::to_string)
+            .collect();
         assert_eq!(
             writes,
-            ["backend 0: 10.0.0.1:80 unhealthy", "slots 1021..2042", "group 0: 1021 slots from 1021"]
+            [
+                "backend 0: 10.0.0.1:80 unhealthy",
+                "slots 1021..2042",
+                "group 0: 1021 slots from 1021"
+            ]
         );
         assert!(table(&after).slots.iter().all(|slot| *slot == BackendId(1)));
     }
