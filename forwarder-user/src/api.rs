@@ -237,7 +237,7 @@ fn make_room(path: &Path, failed: &dyn Fn(&str, &io::Error) -> Error) -> Result<
     match UnixStream::connect(path) {
         Ok(_) => Err(
             Error::host(format!("another agent holds the control socket {}", path.display())).hint(format!(
-                "stop it first; `ss -lxp src {}` shows its process. A second agent needs an agent.control_socket and \
+                "stop it first; `ss -lxp | grep {}` shows its process. A second agent needs an agent.control_socket and \
                  an agent.metrics_address of its own",
                 path.display()
             )),

@@ -83,6 +83,9 @@ impl Sample {
     }
 }
 
+/// Where the samples of a family come from.
+type Read = dyn Fn(&Status) -> Vec<Sample>;
+
 /// One metric, all its samples, and what there is to say about it.
 struct Family {
     /// Without prefix, unit and suffix.
@@ -93,7 +96,7 @@ struct Family {
     /// One sentence.
     help: String,
     labels: Vec<&'static str>,
-    samples: Box<dyn Fn(&Status) -> Vec<Sample>>,
+    samples: Box<Read>,
 }
 
 impl Family {
@@ -535,14 +538,14 @@ mod tests {
 
     /// One family of a text that is known to be well formed.
     #[derive(Debug)]
-    struct Read {
+    struct Found {
         metric_type: String,
         samples: BTreeMap<String, f64>,
     }
 
     /// Reads OpenMetrics text and panics at whatever the format does not allow.
-    fn read(text: &str) -> BTreeMap<String, Read> {
-        let mut families: BTreeMap<String, Read> = BTreeMap::new();
+    fn read(text: &str) -> BTreeMap<String, Found> {
+        let mut families: BTreeMap<String, Found> = BTreeMap::new();
         let mut lines = text.lines().peekable();
         loop {
             let line = lines.next().expect("a text ends in # EOF");
@@ -586,7 +589,7 @@ mod tests {
                 assert!(value.is_finite() && value >= 0.0, "{line}");
                 assert_eq!(samples.insert(labels.to_owned(), value), None, "twice: {line}");
             }
-            let family = Read { metric_type, samples };
+            let family = Found { metric_type, samples };
             assert!(
                 families.insert(name.to_owned(), family).is_none(),
                 "twice: {name}"

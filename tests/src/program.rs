@@ -20,8 +20,9 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, MapError, PerCpuArray, Queue},
+    maps::{Array, HashMap, MapError, PerCpuArray, PerCpuValues, Queue},
     programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp},
+    util::nr_cpus,
 };
 use bytemuck::Pod;
 use forwarder_common::{
@@ -281,12 +282,9 @@ impl Kernel {
     fn set_counters<V: Pod>(&mut self, name: &str, values: &[V]) -> Result<()> {
         let mut array: PerCpuArray<_, AsPod<V>> = PerCpuArray::try_from(self.map(name)?)?;
         for (index, value) in (0..).zip(values) {
-            let mut per_cpu = array.get(&index, 0)?;
-            for copy in per_cpu.iter_mut() {
-                copy.0 = V::zeroed();
-            }
-            per_cpu[0].0 = *value;
-            array.set(index, per_cpu, 0)?;
+            let mut per_cpu = vec![AsPod(V::zeroed()); nr_cpus().map_err(|(_, error)| error)?];
+            per_cpu[0] = AsPod(*value);
+            array.set(index, PerCpuValues::try_from(per_cpu)?, 0)?;
         }
         Ok(())
     }

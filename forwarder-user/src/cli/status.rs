@@ -120,7 +120,7 @@ async fn exchange(
 /// The status as text for a terminal.
 fn draw(status: &Status) -> String {
     let mut text = vec![format!(
-        "forwarder {}, up {}; IN/S and OUT/S are bytes of requests and replies per second",
+        "forwarder {}, up {}; IN and OUT are bytes of requests and replies",
         status.version,
         duration(status.uptime_secs)
     )];
@@ -128,7 +128,7 @@ fn draw(status: &Status) -> String {
         if !lines.is_empty() {
             text.push(String::new());
             text.push(format!("{TITLE}{title}{TITLE:#}"));
-            text.extend(lines.into_iter().map(|line| format!("  {line}")));
+            text.extend(lines);
         }
     };
     section("Warnings", status.warnings.clone());
@@ -384,7 +384,7 @@ mod tests {
         }
         let text = plain(&status);
         assert!(!text.contains("Warnings"), "{text}");
-        assert!(text.ends_with("Drops since the start\n  none"), "{text}");
+        assert!(text.ends_with("Drops since the start\nnone"), "{text}");
     }
 
     #[test]

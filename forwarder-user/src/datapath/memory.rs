@@ -63,7 +63,7 @@ pub struct FlowMemory {
     capacity: u32,
 }
 
-const ENTRY: usize = size_of::<FlowEntry>();
+const ENTRY: usize = stride(size_of::<FlowEntry>());
 
 impl FlowMemory {
     /// Maps a flow table of `capacity` entries.
@@ -131,6 +131,13 @@ impl FlowMemory {
     }
 }
 
+/// Distance of two elements in an array map's memory: the kernel rounds their size up to 8 (array_map_alloc).
+const fn stride(size: usize) -> usize {
+    size.next_multiple_of(8)
+}
+
+const SLOT: usize = stride(size_of::<BackendId>());
+
 /// The slot table.
 pub struct SlotMemory {
     memory: Memory,
@@ -143,7 +150,7 @@ impl SlotMemory {
     /// When the kernel refuses.
     pub fn map(data: MapData, slots: u32) -> Result<Self, Error> {
         Ok(Self {
-            memory: Memory::map(data, slots as usize * size_of::<BackendId>(), "SLOTS")?,
+            memory: Memory::map(data, slots as usize * SLOT, "SLOTS")?,
         })
     }
 

@@ -106,7 +106,8 @@ impl Lab {
     /// Joins two hosts by a cable: a pair of virtual Ethernet devices, both up.
     ///
     /// Receive offload (GRO) is on at both ends: without it, or an XDP program, a virtual device drops frames
-    /// that XDP redirects into its peer.
+    /// that XDP redirects into its peer. It is switched on when the device is up, as before that the kernel does
+    /// not note that frames can be redirected there (`veth_set_features` of Linux 6.18).
     pub fn cable(&self, a: (&Namespace, &str), b: (&Namespace, &str), mtu_bytes: u16) -> Result<()> {
         let ((a, a_name), (b, b_name)) = (a, b);
         a.run(&format!(
@@ -114,8 +115,8 @@ impl Lab {
             b.name()
         ))?;
         for (end, name) in [(a, a_name), (b, b_name)] {
-            end.offload(name, "gro", true)?;
             end.run(&format!("ip link set {name} up"))?;
+            end.offload(name, "gro", true)?;
         }
         Ok(())
     }

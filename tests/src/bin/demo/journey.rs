@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -22,6 +23,8 @@ const GROUP: &str = "web";
 /// How long a backend may take to be taken out or in. The checks of the labs need 2 s at most; a busy
 /// machine more.
 const HEALTH_DEADLINE: Duration = Duration::from_secs(15);
+/// Between two requests while a failover is watched: a client that refreshes its page.
+const REFRESH: Duration = Duration::from_millis(200);
 /// How long the agent's counters may lag behind the traffic.
 const COUNTER_DEADLINE: Duration = Duration::from_secs(5);
 /// Requests of the first look at a site.
@@ -260,6 +263,7 @@ impl Play {
                 // Only the stopped server refuses, and the agent counts the attempt as a connection of it.
                 *self.connections.entry(name).or_default() += 1;
             }
+            thread::sleep(REFRESH);
         }
         self.screen.held(format!(
             "the agent took {name} out after {:.1} s; {failed} of the requests until then failed",
