@@ -10,7 +10,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use forwarder_common::{
     abi::{
         backend::{BackendId, BackendState, GroupId, NatMode},
-        flow::{Direction, FlowId, FlowKey, FlowReference, FlowState, HopKind, NextHop},
+        flow::{Direction, FlowId, FlowKey, FlowReference, FlowState},
         interface::InterfaceKey,
         listener::{ListenerId, ListenerKey},
         reason::Reason,
@@ -22,7 +22,7 @@ use forwarder_common::{
 };
 
 use crate::{
-    packet::{Arp, Builder, Checksum, ETHERNET_LEN, Mac, fold, patched, segment, sum},
+    packet::{Arp, Builder, Checksum, ETHERNET_LEN, Mac, fold, ip_len, is_reset, patched, segment, sum},
     tables::{
         CLIENT_SIDE, CLOSED_SIDE, Link, MemoryTables, Program, ROUTER, SERVER_SIDE, SIZES, TUNNEL_SIDE, mac_of,
     },
@@ -59,6 +59,45 @@ pub struct Step {
     /// The frame afterwards.
     pub out: Vec<u8>,
     pub traffic: Traffic,
+}
+
+impl Step {
+    /// Adds what this packet must have counted.
+    pub fn count_into(&self, tables: &mut MemoryTables) {
+        let reason = &mut tables.reason_counters[self.reason.0 as usize];
+        reason.packets += 1;
+        reason.bytes += self.frame.len() as u64;
+        let (listener, backend) = match self.traffic {
+            Traffic::Nothing => return,
+            Traffic::Refused(listener) => {
+                tables.listener_counters[listener.0 as usize].flows_refused += 1;
+                return;
+            }
+            Traffic::Opened(listener, backend)
+            | Traffic::OpenedOnly(listener, backend)
+            | Traffic::Request(listener, backend)
+            | Traffic::Reply(listener, backend) => (listener, backend),
+        };
+        let counters = [
+            &mut tables.listener_counters[listener.0 as usize],
+            &mut tables.backend_counters[backend.0 as usize],
+        ];
+        for counters in counters {
+            if matches!(self.traffic, Traffic::Opened(..) | Traffic::OpenedOnly(..)) {
+                counters.flows_opened += 1;
+            }
+            if matches!(self.traffic, Traffic::Opened(..) | Traffic::Request(..)) {
+                counters.request_packets += 1;
+                counters.request_bytes += ip_len(&self.frame);
+                counters.client_resets += u64::from(is_reset(&self.frame));
+            }
+            if matches!(self.traffic, Traffic::Reply(..)) {
+                counters.reply_packets += 1;
+                counters.reply_bytes += ip_len(&self.frame);
+                counters.backend_resets += u64::from(is_reset(&self.frame));
+            }
+        }
+    }
 }
 
 /// What a packet adds to the counters of listeners and backends.
@@ -1001,17 +1040,10 @@ fn world_with_free_keys(free: u32) -> MemoryTables {
 /// Link addresses that no route leads to: whoever sends there used a remembered next hop.
 const REMEMBERED: [Mac; 2] = [[2, 0, 0, 0, 99, 1], [2, 0, 0, 0, 99, 2]];
 
-/// Lets the first flow's requests remember a next hop of this generation and hook.
-fn remember(world: &mut MemoryTables, generation: u32, hook: Hook) {
+/// Lets the first flow's requests, which have left already, remember these link addresses.
+fn remember(world: &mut MemoryTables) {
     let [source, destination] = REMEMBERED.map(MacAddress::new);
-    world.flows[0].request_hop = NextHop {
-        link: LinkPair::new(destination, source),
-        ifindex: SERVER_SIDE.ifindex,
-        generation,
-        kind: HopKind::DIRECT,
-        hook: hook as u8,
-        reserved: 0,
-    };
+    world.flows[0].request_hop.link = LinkPair::new(destination, source);
 }
 
 fn next_hops() -> Vec<Case> {
@@ -1117,27 +1149,17 @@ fn next_hops() -> Vec<Case> {
         ),
         Case::new("A flow remembers its next hop", world())
             .then(web_opening())
-            .change(|world| {
-                let generation = world.settings.route_generation;
-                remember(world, generation, Hook::Xdp);
-                // The same case runs in generic XDP, whose flows remember that hook.
-                world.flows[0].request_hop.hook = world.flows[0].reply_hop.hook.max(Hook::Xdp as u8);
-            })
+            .change(remember)
             .then(Step::request(&data, &remembered).counts(WEB.request())),
         Case::new("A next hop of another route generation is looked up again", world())
             .then(web_opening())
-            .change(|world| {
-                let generation = world.settings.route_generation;
-                remember(world, generation, Hook::Xdp);
-                world.settings.route_generation += 1;
-            })
+            .change(remember)
+            .change(|world| world.settings.route_generation += 1)
             .then(web_request(segment::ACK, 0)),
         Case::new("A next hop of another hook is looked up again", world())
             .then(web_opening())
-            .change(|world| {
-                let generation = world.settings.route_generation;
-                remember(world, generation, Hook::Tcx);
-            })
+            .change(remember)
+            .change(|world| world.flows[0].request_hop.hook = Hook::Tcx as u8)
             .then(web_request(segment::ACK, 0)),
         Case::new("A connection may move to another ingress interface", world())
             .all(web_handshake())

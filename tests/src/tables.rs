@@ -58,7 +58,6 @@ pub struct MemoryTables {
     pub listener_counters: Vec<TrafficCounters>,
     pub backend_counters: Vec<TrafficCounters>,
     pub reason_counters: Vec<ReasonCounters>,
-    slots_used: u32,
 }
 
 impl Default for MemoryTables {
@@ -82,7 +81,6 @@ impl Default for MemoryTables {
             listener_counters: vec![TrafficCounters::default(); SIZES.listeners as usize],
             backend_counters: vec![TrafficCounters::default(); SIZES.backends as usize],
             reason_counters: vec![ReasonCounters::default(); Reason::COUNT],
-            slots_used: 0,
         }
     }
 }
@@ -141,9 +139,13 @@ impl MemoryTables {
             .entry(VipKey { address: vip.into() })
             .or_insert(Vip { listeners: 0 });
         vip_entry.listeners += 1;
-        let first_slot = self.slots_used;
-        self.slots_used += slots.len() as u32;
-        self.slots[first_slot as usize..self.slots_used as usize].copy_from_slice(slots);
+        let first_slot = self
+            .groups
+            .iter()
+            .map(|group| group.first_slot + group.slot_count)
+            .max()
+            .unwrap_or(0);
+        self.slots[first_slot as usize..][..slots.len()].copy_from_slice(slots);
         self.groups[id as usize] = BackendGroup {
             first_slot,
             slot_count: slots.len() as u32,

@@ -41,7 +41,7 @@ fn everything() -> Extras {
 /// Namespaces and directories whose names start with `prefix`, and processes that were started with them.
 fn leftovers(prefix: &str) -> Vec<String> {
     let mut names = Vec::new();
-    for folder in [Path::new("/run/netns"), &std::env::temp_dir()] {
+    for folder in [Path::new("/run/netns"), Path::new("/tmp")] {
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with(prefix) {

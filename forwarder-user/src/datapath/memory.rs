@@ -37,23 +37,26 @@ impl Memory {
         }
     }
 
+    /// A pointer into the mapping, to `size` bytes at a multiple of `size`.
+    fn pointer(&self, offset: usize, size: usize) -> *mut u8 {
+        assert!(offset + size <= self.map.len() && offset.is_multiple_of(size));
+        // SAFETY: inside the mapping.
+        unsafe { self.map.as_mut_ptr().add(offset) }
+    }
+
     fn byte(&self, offset: usize) -> &AtomicU8 {
-        assert!(offset < self.map.len());
-        // SAFETY: inside the mapping, which lives as long as `self`; bytes need no alignment.
-        unsafe { AtomicU8::from_ptr(self.map.as_mut_ptr().add(offset)) }
+        // SAFETY: inside the mapping, which lives as long as `self`.
+        unsafe { AtomicU8::from_ptr(self.pointer(offset, 1)) }
     }
 
     fn word(&self, offset: usize) -> &AtomicU32 {
-        assert!(offset + 4 <= self.map.len() && offset.is_multiple_of(4));
-        // SAFETY: inside the mapping, which lives as long as `self` and starts on a page, so 4 divides the
-        // address.
-        unsafe { AtomicU32::from_ptr(self.map.as_mut_ptr().add(offset).cast()) }
+        // SAFETY: as for `byte`; the mapping starts on a page, so 4 divides the address.
+        unsafe { AtomicU32::from_ptr(self.pointer(offset, 4).cast()) }
     }
 
     fn long(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset + 8 <= self.map.len() && offset.is_multiple_of(8));
         // SAFETY: as for `word`, with 8.
-        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().add(offset).cast()) }
+        unsafe { AtomicU64::from_ptr(self.pointer(offset, 8).cast()) }
     }
 }
 
@@ -158,7 +161,7 @@ impl SlotMemory {
     pub fn write(&self, first: u32, slots: &[BackendId]) {
         for (index, slot) in slots.iter().enumerate() {
             self.memory
-                .word((first as usize + index) * size_of::<BackendId>())
+                .word((first as usize + index) * SLOT)
                 .store(slot.0, Relaxed);
         }
     }

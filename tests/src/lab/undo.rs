@@ -28,6 +28,9 @@ use super::{command, process::Running, wait::wait_until};
 
 /// Everything that is named after a lab starts so.
 const PREFIX: &str = "fwd-";
+/// Where labs keep their files. Not what `TMPDIR` says: a process with another one has to see which labs
+/// are kept, or it would sweep them.
+const DIRECTORIES: &str = "/tmp";
 /// File in a lab's directory that says: do not sweep this.
 const KEPT: &str = "kept";
 /// Exit status of a process that ended because it was interrupted, as shells count it.
@@ -52,7 +55,7 @@ impl LabId {
 
     /// Where the lab keeps its files.
     pub(super) fn directory(&self) -> PathBuf {
-        std::env::temp_dir().join(self.to_string())
+        Path::new(DIRECTORIES).join(self.to_string())
     }
 
     /// Name of the lab's namespace for `role`.
@@ -208,7 +211,7 @@ fn existing() -> Result<Vec<LabId>> {
         .iter()
         .filter_map(|name| LabId::of_namespace(name))
         .collect();
-    for entry in fs::read_dir(std::env::temp_dir())? {
+    for entry in fs::read_dir(DIRECTORIES)? {
         labs.extend(entry?.file_name().to_str().and_then(LabId::parse));
     }
     labs.sort();

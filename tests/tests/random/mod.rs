@@ -1,0 +1,252 @@
+//! Random packets that have a chance to mean something: from few addresses and ports, then damaged.
+
+// Each test binary uses a part of it.
+#![allow(dead_code)]
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use forwarder_tests::{
+    cases,
+    packet::{Arp, Builder, Checksum, ETHERNET_LEN, segment},
+    tables::{LINKS, MemoryTables, Program},
+};
+use proptest::{prelude::*, sample::select};
+
+/// Tables and packets that come one after the other.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    pub world: MemoryTables,
+    pub packets: Vec<Packet>,
+}
+
+/// A frame on its way into a program.
+#[derive(Clone, Debug)]
+pub struct Packet {
+    pub program: Program,
+    pub ifindex: u32,
+    pub frame: Vec<u8>,
+}
+
+/// A listener of the cases' world.
+#[derive(Clone, Copy, Debug)]
+pub struct Service {
+    vip: SocketAddrV4,
+    is_tcp: bool,
+}
+
+impl Service {
+    /// The first packet of a client.
+    pub fn request(&self, client: SocketAddrV4) -> Vec<u8> {
+        if self.is_tcp {
+            Builder::tcp(segment::SYN, client, self.vip).payload(5).build()
+        } else {
+            Builder::udp(client, self.vip).payload(5).build()
+        }
+    }
+}
+
+const VIP: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 100);
+
+/// A listener whose backend can be reached.
+pub fn service() -> impl Strategy<Value = Service> {
+    select(vec![
+        (80, true),
+        (53, false),
+        (8000, true),
+        (5300, false),
+        (81, true),
+        (82, true),
+        (85, true),
+    ])
+    .prop_map(|(port, is_tcp)| Service {
+        vip: SocketAddrV4::new(VIP, port),
+        is_tcp,
+    })
+}
+
+/// Addresses and ports of an untagged frame of TCP or UDP without IP options.
+pub fn addresses(frame: &[u8]) -> [SocketAddrV4; 2] {
+    let ip = &frame[ETHERNET_LEN..];
+    let at = |address: usize, port: usize| {
+        let octets: [u8; 4] = ip[address..address + 4].try_into().expect("four bytes");
+        SocketAddrV4::new(octets.into(), u16::from_be_bytes([ip[port], ip[port + 1]]))
+    };
+    [at(12, 20), at(16, 22)]
+}
+
+/// The frame with source and destination exchanged, which leaves all checksums valid.
+pub fn turned_back(frame: &[u8]) -> Vec<u8> {
+    let mut back = frame.to_vec();
+    for (one, other, len) in [(12, 16, 4), (20, 22, 2)] {
+        for index in 0..len {
+            back.swap(ETHERNET_LEN + one + index, ETHERNET_LEN + other + index);
+        }
+    }
+    back
+}
+
+fn endpoint() -> impl Strategy<Value = SocketAddrV4> {
+    let client = (
+        select(vec![[172, 18, 0, 10], [172, 18, 0, 11], [192, 0, 2, 7], [172, 18, 0, 99]]),
+        50000_u16..50003,
+    );
+    let vip = (
+        Just(VIP.octets()),
+        select(vec![80, 53, 8000, 5300, 81, 82, 83, 84, 85, 9]),
+    );
+    let snat = (select(vec![[100, 64, 0, 2], [100, 64, 0, 3]]), 1022_u16..1042);
+    let server = (
+        select(vec![
+            [172, 17, 0, 205],
+            [172, 17, 0, 206],
+            [192, 168, 1, 20],
+            [172, 17, 0, 99],
+            [172, 18, 0, 20],
+        ]),
+        select(vec![8080, 5353]),
+    );
+    prop_oneof![client, vip, snat, server]
+        .prop_map(|(address, port): ([u8; 4], u16)| SocketAddrV4::new(address.into(), port))
+}
+
+/// Source and destination, mostly ones that fit: a request, or a reply to a binding.
+fn endpoints() -> impl Strategy<Value = (SocketAddrV4, SocketAddrV4)> {
+    let address = |octets: [u8; 4], port| SocketAddrV4::new(octets.into(), port);
+    let request = (
+        select(vec![[172, 18, 0, 10], [172, 18, 0, 11], [192, 0, 2, 7]]),
+        50000_u16..50003,
+        select(vec![80, 53, 8000, 5300, 81, 82, 85]),
+    )
+        .prop_map(move |(client, port, service)| (address(client, port), SocketAddrV4::new(VIP, service)));
+    let reply = (
+        select(vec![
+            ([172, 17, 0, 205], 8080),
+            ([172, 17, 0, 206], 5353),
+            ([192, 168, 1, 20], 8080),
+            ([172, 18, 0, 20], 8080),
+        ]),
+        1024_u16..1030,
+    )
+        .prop_map(move |((server, port), binding)| {
+            (address(server, port), address([100, 64, 0, 2], binding))
+        });
+    prop_oneof![5 => request, 4 => reply, 1 => (endpoint(), endpoint())]
+}
+
+fn checksum() -> impl Strategy<Value = Checksum> {
+    prop_oneof![
+        6 => Just(Checksum::Complete),
+        3 => Just(Checksum::Partial),
+        1 => select(vec![0, 0xffff, 0xfffe]).prop_map(Checksum::Fixed),
+    ]
+}
+
+fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
+    let flags = select(vec![
+        segment::SYN,
+        segment::SYN,
+        segment::SYN_ACK,
+        segment::ACK,
+        segment::FIN,
+        segment::RST,
+    ]);
+    let len = prop_oneof![4 => 0..100_usize, 1 => 480..520_usize, 1 => 1000..3000_usize];
+    (
+        endpoints(),
+        prop::option::weighted(0.6, flags),
+        len,
+        checksum(),
+        prop_oneof![8 => Just(64_u8), 1 => 0..4_u8],
+        prop_oneof![8 => Just(0_usize), 1 => 1..10_usize],
+        prop_oneof![8 => Just(0_usize), 1 => 1..40_usize],
+    )
+        .prop_map(|((source, destination), flags, len, checksum, ttl, option_words, padding)| {
+            let packet = match flags {
+                Some(flags) => Builder::tcp(flags, source, destination),
+                None => Builder::udp(source, destination),
+            };
+            packet
+                .payload(len)
+                .checksum(checksum)
+                .ttl(ttl)
+                .options(vec![1; option_words * 4])
+                .padding(padding)
+                .build()
+        })
+}
+
+fn frame() -> impl Strategy<Value = Vec<u8>> {
+    let icmp = (
+        endpoint(),
+        endpoint(),
+        select(vec![0_u8, 3, 8, 8]),
+        0..2_u8,
+        0..80_usize,
+    )
+        .prop_map(|(source, destination, kind, code, len)| {
+            Builder::icmp(kind, code, *source.ip(), *destination.ip())
+                .payload(len)
+                .build()
+        });
+    let arp = (endpoint(), endpoint(), 0..4_u16).prop_map(|(sender, target, operation)| {
+        let mac = [2, 0, 0, 0, 0, 7];
+        Arp {
+            operation,
+            sender_mac: mac,
+            sender: *sender.ip(),
+            target_mac: [0; 6],
+            target: *target.ip(),
+        }
+        .build(mac, [0xff; 6])
+    });
+    prop_oneof![10 => flow_packet(), 1 => icmp, 1 => arp]
+}
+
+/// A frame with some bytes overwritten, mostly in its headers, and perhaps cut short; 15 bytes at least, which
+/// is what BPF_PROG_TEST_RUN takes in tcx.
+fn damaged() -> impl Strategy<Value = Vec<u8>> {
+    let hit = (prop_oneof![6 => 12..60_usize, 1 => 0..4000_usize], any::<u8>());
+    (
+        frame(),
+        prop_oneof![3 => Just(0_usize), 1 => 1..4_usize].prop_flat_map(move |count| {
+            proptest::collection::vec(hit.clone(), count)
+        }),
+        prop::option::weighted(0.1, any::<prop::sample::Index>()),
+    )
+        .prop_map(|(mut frame, hits, cut)| {
+            for (offset, byte) in hits {
+                if let Some(target) = frame.get_mut(offset) {
+                    *target = byte;
+                }
+            }
+            if let Some(cut) = cut {
+                frame.truncate(15 + cut.index(frame.len() - 15));
+            }
+            frame
+        })
+}
+
+fn packet() -> impl Strategy<Value = Packet> {
+    let program = prop_oneof![
+        4 => Just(Program::Native),
+        1 => Just(Program::Generic),
+        1 => Just(Program::Tunnel),
+    ];
+    (program, select(LINKS.map(|link| link.ifindex).to_vec()), damaged()).prop_map(
+        |(program, ifindex, frame)| Packet {
+            program,
+            ifindex,
+            frame,
+        },
+    )
+}
+
+/// Any tables of the cases, and up to 40 packets.
+pub fn scenario() -> impl Strategy<Value = Scenario> {
+    let world = prop_oneof![
+        Just(cases::world()),
+        Just(cases::world_with_partial_checksums()),
+    ];
+    (world, proptest::collection::vec(packet(), 1..40))
+        .prop_map(|(world, packets)| Scenario { world, packets })
+}
