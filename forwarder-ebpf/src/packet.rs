@@ -248,6 +248,7 @@ impl Packet for SkbPacket {
         is_optional: bool,
     ) -> Result<(), Stop> {
         let skb = self.ctx.skb.skb;
+        let zero = if is_optional { MARK_MANGLED_0 } else { 0 };
         let update = |delta: Delta, flags: u64| {
             // SAFETY: the context is the one the kernel passed in; the helper checks the offset.
             unsafe {
@@ -256,7 +257,7 @@ impl Packet for SkbPacket {
                     offset as u32,
                     0,
                     u64::from(delta.folded()),
-                    flags | MARK_MANGLED_0,
+                    flags | zero,
                 )
             }
         };

@@ -249,10 +249,6 @@ impl Agent {
                 .iter()
                 .fold(0, |flags, one| flags | one.settings_flags),
         };
-        let warnings = warnings(&network, &links)?;
-        for warning in &warnings {
-            warn!("{warning}");
-        }
         let mut agent = Self {
             notes: ids
                 .backends
@@ -284,9 +280,10 @@ impl Agent {
             },
             listener_rates: HashMap::new(),
             backend_rates: HashMap::new(),
-            warnings,
+            warnings: Vec::new(),
             started_at,
         };
+        agent.look_for_trouble().await?;
         agent.reconcile()?;
         agent.resolve_next_hops().await;
         Ok(agent)
@@ -342,11 +339,22 @@ impl Agent {
                 _ = ticks.tick() => {
                     self.take_sample()?;
                     self.sweep.check()?;
+                    self.look_for_trouble().await?;
                     (self.flush_program_log)();
                 }
                 Some(request) = requests.next() => request.answer(self.status()?),
             }
         }
+    }
+
+    /// Looks at the host's settings again; logs what is new.
+    async fn look_for_trouble(&mut self) -> Result<(), Error> {
+        let warnings = warnings(&self.network, &self.config, &self.links_down).await?;
+        for warning in warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
+            warn!("{warning}");
+        }
+        self.warnings = warnings;
+        Ok(())
     }
 
     /// Writes the difference between what is and what should be.
@@ -680,7 +688,7 @@ fn sizes(config: &Config) -> Sizes {
 }
 
 /// What an operator should look at on this host.
-fn warnings(network: &Network, links: &[network::Interface]) -> Result<Vec<String>, Error> {
+async fn warnings(network: &Network, config: &Config, down: &HashSet<String>) -> Result<Vec<String>, Error> {
     let mut warnings = Vec::new();
     if !network.ip_forward()? {
         warnings.push(
@@ -689,21 +697,29 @@ fn warnings(network: &Network, links: &[network::Interface]) -> Result<Vec<Strin
                 .to_owned(),
         );
     }
-    for link in links {
-        if network.rp_filter(&link.name)? == RpFilter::Strict {
+    // A rewritten request goes up with a source of the pool, to which this host usually has no route.
+    let is_pool_routed = match config.snat.ranges.first() {
+        Some((first, _)) => network.route_to(*first, None).await.is_ok(),
+        None => true,
+    };
+    for name in config.interfaces.keys() {
+        let drops = match network.rp_filter(name) {
+            Ok(RpFilter::Strict) => true,
+            Ok(RpFilter::Loose) => !is_pool_routed,
+            // An interface that is gone has no setting; that it is gone is said elsewhere.
+            Ok(RpFilter::Off) | Err(_) => false,
+        };
+        if drops {
             warnings.push(format!(
-                "{0}: strict source validation drops rewritten requests on their way to a tunnel; \
-                 sysctl -w net.ipv4.conf.{0}.rp_filter=2 net.ipv4.conf.all.rp_filter=2",
-                link.name
-            ));
-        }
-        if !link.is_running() {
-            warnings.push(format!(
-                "{}: the link is down; ip link set {} up",
-                link.name, link.name
+                "{name}: source validation drops rewritten requests on their way to a tunnel; \
+                 sysctl -w net.ipv4.conf.{name}.rp_filter=0 net.ipv4.conf.all.rp_filter=0"
             ));
         }
     }
+    warnings.extend(
+        down.iter()
+            .map(|name| format!("{name}: the link is down; ip link set {name} up")),
+    );
     Ok(warnings)
 }
 

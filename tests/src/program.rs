@@ -31,8 +31,9 @@ use forwarder_common::{
         flow::{FlowEntry, FlowId, FlowKey, FlowReference},
         map_name,
         reason::Reason,
+        settings::{Settings, flag},
     },
-    datapath::Action,
+    datapath::{Action, Verdict},
 };
 use forwarder_user::datapath::{object, pod::AsPod};
 use nix::{
@@ -139,6 +140,16 @@ fn ip_batch(batch: &str) -> Result<()> {
     Ok(())
 }
 
+/// What a program makes of the library's verdict.
+pub fn action_of(program: Program, verdict: Verdict, settings: &Settings) -> Action {
+    // tcx has no way of its own to send a packet back; a veth in native XDP takes none.
+    let is_by_redirect = program == Program::Tunnel || settings.flags & flag::TRANSMIT_BY_REDIRECT != 0;
+    match verdict.action {
+        Action::Transmit if is_by_redirect => Action::Redirect,
+        action => action,
+    }
+}
+
 /// The loaded programs and their maps.
 pub struct Kernel {
     ebpf: Ebpf,
@@ -192,7 +203,7 @@ impl Kernel {
     /// Runs a program on a frame that claims to have come in by an interface of the cases' network.
     ///
     /// # Errors
-    /// When the kernel refuses the frame: it asks for 14 bytes, and for 15 in tcx.
+    /// When the kernel refuses the frame: it asks for an Ethernet header, and in tcx for the IP header as well.
     pub fn run(&mut self, program: Program, ifindex: u32, frame: &[u8]) -> Result<(Action, Vec<u8>)> {
         let mut output = vec![0; OUTPUT_LEN];
         let context = match program {

@@ -9,6 +9,7 @@ use crate::{
     wire::{
         Be16, WireHeader,
         ethernet::{ETHERTYPE_ARP, ETHERTYPE_IPV4, EthernetHeader},
+        icmp::IcmpHeader,
         ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP},
         tcp::TcpHeader,
         udp::UdpHeader,
@@ -95,7 +96,10 @@ pub fn frame<P: Packet>(packet: &mut P) -> Result<Parsed, Stop> {
             require(claimed as usize >= UdpHeader::LEN && claimed <= transport_len)?;
             ports
         }
-        PROTOCOL_ICMP => return Ok(Parsed::Icmp { transport_offset }),
+        PROTOCOL_ICMP => {
+            require(transport_len as usize >= IcmpHeader::LEN)?;
+            return Ok(Parsed::Icmp { transport_offset });
+        }
         _ => return Err(Stop::pass(Reason::UNSUPPORTED_PROTOCOL)),
     };
     require(source_port != Be16::new(0) && destination_port != Be16::new(0))?;

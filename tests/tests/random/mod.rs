@@ -14,29 +14,29 @@ use proptest::{prelude::*, sample::select};
 
 /// Tables and packets that come one after the other.
 #[derive(Clone, Debug)]
-pub struct Scenario {
-    pub world: MemoryTables,
-    pub packets: Vec<Packet>,
+pub(crate) struct Scenario {
+    pub(crate) world: MemoryTables,
+    pub(crate) packets: Vec<Packet>,
 }
 
 /// A frame on its way into a program.
 #[derive(Clone, Debug)]
-pub struct Packet {
-    pub program: Program,
-    pub ifindex: u32,
-    pub frame: Vec<u8>,
+pub(crate) struct Packet {
+    pub(crate) program: Program,
+    pub(crate) ifindex: u32,
+    pub(crate) frame: Vec<u8>,
 }
 
 /// A listener of the cases' world.
 #[derive(Clone, Copy, Debug)]
-pub struct Service {
+pub(crate) struct Service {
     vip: SocketAddrV4,
     is_tcp: bool,
 }
 
 impl Service {
     /// The first packet of a client.
-    pub fn request(&self, client: SocketAddrV4) -> Vec<u8> {
+    pub(crate) fn request(&self, client: SocketAddrV4) -> Vec<u8> {
         if self.is_tcp {
             Builder::tcp(segment::SYN, client, self.vip).payload(5).build()
         } else {
@@ -48,7 +48,7 @@ impl Service {
 const VIP: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 100);
 
 /// A listener whose backend can be reached.
-pub fn service() -> impl Strategy<Value = Service> {
+pub(crate) fn service() -> impl Strategy<Value = Service> {
     select(vec![
         (80, true),
         (53, false),
@@ -64,8 +64,14 @@ pub fn service() -> impl Strategy<Value = Service> {
     })
 }
 
+/// A client that can be reached.
+pub(crate) fn client() -> impl Strategy<Value = SocketAddrV4> {
+    (select(vec![[172, 18, 0], [192, 0, 2]]), 2..255_u8, 1..=u16::MAX)
+        .prop_map(|([a, b, c], d, port)| SocketAddrV4::new(Ipv4Addr::new(a, b, c, d), port))
+}
+
 /// Addresses and ports of an untagged frame of TCP or UDP without IP options.
-pub fn addresses(frame: &[u8]) -> [SocketAddrV4; 2] {
+pub(crate) fn addresses(frame: &[u8]) -> [SocketAddrV4; 2] {
     let ip = &frame[ETHERNET_LEN..];
     let at = |address: usize, port: usize| {
         let octets: [u8; 4] = ip[address..address + 4].try_into().expect("four bytes");
@@ -75,7 +81,7 @@ pub fn addresses(frame: &[u8]) -> [SocketAddrV4; 2] {
 }
 
 /// The frame with source and destination exchanged, which leaves all checksums valid.
-pub fn turned_back(frame: &[u8]) -> Vec<u8> {
+pub(crate) fn turned_back(frame: &[u8]) -> Vec<u8> {
     let mut back = frame.to_vec();
     for (one, other, len) in [(12, 16, 4), (20, 22, 2)] {
         for index in 0..len {
@@ -87,7 +93,12 @@ pub fn turned_back(frame: &[u8]) -> Vec<u8> {
 
 fn endpoint() -> impl Strategy<Value = SocketAddrV4> {
     let client = (
-        select(vec![[172, 18, 0, 10], [172, 18, 0, 11], [192, 0, 2, 7], [172, 18, 0, 99]]),
+        select(vec![
+            [172, 18, 0, 10],
+            [172, 18, 0, 11],
+            [192, 0, 2, 7],
+            [172, 18, 0, 99],
+        ]),
         50000_u16..50003,
     );
     let vip = (
@@ -160,19 +171,21 @@ fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
         prop_oneof![8 => Just(0_usize), 1 => 1..10_usize],
         prop_oneof![8 => Just(0_usize), 1 => 1..40_usize],
     )
-        .prop_map(|((source, destination), flags, len, checksum, ttl, option_words, padding)| {
-            let packet = match flags {
-                Some(flags) => Builder::tcp(flags, source, destination),
-                None => Builder::udp(source, destination),
-            };
-            packet
-                .payload(len)
-                .checksum(checksum)
-                .ttl(ttl)
-                .options(vec![1; option_words * 4])
-                .padding(padding)
-                .build()
-        })
+        .prop_map(
+            |((source, destination), flags, len, checksum, ttl, option_words, padding)| {
+                let packet = match flags {
+                    Some(flags) => Builder::tcp(flags, source, destination),
+                    None => Builder::udp(source, destination),
+                };
+                packet
+                    .payload(len)
+                    .checksum(checksum)
+                    .ttl(ttl)
+                    .options(vec![1; option_words * 4])
+                    .padding(padding)
+                    .build()
+            },
+        )
 }
 
 fn frame() -> impl Strategy<Value = Vec<u8>> {
@@ -202,15 +215,18 @@ fn frame() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![10 => flow_packet(), 1 => icmp, 1 => arp]
 }
 
-/// A frame with some bytes overwritten, mostly in its headers, and perhaps cut short; 15 bytes at least, which
-/// is what BPF_PROG_TEST_RUN takes in tcx.
+/// What BPF_PROG_TEST_RUN takes at least.
+const XDP_LEN: usize = ETHERNET_LEN;
+/// What it takes in tcx, where it wants to see the IP header that the EtherType promises, of IPv6 perhaps.
+const TCX_LEN: usize = ETHERNET_LEN + 40;
+
+/// A frame with some bytes overwritten, mostly in its headers, and perhaps cut short.
 fn damaged() -> impl Strategy<Value = Vec<u8>> {
     let hit = (prop_oneof![6 => 12..60_usize, 1 => 0..4000_usize], any::<u8>());
     (
         frame(),
-        prop_oneof![3 => Just(0_usize), 1 => 1..4_usize].prop_flat_map(move |count| {
-            proptest::collection::vec(hit.clone(), count)
-        }),
+        prop_oneof![3 => Just(0_usize), 1 => 1..4_usize]
+            .prop_flat_map(move |count| proptest::collection::vec(hit.clone(), count)),
         prop::option::weighted(0.1, any::<prop::sample::Index>()),
     )
         .prop_map(|(mut frame, hits, cut)| {
@@ -220,7 +236,7 @@ fn damaged() -> impl Strategy<Value = Vec<u8>> {
                 }
             }
             if let Some(cut) = cut {
-                frame.truncate(15 + cut.index(frame.len() - 15));
+                frame.truncate(XDP_LEN + cut.index(frame.len() - XDP_LEN));
             }
             frame
         })
@@ -232,21 +248,21 @@ fn packet() -> impl Strategy<Value = Packet> {
         1 => Just(Program::Generic),
         1 => Just(Program::Tunnel),
     ];
-    (program, select(LINKS.map(|link| link.ifindex).to_vec()), damaged()).prop_map(
-        |(program, ifindex, frame)| Packet {
+    (
+        program,
+        select(LINKS.map(|link| link.ifindex).to_vec()),
+        damaged(),
+    )
+        .prop_map(|(program, ifindex, frame)| Packet {
             program,
             ifindex,
             frame,
-        },
-    )
+        })
 }
 
 /// Any tables of the cases, and up to 40 packets.
-pub fn scenario() -> impl Strategy<Value = Scenario> {
-    let world = prop_oneof![
-        Just(cases::world()),
-        Just(cases::world_with_partial_checksums()),
-    ];
+pub(crate) fn scenario() -> impl Strategy<Value = Scenario> {
+    let world = prop_oneof![Just(cases::world()), Just(cases::world_with_partial_checksums()),];
     (world, proptest::collection::vec(packet(), 1..40))
         .prop_map(|(world, packets)| Scenario { world, packets })
 }
