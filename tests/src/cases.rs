@@ -139,9 +139,9 @@ impl Case {
     }
 
     /// The same case with generic XDP instead of native; `None` where the two differ, which is in partial
-    /// checksums, or where the case is not about native XDP.
+    /// checksums, or where that would show nothing.
     pub fn in_generic_mode(&self) -> Option<Self> {
-        if self.world.settings.flags & flag::PARTIAL_CHECKSUMS != 0 {
+        if self.library_only.is_some() || self.world.settings.flags & flag::PARTIAL_CHECKSUMS != 0 {
             return None;
         }
         let mut case = self.clone();

@@ -63,12 +63,13 @@ fn library_and_kernel_agree_on_random_packets() {
         let end = Instant::now() + Duration::from_secs(seconds);
         let kernel = std::cell::RefCell::new(kernel);
         let packets = std::cell::Cell::new(0);
-        let mut runner = TestRunner::new(Config {
-            cases: 32,
-            failure_persistence: None,
-            ..Config::default()
-        });
         while Instant::now() < end {
+            // A runner that is done stays done, so each round has its own.
+            let mut runner = TestRunner::new(Config {
+                cases: 32,
+                failure_persistence: None,
+                ..Config::default()
+            });
             let outcome = runner.run(&random::scenario(), |scenario| {
                 packets.set(packets.get() + compare(*kernel.borrow_mut(), &scenario)?);
                 Ok(())

@@ -253,10 +253,13 @@ fn packet() -> impl Strategy<Value = Packet> {
         select(LINKS.map(|link| link.ifindex).to_vec()),
         damaged(),
     )
-        .prop_map(|(program, ifindex, frame)| Packet {
-            program,
-            ifindex,
-            frame,
+        .prop_map(|(program, ifindex, frame)| {
+            let is_short = frame.len() < TCX_LEN;
+            Packet {
+                program: if is_short { Program::Native } else { program },
+                ifindex,
+                frame,
+            }
         })
 }
 
