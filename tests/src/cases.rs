@@ -1650,7 +1650,7 @@ fn lengths() -> Vec<Case> {
         patched(
             patched(frame, field, &[0xf0]),
             IP + 20 + 18,
-            &(!0xa000_u16 + 0).to_be_bytes(),
+            &(!0xa000_u16).to_be_bytes(),
         )
     };
     cases.extend([

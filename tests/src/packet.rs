@@ -249,7 +249,7 @@ impl Builder {
                 ports.iter().for_each(|port| bytes.extend(port.to_be_bytes()));
                 bytes.extend(0x1234_5678_u32.to_be_bytes());
                 bytes.extend(0x9abc_def0_u32.to_be_bytes());
-                bytes.extend([((20 + options.len()) / 4 << 4) as u8, *flags, 0xfa, 0xf0]);
+                bytes.extend([((20 + options.len()) * 4) as u8, *flags, 0xfa, 0xf0]);
                 bytes.extend(checksum.to_be_bytes());
                 bytes.extend([0, 0]);
                 bytes.extend(options);

@@ -103,7 +103,14 @@ impl MemoryTables {
             let key = InterfaceKey {
                 ifindex: link.ifindex,
             };
-            tables.interfaces.insert(key, Interface { mac, flags });
+            tables.interfaces.insert(
+                key,
+                Interface {
+                    mac,
+                    flags,
+                    mtu_bytes: 0,
+                },
+            );
         }
         tables
     }

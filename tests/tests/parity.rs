@@ -5,7 +5,11 @@
 
 use std::time::{Duration, Instant};
 
-use forwarder_tests::program::{Kernel, action_of, with_kernel};
+use forwarder_common::abi::reason::{DESCRIPTIONS, Reason};
+use forwarder_tests::{
+    program::{Kernel, action_of, with_kernel},
+    tables::MemoryTables,
+};
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 
 use crate::random::Scenario;
@@ -15,8 +19,8 @@ mod random;
 const SECONDS_VARIABLE: &str = "FORWARDER_PARITY_SECONDS";
 const SECONDS: u64 = 20;
 
-/// Runs a scenario in both places; the number of packets when they agree.
-fn compare(kernel: &mut Kernel, scenario: &Scenario) -> Result<usize, TestCaseError> {
+/// Runs a scenario in both places; the tables afterwards when they agree.
+fn compare(kernel: &mut Kernel, scenario: &Scenario) -> Result<MemoryTables, TestCaseError> {
     let broken = |error: anyhow::Error| TestCaseError::fail(format!("{error:#}"));
     let mut world = scenario.world.clone();
     kernel.fill(&world).map_err(broken)?;
@@ -47,7 +51,7 @@ fn compare(kernel: &mut Kernel, scenario: &Scenario) -> Result<usize, TestCaseEr
     }
     let differences = kernel.read(&world).map_err(broken)?.differences(&world);
     if differences.is_empty() {
-        Ok(scenario.packets.len())
+        Ok(world)
     } else {
         Err(TestCaseError::fail(differences.join("\n")))
     }
@@ -62,7 +66,7 @@ fn library_and_kernel_agree_on_random_packets() {
     with_kernel(|kernel| {
         let end = Instant::now() + Duration::from_secs(seconds);
         let kernel = std::cell::RefCell::new(kernel);
-        let packets = std::cell::Cell::new(0);
+        let reasons = std::cell::RefCell::new(vec![0; Reason::COUNT]);
         while Instant::now() < end {
             // A runner that is done stays done, so each round has its own.
             let mut runner = TestRunner::new(Config {
@@ -71,7 +75,10 @@ fn library_and_kernel_agree_on_random_packets() {
                 ..Config::default()
             });
             let outcome = runner.run(&random::scenario(), |scenario| {
-                packets.set(packets.get() + compare(*kernel.borrow_mut(), &scenario)?);
+                let world = compare(*kernel.borrow_mut(), &scenario)?;
+                for (total, counters) in reasons.borrow_mut().iter_mut().zip(world.reason_counters) {
+                    *total += counters.packets;
+                }
                 Ok(())
             });
             match outcome {
@@ -83,6 +90,10 @@ fn library_and_kernel_agree_on_random_packets() {
                 Err(TestError::Abort(reason)) => panic!("{reason}"),
             }
         }
-        println!("{} random packets, all alike", packets.get());
+        let reasons = reasons.into_inner();
+        for (description, count) in DESCRIPTIONS.iter().zip(&reasons) {
+            println!("{count:>9} {}", description.name);
+        }
+        println!("{:>9} random packets, all alike", reasons.iter().sum::<u64>());
     });
 }

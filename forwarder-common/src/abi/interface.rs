@@ -26,4 +26,6 @@ pub struct Interface {
     /// Link address we answer ARP with; all zeros where the link has none.
     pub mac: MacAddress,
     pub flags: u16,
+    /// Largest IP packet in bytes; zero: unknown.
+    pub mtu_bytes: u32,
 }

@@ -29,6 +29,7 @@ pub mod echo;
 pub mod flow;
 pub mod hash;
 pub mod listener;
+pub mod mss;
 pub mod next_hop;
 pub mod parse;
 pub mod pipeline;

@@ -7,6 +7,7 @@
 use super::{Env, Hook, Route, Stop, Tables, Verdict, flow::Hit};
 use crate::abi::{
     flow::{FlowKey, HopKind, NextHop},
+    interface::InterfaceKey,
     reason::Reason,
     settings::Settings,
 };
@@ -69,6 +70,22 @@ pub fn resolve<T: Tables, E: Env>(
     }
     super::flow::store_hop(tables, hit.id, hit.direction, hop);
     Ok(hop)
+}
+
+/// The smaller MTU of the two interfaces the packet passes; zero: neither is known.
+#[inline(always)]
+pub fn path_mtu<T: Tables, E: Env>(tables: &T, env: &E, hop: &NextHop) -> u32 {
+    let mtu = |ifindex| {
+        tables
+            .interface(&InterfaceKey { ifindex })
+            .map_or(0, |interface| interface.mtu_bytes)
+    };
+    let (ingress, egress) = (mtu(env.ingress_ifindex()), mtu(hop.ifindex));
+    if ingress == 0 || (egress != 0 && egress < ingress) {
+        egress
+    } else {
+        ingress
+    }
 }
 
 /// The verdict that sends a packet there.

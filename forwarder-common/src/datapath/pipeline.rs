@@ -3,7 +3,7 @@
 use super::{
     Action, Env, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, admission, arp, backend, echo,
     flow::{self, Found, Hit},
-    listener, next_hop,
+    listener, mss, next_hop,
     parse::{self, Frame, Parsed},
     rewrite, snat,
 };
@@ -52,9 +52,22 @@ fn walk<P: Packet, T: Tables, E: Env>(
     };
     rewrite::check_ttl(&frame)?;
     let hop = next_hop::resolve(tables, env, settings, &hit, frame.key.protocol)?;
+    let mtu_bytes = if mss::is_announced(&frame) {
+        next_hop::path_mtu(tables, env, &hop)
+    } else {
+        0
+    };
 
     // No byte was changed above this line; below it no policy decides.
-    rewrite::apply(packet, &frame, &hit.rewrite, &hop, env.hook(), settings)?;
+    rewrite::apply(
+        packet,
+        &frame,
+        &hit.rewrite,
+        &hop,
+        env.hook(),
+        settings,
+        mtu_bytes,
+    )?;
     count(tables, &frame, &hit);
     let verdict = next_hop::verdict(env, &hop);
     Ok(Outcome {

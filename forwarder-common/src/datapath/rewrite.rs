@@ -3,7 +3,7 @@
 //! Request and reply come from one [`FlowBinding`]: a request becomes `snat -> backend`, a reply
 //! `vip -> client`. The checksum deltas of the two are each other's reverse, so an entry stores one pair.
 
-use super::{Hook, Packet, Stop, parse::Frame, parse::NETWORK_OFFSET, transport_checksum};
+use super::{Hook, Packet, Stop, mss, parse::Frame, parse::NETWORK_OFFSET, transport_checksum};
 use crate::{
     abi::{
         flow::{Direction, FlowBinding, FlowEntry, HopKind, NextHop},
@@ -95,7 +95,7 @@ pub const fn check_ttl(frame: &Frame) -> Result<(), Stop> {
 
 /// Changes the packet.
 ///
-/// The TTL is decremented unless the stack routes the packet, which then does it.
+/// `mtu_bytes`: what an announced segment size has to fit, see `mss`; zero: it is left alone. The TTL is decremented unless the stack routes the packet, which then does it.
 #[inline(always)]
 pub fn apply<P: Packet>(
     packet: &mut P,
@@ -104,9 +104,20 @@ pub fn apply<P: Packet>(
     hop: &NextHop,
     hook: Hook,
     settings: &Settings,
+    mtu_bytes: u32,
 ) -> Result<(), Stop> {
     let is_sent = hop.kind == HopKind::DIRECT;
     let checksum = transport_checksum::state(packet, frame, settings)?;
+    let segment_size = if mtu_bytes == 0 {
+        Delta::ZERO
+    } else {
+        mss::clamp(packet, frame, mtu_bytes)?
+    };
+    // The checksum does not care where in the transport header a word changed.
+    let transport = Rewrite {
+        ports: rewrite.ports.and(segment_size),
+        ..*rewrite
+    };
 
     let ip = packet.header::<Ipv4Header>(NETWORK_OFFSET)?;
     let mut delta = rewrite.addresses;
@@ -123,7 +134,7 @@ pub fn apply<P: Packet>(
     ports.source = rewrite.source_port;
     ports.destination = rewrite.destination_port;
 
-    transport_checksum::update(packet, frame, rewrite, checksum, is_sent)?;
+    transport_checksum::update(packet, frame, &transport, checksum, is_sent)?;
 
     // In tcx the kernel writes the link header as it sends.
     if is_sent && hook != Hook::Tcx {

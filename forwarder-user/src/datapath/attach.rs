@@ -187,6 +187,7 @@ fn attachment(
                 .map(forwarder_common::wire::MacAddress::new)
                 .unwrap_or_default(),
             flags,
+            mtu_bytes: link.mtu_bytes,
         },
         settings_flags: settings_flags | partial,
     }

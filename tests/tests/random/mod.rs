@@ -5,10 +5,14 @@
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
+use forwarder_common::abi::{
+    backend::{BackendId, BackendState, NatMode},
+    settings::flag,
+};
 use forwarder_tests::{
     cases,
     packet::{Arp, Builder, Checksum, ETHERNET_LEN, segment},
-    tables::{LINKS, MemoryTables, Program},
+    tables::{CLIENT_SIDE, CLOSED_SIDE, MemoryTables, Program, SERVER_SIDE, TUNNEL_SIDE},
 };
 use proptest::{prelude::*, sample::select};
 
@@ -120,28 +124,32 @@ fn endpoint() -> impl Strategy<Value = SocketAddrV4> {
         .prop_map(|(address, port): ([u8; 4], u16)| SocketAddrV4::new(address.into(), port))
 }
 
-/// Source and destination, mostly ones that fit: a request, or a reply to a binding.
-fn endpoints() -> impl Strategy<Value = (SocketAddrV4, SocketAddrV4)> {
+/// Source and destination, mostly ones that fit, and whether it is TCP: a request, a reply to a binding, a reply
+/// to a client.
+fn endpoints() -> impl Strategy<Value = (SocketAddrV4, SocketAddrV4, bool)> {
     let address = |octets: [u8; 4], port| SocketAddrV4::new(octets.into(), port);
-    let request = (
-        select(vec![[172, 18, 0, 10], [172, 18, 0, 11], [192, 0, 2, 7]]),
-        50000_u16..50003,
-        select(vec![80, 53, 8000, 5300, 81, 82, 85]),
-    )
-        .prop_map(move |(client, port, service)| (address(client, port), SocketAddrV4::new(VIP, service)));
-    let reply = (
+    let client = || {
+        (select(vec![[172, 18, 0, 10], [192, 0, 2, 7]]), 50000_u16..50002)
+            .prop_map(move |(octets, port)| address(octets, port))
+    };
+    let server = || {
         select(vec![
-            ([172, 17, 0, 205], 8080),
-            ([172, 17, 0, 206], 5353),
-            ([192, 168, 1, 20], 8080),
-            ([172, 18, 0, 20], 8080),
-        ]),
-        1024_u16..1030,
-    )
-        .prop_map(move |((server, port), binding)| {
-            (address(server, port), address([100, 64, 0, 2], binding))
-        });
-    prop_oneof![5 => request, 4 => reply, 1 => (endpoint(), endpoint())]
+            (address([172, 17, 0, 205], 8080), true),
+            (address([172, 17, 0, 206], 5353), false),
+            (address([192, 168, 1, 20], 8080), true),
+            (address([172, 18, 0, 20], 8080), true),
+        ])
+    };
+    let request = (client(), service()).prop_map(|(client, service)| (client, service.vip, service.is_tcp));
+    let reply = (server(), 1024_u16..1028)
+        .prop_map(move |((server, is_tcp), binding)| (server, address([100, 64, 0, 2], binding), is_tcp));
+    let dnat_reply = (server(), client()).prop_map(|((server, is_tcp), client)| (server, client, is_tcp));
+    prop_oneof![
+        6 => request,
+        5 => reply,
+        2 => dnat_reply,
+        1 => (endpoint(), endpoint(), any::<bool>()),
+    ]
 }
 
 fn checksum() -> impl Strategy<Value = Checksum> {
@@ -156,6 +164,8 @@ fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
     let flags = select(vec![
         segment::SYN,
         segment::SYN,
+        segment::SYN,
+        segment::SYN,
         segment::SYN_ACK,
         segment::ACK,
         segment::FIN,
@@ -164,7 +174,7 @@ fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
     let len = prop_oneof![4 => 0..100_usize, 1 => 480..520_usize, 1 => 1000..3000_usize];
     (
         endpoints(),
-        prop::option::weighted(0.6, flags),
+        flags,
         len,
         checksum(),
         prop_oneof![8 => Just(64_u8), 1 => 0..4_u8],
@@ -172,10 +182,11 @@ fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
         prop_oneof![8 => Just(0_usize), 1 => 1..40_usize],
     )
         .prop_map(
-            |((source, destination), flags, len, checksum, ttl, option_words, padding)| {
-                let packet = match flags {
-                    Some(flags) => Builder::tcp(flags, source, destination),
-                    None => Builder::udp(source, destination),
+            |((source, destination, is_tcp), flags, len, checksum, ttl, option_words, padding)| {
+                let packet = if is_tcp {
+                    Builder::tcp(flags, source, destination)
+                } else {
+                    Builder::udp(source, destination)
                 };
                 packet
                     .payload(len)
@@ -242,6 +253,9 @@ fn damaged() -> impl Strategy<Value = Vec<u8>> {
         })
 }
 
+/// Interfaces that forward.
+const OPEN: [u32; 3] = [CLIENT_SIDE.ifindex, SERVER_SIDE.ifindex, TUNNEL_SIDE.ifindex];
+
 fn packet() -> impl Strategy<Value = Packet> {
     let program = prop_oneof![
         4 => Just(Program::Native),
@@ -250,7 +264,7 @@ fn packet() -> impl Strategy<Value = Packet> {
     ];
     (
         program,
-        select(LINKS.map(|link| link.ifindex).to_vec()),
+        prop_oneof![9 => select(OPEN.to_vec()), 1 => Just(CLOSED_SIDE.ifindex)],
         damaged(),
     )
         .prop_map(|(program, ifindex, frame)| {
@@ -263,9 +277,38 @@ fn packet() -> impl Strategy<Value = Packet> {
         })
 }
 
-/// Any tables of the cases, and up to 40 packets.
+/// The cases' tables, as they are or with something scarce or broken.
+fn world() -> impl Strategy<Value = MemoryTables> {
+    let changes: Vec<fn(&mut MemoryTables)> = vec![
+        |_| {},
+        |_| {},
+        |_| {},
+        |world| world.free_flows.truncate(2),
+        |world| world.settings.pool.ranges[0].count = 0,
+        |world| world.backends[0].state = BackendState::UNHEALTHY,
+        |world| world.settings.flags |= flag::TRANSMIT_BY_REDIRECT,
+        |world| world.groups[0].first_slot = u32::MAX,
+        |world| {
+            world
+                .interfaces
+                .values_mut()
+                .for_each(|interface| interface.flags = 0);
+        },
+        // A DNAT listener beside another one with the same backend.
+        |world| {
+            world.add_listener(VIP, 86, 6, NatMode::DNAT, &[BackendId(0)]);
+            world.groups[0].nat = NatMode::DNAT;
+        },
+    ];
+    let plain = prop_oneof![Just(cases::world()), Just(cases::world_with_partial_checksums()),];
+    (plain, select(changes)).prop_map(|(mut world, change)| {
+        change(&mut world);
+        world
+    })
+}
+
+/// Tables, and up to 60 packets.
 pub(crate) fn scenario() -> impl Strategy<Value = Scenario> {
-    let world = prop_oneof![Just(cases::world()), Just(cases::world_with_partial_checksums()),];
-    (world, proptest::collection::vec(packet(), 1..40))
+    (world(), proptest::collection::vec(packet(), 1..60))
         .prop_map(|(world, packets)| Scenario { world, packets })
 }
