@@ -160,6 +160,24 @@ fn checksum() -> impl Strategy<Value = Checksum> {
     ]
 }
 
+/// TCP options: mostly a segment size, here and there behind others, cut short or with a length that lies.
+fn tcp_options() -> impl Strategy<Value = Vec<u8>> {
+    let option = prop_oneof![
+        4 => any::<u16>().prop_map(|size| [vec![2, 4], size.to_be_bytes().to_vec()].concat()),
+        2 => Just(vec![1]),
+        1 => Just(vec![0]),
+        1 => Just(vec![4, 2]),
+        1 => Just(vec![8, 10, 1, 2, 3, 4, 5, 6, 7, 8]),
+        1 => proptest::collection::vec(0..12_u8, 1..8),
+    ];
+    proptest::collection::vec(option, 0..5).prop_map(|options| {
+        let mut bytes = options.concat();
+        bytes.truncate(40);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    })
+}
+
 fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
     let flags = select(vec![
         segment::SYN,
@@ -180,11 +198,21 @@ fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
         prop_oneof![8 => Just(64_u8), 1 => 0..4_u8],
         prop_oneof![8 => Just(0_usize), 1 => 1..10_usize],
         prop_oneof![8 => Just(0_usize), 1 => 1..40_usize],
+        tcp_options(),
     )
         .prop_map(
-            |((source, destination, is_tcp), flags, len, checksum, ttl, option_words, padding)| {
+            |(
+                (source, destination, is_tcp),
+                flags,
+                len,
+                checksum,
+                ttl,
+                option_words,
+                padding,
+                tcp_options,
+            )| {
                 let packet = if is_tcp {
-                    Builder::tcp(flags, source, destination)
+                    Builder::tcp(flags, source, destination).tcp_options(tcp_options)
                 } else {
                     Builder::udp(source, destination)
                 };
@@ -285,6 +313,9 @@ fn world() -> impl Strategy<Value = MemoryTables> {
         |_| {},
         |world| world.free_flows.truncate(2),
         |world| world.settings.pool.ranges[0].count = 0,
+        |world| set_mtu(world, 1400),
+        |world| set_mtu(world, 9000),
+        |world| set_mtu(world, 68),
         |world| world.backends[0].state = BackendState::UNHEALTHY,
         |world| world.settings.flags |= flag::TRANSMIT_BY_REDIRECT,
         |world| world.groups[0].first_slot = u32::MAX,
@@ -305,6 +336,12 @@ fn world() -> impl Strategy<Value = MemoryTables> {
         change(&mut world);
         world
     })
+}
+
+fn set_mtu(world: &mut MemoryTables, mtu_bytes: u32) {
+    for interface in world.interfaces.values_mut() {
+        interface.mtu_bytes = mtu_bytes;
+    }
 }
 
 /// Tables, and up to 60 packets.
