@@ -31,7 +31,7 @@ impl Question {
             let pointer = (&raw const self.0).cast::<u16>();
             // SAFETY: inside the struct, whose fields from `smac` on are plain bytes. Volatile, or the compiler
             // reads the addresses in 4-byte steps, which are misaligned on the stack.
-            unsafe { pointer.add(byte / 2).read_volatile() }
+            unsafe { pointer.wrapping_add(byte / 2).read_volatile() }
         };
         let mac = |byte: usize| MacAddress::from_words([word(byte), word(byte + 2), word(byte + 4)]);
         LinkPair::new(

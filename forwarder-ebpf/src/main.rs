@@ -74,7 +74,7 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
 #[classifier]
 pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
     let Some(settings) = KernelTables::settings() else {
-        return TC_ACT_OK as i32;
+        return TC_ACT_OK;
     };
     // SAFETY: the kernel passes a valid context.
     let ingress_ifindex = unsafe { (*ctx.skb.skb).ifindex };
@@ -91,8 +91,8 @@ pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
         Action::Transmit => unsafe { bpf_redirect(ingress_ifindex, 0) as i32 },
         // SAFETY: no parameters: the kernel finds the next hop of the packet's own destination.
         Action::Redirect => unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 },
-        Action::Pass => TC_ACT_OK as i32,
-        Action::Drop => TC_ACT_SHOT as i32,
+        Action::Pass => TC_ACT_OK,
+        Action::Drop => TC_ACT_SHOT,
     }
 }
 

@@ -119,7 +119,7 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool {
-        FLOW_INDEX.insert(key, &reference, u64::from(BPF_NOEXIST)).is_ok()
+        FLOW_INDEX.insert(key, reference, u64::from(BPF_NOEXIST)).is_ok()
     }
 
     #[inline(always)]

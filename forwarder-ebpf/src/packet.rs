@@ -106,14 +106,10 @@ extern "C" fn forwarder_sum(ctx: *mut xdp_md, mut offset: u32, mut left: u32) ->
         if unsafe { bpf_xdp_load_bytes(ctx, offset, scratch.cast(), len) } < 0 {
             return -1;
         }
-        // SAFETY: `len` is at most SCRATCH_MASK, and there are 8 bytes behind that: the zeros that pad the block.
-        unsafe {
-            scratch
-                .cast::<u8>()
-                .add(len as usize)
-                .cast::<u32>()
-                .write_unaligned(0)
-        };
+        // The zeros that pad the block.
+        let padding = scratch.cast::<u8>().wrapping_add(len as usize).cast::<u32>();
+        // SAFETY: `len` is at most SCRATCH_MASK, and there are 8 bytes behind that.
+        unsafe { padding.write_unaligned(0) };
         let padded = masked::<SCRATCH_MASK>(len as usize + 3) & !3;
         // SAFETY: these bytes of the buffer were just written; the helper only reads them.
         let block = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, scratch.cast(), padded as u32, 0) };
@@ -251,15 +247,7 @@ impl Packet for SkbPacket {
         let zero = if is_optional { MARK_MANGLED_0 } else { 0 };
         let update = |delta: Delta, flags: u64| {
             // SAFETY: the context is the one the kernel passed in; the helper checks the offset.
-            unsafe {
-                bpf_l4_csum_replace(
-                    skb,
-                    offset as u32,
-                    0,
-                    u64::from(delta.folded()),
-                    flags | zero,
-                )
-            }
+            unsafe { bpf_l4_csum_replace(skb, offset as u32, 0, u64::from(delta.folded()), flags | zero) }
         };
         if update(addresses, u64::from(BPF_F_PSEUDO_HDR)) < 0 || update(ports, 0) < 0 {
             return Err(Stop::drop(Reason::INTERNAL));

@@ -474,6 +474,7 @@ pub fn all() -> Vec<Case> {
         others(),
         checksums(),
         partial_checksums(),
+        segment_sizes(),
     ]
     .concat()
 }
@@ -2026,4 +2027,116 @@ fn partial_checksums() -> Vec<Case> {
         .then(opened(&unmarked, &to_server(&unmarked, binding(0), SERVER), WEB).program(Program::Generic)),
     ]);
     cases
+}
+
+/// [`world_with_partial_checksums`], whose clients' side carries 1500 and all others 1450 bytes.
+fn world_with_mtu() -> MemoryTables {
+    let mut world = world_with_partial_checksums();
+    for (key, interface) in &mut world.interfaces {
+        interface.mtu_bytes = if key.ifindex == CLIENT_SIDE.ifindex {
+            1500
+        } else {
+            1450
+        };
+    }
+    world
+}
+
+/// TCP options with this segment size in front, and a window scale.
+fn segment_size(bytes: u16) -> Vec<u8> {
+    let [high, low] = bytes.to_be_bytes();
+    vec![2, 4, high, low, 1, 3, 3, 7]
+}
+
+fn segment_sizes() -> Vec<Case> {
+    // What 1450 bytes leave behind the two headers.
+    const LARGEST: u16 = 1410;
+    let announcing = |packet: &Builder, bytes| packet.clone().tcp_options(segment_size(bytes));
+    let request = |packet: &Builder, out: &Builder| {
+        Step::request(packet, &to_server(out, binding(0), SERVER)).counts(WEB.opened())
+    };
+    let (large, fitting) = (announcing(&syn(WEB), 1460), announcing(&syn(WEB), LARGEST));
+    let small = announcing(&syn(WEB), 536);
+    let partial = large.clone().checksum(Checksum::Partial);
+    let remote = announcing(&syn(REMOTE), 1460);
+    let remote_out = |packet: &Builder| rewritten(packet, binding(0), REMOTE.server);
+    let reply = from_server(segment::SYN_ACK, WEB, binding(0));
+    let data = announcing(&from_client(segment::ACK, CLIENT, WEB), 1460);
+    let second = syn(WEB).tcp_options(vec![1, 1, 1, 1, 2, 4, 5, 0xb4]);
+    let tunnel_reply = Builder::tcp(segment::SYN_ACK, REMOTE.server, binding(0))
+        .link(mac_of(*REMOTE.server.ip()), TUNNEL_SIDE.mac);
+    let in_payload = syn(WEB).payload_of(&[2, 4, 0xff, 0xff]);
+    vec![
+        Case::new(
+            "A SYN's segment size is lowered to what its way carries",
+            world_with_mtu(),
+        )
+        .then(request(&large, &fitting)),
+        Case::new(
+            "A SYN's segment size that just fits is left alone",
+            world_with_mtu(),
+        )
+        .then(request(&fitting, &fitting)),
+        Case::new("A SYN's small segment size is not raised", world_with_mtu()).then(request(&small, &small)),
+        Case::new(
+            "A SYN's segment size is left alone where no MTU is known",
+            world(),
+        )
+        .then(request(&large, &large)),
+        Case::new(
+            "A partial checksum is completed over the lowered segment size",
+            world_with_mtu(),
+        )
+        .then(request(&partial, &fitting)),
+        Case::new(
+            "A partial checksum on the way to the stack does not know the lowered segment size",
+            world_with_mtu(),
+        )
+        .then({
+            let packet = remote.clone().checksum(Checksum::Partial);
+            let out = announcing(&packet, LARGEST);
+            Step::to_stack(&packet, &remote_out(&out)).counts(REMOTE.opened())
+        }),
+        Case::new(
+            "A SYN into a tunnel announces what the tunnel carries",
+            world_with_mtu(),
+        )
+        .then(Step::to_stack(&remote, &remote_out(&announcing(&remote, LARGEST))).counts(REMOTE.opened())),
+        Case::new(
+            "A SYN+ACK's segment size is lowered to what its way carries",
+            world_with_mtu(),
+        )
+        .then(web_opening())
+        .then({
+            let packet = announcing(&reply, 8960);
+            let out = to_client(&announcing(&reply, LARGEST), WEB.vip(), CLIENT);
+            Step::reply(&packet, &out).counts(WEB.reply())
+        }),
+        Case::new(
+            "A SYN+ACK out of a tunnel announces what the tunnel carries",
+            world_with_mtu(),
+        )
+        .then({
+            let packet = syn(REMOTE);
+            Step::to_stack(&packet, &remote_out(&packet)).counts(REMOTE.opened())
+        })
+        .then({
+            let packet = announcing(&tunnel_reply, 1460);
+            let out = rewritten(&announcing(&tunnel_reply, LARGEST), REMOTE.vip(), CLIENT).ttl(63);
+            Step::reply(&packet, &out).in_tunnel().counts(REMOTE.reply())
+        }),
+        Case::new(
+            "Data that looks like a segment size option is data",
+            world_with_mtu(),
+        )
+        .then(request(&in_payload, &in_payload)),
+        Case::new("A segment size outside of a SYN is left alone", world_with_mtu())
+            .all(web_handshake())
+            .then(Step::request(&data, &to_server(&data, binding(0), SERVER)).counts(WEB.request())),
+        Case::new(
+            "A segment size behind another option is not seen",
+            world_with_mtu(),
+        )
+        .then(request(&second, &second)),
+    ]
 }

@@ -195,6 +195,13 @@ impl Builder {
         self
     }
 
+    /// This payload.
+    #[must_use]
+    pub fn payload_of(mut self, bytes: &[u8]) -> Self {
+        self.payload = bytes.to_vec();
+        self
+    }
+
     #[must_use]
     pub fn checksum(mut self, checksum: Checksum) -> Self {
         self.checksum = checksum;
