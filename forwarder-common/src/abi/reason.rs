@@ -92,6 +92,8 @@ reasons! {
         "The packet's time to live ended here." "Look for a routing loop.";
     21 INTERNAL "internal" Drop
         "A table held something impossible." "Please report this with the output of `forwarder status -o json`.";
+    22 OWN_SOURCE "own_source" Drop
+        "A new flow's source is one of our own addresses, a VIP or an SNAT address: a loop, or a forgery." "Look for a route that sends our packets back to us.";
 }
 
 impl Reason {

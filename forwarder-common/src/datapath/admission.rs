@@ -1,8 +1,8 @@
 //! May this packet open a flow?
 
-use super::{Stop, parse::Frame};
+use super::{Stop, Tables, parse::Frame};
 use crate::{
-    abi::reason::Reason,
+    abi::{listener::VipKey, reason::Reason, settings::Settings},
     wire::tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN},
 };
 
@@ -21,4 +21,15 @@ pub const fn admit(frame: &Frame) -> Result<(), Stop> {
     } else {
         Ok(())
     }
+}
+
+/// A packet from one of our own addresses has come back to us, or is forged. In DNAT mode it would even keep that
+/// source and so share its 5-tuple with the flow that holds the binding.
+#[inline(always)]
+pub fn refuse_own_source<T: Tables>(tables: &T, settings: &Settings, frame: &Frame) -> Result<(), Stop> {
+    let source = frame.key.source;
+    if settings.pool.contains(source) || tables.vip(&VipKey { address: source }).is_some() {
+        return Err(Stop::drop(Reason::OWN_SOURCE));
+    }
+    Ok(())
 }

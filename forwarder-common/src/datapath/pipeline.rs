@@ -86,6 +86,8 @@ fn open<T: Tables>(
 ) -> Result<Hit, Stop> {
     let listener = listener::lookup(tables, &frame.key)?;
     admission::admit(frame)?;
+    admission::refuse_own_source(tables, settings, frame)?;
+    rewrite::check_ttl(frame)?;
     let opened = open_for(tables, settings, frame, ended, &listener);
     let event = if opened.is_ok() {
         TrafficEvent::FlowOpened
