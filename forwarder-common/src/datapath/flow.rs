@@ -29,7 +29,8 @@ pub struct Hit {
 pub enum Found {
     /// The packet belongs to this flow.
     Hit(Hit),
-    /// The packet opens a TCP connection in place of one that has ended. The new one takes over the entry and
+    /// The packet opens a TCP connection in place of one that has ended, or is ending: of two FINs that pass on two
+    /// CPUs at once one may go unrecorded, and a client that has one outstanding sends no SYN from that port. The new one takes over the entry and
     /// its binding: the client's own clock and sequence numbers tell the backend old from new (RFC 6191),
     /// just as without a gateway.
     Ended(FlowId),
@@ -82,7 +83,10 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> 
         return Found::Nothing;
     }
     if frame.is_tcp() {
-        if is_request && admission::is_opening(frame) && entry.tcp.phase() == Phase::Closed {
+        if is_request
+            && admission::is_opening(frame)
+            && matches!(entry.tcp.phase(), Phase::Closing | Phase::Closed)
+        {
             return Found::Ended(id);
         }
         let tcp = entry.tcp.after(direction, frame.tcp_flags);

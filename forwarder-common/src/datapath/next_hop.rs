@@ -72,6 +72,22 @@ pub fn resolve<T: Tables, E: Env>(
     Ok(hop)
 }
 
+/// The next hop for a packet of this length: generic XDP refuses to send packets above the egress MTU, which arrive
+/// there aggregated (GRO, or a sender's TSO through a veth). The stack segments them.
+#[inline(always)]
+pub fn fitting<T: Tables, E: Env>(tables: &T, env: &E, hop: NextHop, total_len: u16) -> NextHop {
+    if env.hook() != Hook::XdpGeneric || hop.kind != HopKind::DIRECT {
+        return hop;
+    }
+    match tables.interface(&InterfaceKey { ifindex: hop.ifindex }) {
+        Some(egress) if egress.mtu_bytes != 0 && u32::from(total_len) > egress.mtu_bytes => NextHop {
+            kind: HopKind::STACK,
+            ..hop
+        },
+        _ => hop,
+    }
+}
+
 /// The smaller MTU of the two interfaces the packet passes; zero: neither is known.
 #[inline(always)]
 pub fn path_mtu<T: Tables, E: Env>(tables: &T, env: &E, hop: &NextHop) -> u32 {

@@ -52,6 +52,7 @@ fn walk<P: Packet, T: Tables, E: Env>(
     };
     rewrite::check_ttl(&frame)?;
     let hop = next_hop::resolve(tables, env, settings, &hit, frame.key.protocol)?;
+    let hop = next_hop::fitting(tables, env, hop, frame.total_len);
     let mtu_bytes = if mss::is_announced(&frame) {
         next_hop::path_mtu(tables, env, &hop)
     } else {
