@@ -4,7 +4,7 @@
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST},
-    btf_maps::{Array, HashMap, PerCpuArray, Queue},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, Queue, lpm_trie::Key},
     macros::btf_map,
 };
 use forwarder_common::{
@@ -13,11 +13,11 @@ use forwarder_common::{
         counter::{ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowReference},
         interface::{Interface, InterfaceKey},
-        listener::{Listener, ListenerId, ListenerKey, Vip, VipKey},
+        listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         reason::Reason,
         settings::Settings,
     },
-    datapath::{Tables, TrafficEvent},
+    datapath::{Gauge, Tables, TrafficEvent},
 };
 
 use crate::packet::SCRATCH_WORDS;
@@ -26,6 +26,10 @@ use crate::packet::SCRATCH_WORDS;
 static SETTINGS: Array<Settings, 1> = Array::new();
 #[btf_map]
 static LISTENERS: HashMap<ListenerKey, Listener, 1> = HashMap::new();
+#[btf_map]
+static LISTENER_RANGES: LpmTrie<[u32; 3], Listener, 1> = LpmTrie::new();
+#[btf_map]
+static SOURCES: LpmTrie<[u32; 3], Source, 1> = LpmTrie::new();
 #[btf_map]
 static VIPS: HashMap<VipKey, Vip, 1> = HashMap::new();
 #[btf_map]
@@ -43,6 +47,10 @@ static FLOWS: Array<FlowEntry, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
 static FREE_FLOWS: Queue<FlowId, 1> = Queue::new();
 #[btf_map]
+static LISTENER_LIVE: Array<Live, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+#[btf_map]
+static BACKEND_LIVE: Array<Live, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+#[btf_map]
 static LISTENER_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
 #[btf_map]
 static BACKEND_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
@@ -59,6 +67,43 @@ pub(crate) fn scratch() -> Option<*mut [u64; SCRATCH_WORDS]> {
     SCRATCH.get_ptr_mut(0)
 }
 
+/// A trie's key in the form that aya names.
+///
+/// Ours are aligned, as the verifier wants keys on the stack to be; aya's is packed, with the same bytes.
+#[inline(always)]
+fn trie_key<K>(key: &K) -> &Key<[u32; 3]> {
+    const { assert!(size_of::<K>() == size_of::<Key<[u32; 3]>>()) };
+    // SAFETY: the same size, alignment 1, plain integers on both sides.
+    unsafe { &*core::ptr::from_ref(key).cast() }
+}
+
+/// Flows that count against a limit.
+#[repr(transparent)]
+pub(crate) struct Live(u64);
+
+impl Gauge for Live {
+    #[inline(always)]
+    fn get(&self) -> u64 {
+        self.0
+    }
+
+    #[inline(always)]
+    fn add(&mut self, difference: i64) -> u64 {
+        let mut number = difference;
+        // SAFETY: the pointer is this map value's. Assembly, as the target has no atomics in Rust's eyes; the
+        // instruction needs Linux 5.12.
+        unsafe {
+            core::arch::asm!(
+                "{number} = atomic_fetch_add((u64 *)({pointer} + 0), {number})",
+                number = inlateout(reg) number,
+                pointer = in(reg) &raw mut self.0,
+                options(nostack)
+            );
+        }
+        number as u64
+    }
+}
+
 /// The kernel's maps as the walk sees them.
 pub(crate) struct KernelTables;
 
@@ -71,6 +116,8 @@ impl KernelTables {
 }
 
 impl Tables for KernelTables {
+    type Gauge = Live;
+
     #[inline(always)]
     fn vip(&self, key: &VipKey) -> Option<&Vip> {
         // SAFETY: the value is only read; the agent replaces values as a whole.
@@ -81,6 +128,17 @@ impl Tables for KernelTables {
     fn listener(&self, key: &ListenerKey) -> Option<&Listener> {
         // SAFETY: as for `vip`.
         unsafe { LISTENERS.get(key) }
+    }
+
+    #[inline(always)]
+    fn listener_range(&self, key: &ListenerRangeKey) -> Option<&Listener> {
+        // SAFETY: as for `vip`.
+        LISTENER_RANGES.get(trie_key(key))
+    }
+
+    #[inline(always)]
+    fn is_source_admitted(&self, key: &SourceKey) -> bool {
+        SOURCES.get(trie_key(key)).is_some()
     }
 
     #[inline(always)]
@@ -137,6 +195,18 @@ impl Tables for KernelTables {
     fn return_flow(&mut self, id: FlowId) {
         // The queue has room for every flow there is.
         let _ = FREE_FLOWS.push(id, u64::from(BPF_ANY));
+    }
+
+    #[inline(always)]
+    fn listener_live(&mut self, id: ListenerId) -> Option<&mut Live> {
+        // SAFETY: array elements live as long as the program. All writers use atomic instructions.
+        LISTENER_LIVE.get_ptr_mut(id.0).map(|live| unsafe { &mut *live })
+    }
+
+    #[inline(always)]
+    fn backend_live(&mut self, id: BackendId) -> Option<&mut Live> {
+        // SAFETY: as for `listener_live`.
+        BACKEND_LIVE.get_ptr_mut(id.0).map(|live| unsafe { &mut *live })
     }
 
     #[inline(always)]

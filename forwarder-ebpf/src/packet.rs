@@ -8,7 +8,10 @@ use core::{ffi::c_void, mem::offset_of};
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, BPF_F_PSEUDO_HDR, xdp_md},
-    helpers::generated::{bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_load_bytes},
+    helpers::generated::{
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+        bpf_xdp_load_bytes,
+    },
     programs::{TcContext, XdpContext},
 };
 use forwarder_common::{
@@ -179,6 +182,21 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     ) -> Result<(), Stop> {
         Err(Stop::drop(Reason::INTERNAL))
     }
+
+    #[inline(always)]
+    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
+        let ctx = self.ctx.ctx;
+        let cut = len as i32 - self.frame_len() as i32;
+        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
+        if cut < 0 && unsafe { bpf_xdp_adjust_tail(ctx, cut) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        // SAFETY: as above.
+        if unsafe { bpf_xdp_adjust_head(ctx, -(front as i32)) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
+    }
 }
 
 /// A packet in tcx.
@@ -253,5 +271,11 @@ impl Packet for SkbPacket {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn cut_and_grow(&mut self, _len: usize, _front: usize) -> Result<(), Stop> {
+        // Never asked for where the kernel keeps the checksum.
+        Err(Stop::drop(Reason::INTERNAL))
     }
 }

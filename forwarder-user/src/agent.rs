@@ -14,12 +14,7 @@ use std::{
 use aya::Ebpf;
 use aya_log::EbpfLogger;
 use forwarder_common::{
-    abi::{
-        backend::BackendId,
-        counter::TrafficCounters,
-        listener::ListenerId,
-        reason::{DESCRIPTIONS, VerdictKind},
-    },
+    abi::{backend::BackendId, counter::TrafficCounters, listener::ListenerId, reason::DESCRIPTIONS},
     maglev,
 };
 use tokio::{
@@ -31,10 +26,10 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     api::{self, Requests, StatusSource},
-    config::{Config, NatMode, Protocol},
+    config::{self, Config, NatMode, Protocol},
     datapath::{
         attach::{self, Attachment, AttachmentKind},
-        flows::{FlowCount, Sweeper},
+        flows::{FlowCount, Sweeper, Timeouts},
         maps::{self, ControlMaps, CounterMaps},
         object::{self, Sizes},
         writer,
@@ -43,6 +38,7 @@ use crate::{
     error::Error,
     health::{self, Health, ProbeFailure, Report, Target},
     network::{self, LinkState, Network, RpFilter},
+    reset::ResetSender,
     state::{
         desired::{Desired, Observations},
         ids::Ids,
@@ -52,7 +48,7 @@ use crate::{
         BackendStatus, DiagnosisStatus, GroupStatus, InterfaceStatus, ListenerStatus, PoolStatus, Rates,
         ReasonStatus, Status, Traffic,
     },
-    sweep::{Census, SweepThread},
+    sweep::{Census, IdleResets, SweepThread, TimeoutTable},
 };
 
 /// How often rates are computed.
@@ -213,7 +209,12 @@ impl Agent {
         let mut ebpf = object::load(&sizes)?;
         let program_log = program_log(&mut ebpf);
         let (control, flow_maps, counters) = maps::take(&mut ebpf, &sizes)?;
-        let sweep = SweepThread::start(Sweeper::start(flow_maps)?);
+        let ids = Ids::assign(&config);
+        let sweep = SweepThread::start(
+            Sweeper::start(flow_maps)?,
+            timeouts(&config, &ids),
+            ResetSender::open()?,
+        );
 
         let mut attachments = Vec::new();
         for link in &links {
@@ -231,7 +232,6 @@ impl Agent {
             attachments.push(attachment);
         }
 
-        let ids = Ids::assign(&config);
         let placement = Placement::new(
             config
                 .groups
@@ -543,6 +543,7 @@ impl Agent {
     /// Everything that is known.
     fn status(&self) -> Result<Status, Error> {
         let census = self.sweep.census();
+        let resets = self.sweep.idle_resets();
         let capacity = u64::from(self.config.agent.max_flows);
         let mut status = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -570,30 +571,28 @@ impl Agent {
             let id = self.ids.listeners[name];
             let count = census.listeners.get(&id).copied().unwrap_or_default();
             let rates = self.listener_rates.get(&id).copied().unwrap_or_default();
+            let mut traffic = traffic(&self.counters.listener(id)?, count, rates);
+            traffic.gateway_resets += resets.listeners.get(&id).copied().unwrap_or(0);
             status.listeners.push(ListenerStatus {
                 name: name.clone(),
                 vip: listener.vip,
-                port: listener.port,
+                port: listener.ports.to_string(),
                 protocol: match listener.protocol {
                     Protocol::Tcp => "tcp".to_owned(),
                     Protocol::Udp => "udp".to_owned(),
                 },
                 group: listener.group.clone(),
-                traffic: traffic(&self.counters.listener(id)?, count, rates),
+                traffic,
             });
         }
         for name in self.config.groups.keys() {
-            status.groups.push(self.group_status(name, &census)?);
+            status.groups.push(self.group_status(name, &census, &resets)?);
         }
         for description in DESCRIPTIONS {
             let counters = self.counters.reason(description.reason)?;
             status.reasons.push(ReasonStatus {
                 name: description.name.to_owned(),
-                verdict: match description.verdict {
-                    VerdictKind::Send => "send".to_owned(),
-                    VerdictKind::Pass => "pass".to_owned(),
-                    VerdictKind::Drop => "drop".to_owned(),
-                },
+                verdict: description.verdict.name().to_owned(),
                 packets: counters.packets,
                 bytes: counters.bytes,
             });
@@ -601,7 +600,7 @@ impl Agent {
         Ok(status)
     }
 
-    fn group_status(&self, name: &str, census: &Census) -> Result<GroupStatus, Error> {
+    fn group_status(&self, name: &str, census: &Census, resets: &IdleResets) -> Result<GroupStatus, Error> {
         let group = &self.config.groups[name];
         let mut status = GroupStatus {
             name: name.to_owned(),
@@ -629,7 +628,8 @@ impl Agent {
             }
             let count = census.backends.get(&id).copied().unwrap_or_default();
             let rates = self.backend_rates.get(&id).copied().unwrap_or_default();
-            let traffic = traffic(&self.counters.backend(id)?, count, rates);
+            let mut traffic = traffic(&self.counters.backend(id)?, count, rates);
+            traffic.gateway_resets += resets.backends.get(&id).copied().unwrap_or(0);
             status.traffic.add(&traffic);
             let notes = &self.notes[&key];
             status.backends.push(BackendStatus {
@@ -671,6 +671,16 @@ async fn existing(network: &Network, name: &str) -> Result<network::Interface, E
 fn sizes(config: &Config) -> Sizes {
     let has_dnat = config.groups.values().any(|group| group.nat == NatMode::Dnat);
     let backends: usize = config.groups.values().map(|group| group.backends.len()).sum();
+    let listeners = config.listeners.values();
+    let ranges = listeners
+        .clone()
+        .filter(|listener| listener.ports.single().is_none())
+        .map(|listener| listener.ports.prefixes().len())
+        .sum();
+    let sources = listeners
+        .flat_map(|listener| &listener.sources)
+        .map(Vec::len)
+        .sum();
     let vips: HashSet<_> = config.listeners.values().map(|listener| listener.vip).collect();
     Sizes {
         flows: config.agent.max_flows,
@@ -682,9 +692,30 @@ fn sizes(config: &Config) -> Sizes {
         groups: config.groups.len() as u32,
         backends: backends as u32,
         listeners: config.listeners.len() as u32,
+        listener_ranges: at_least_one(ranges),
+        sources: at_least_one(sources),
         vips: vips.len() as u32,
         interfaces: (config.interfaces.len() + config.tunnels.len()) as u32,
     }
+}
+
+/// The kernel makes no map without entries.
+fn at_least_one(entries: usize) -> u32 {
+    (entries as u32).max(1)
+}
+
+/// How long each listener's flows live.
+fn timeouts(config: &Config, ids: &Ids) -> TimeoutTable {
+    let of = |listener: &config::Listener| Timeouts {
+        idle: listener.idle_timeout,
+        closing: listener.closing_timeout,
+        half_open: listener.half_open_timeout,
+        reset_on_idle: listener.reset_on_idle,
+    };
+    let listeners = config.listeners.iter();
+    listeners
+        .map(|(name, listener)| (ids.listeners[name], of(listener)))
+        .collect()
 }
 
 /// What an operator should look at on this host.
@@ -759,6 +790,7 @@ fn traffic(counters: &TrafficCounters, flows: FlowCount, rates: Rates) -> Traffi
         bytes_out: counters.reply_bytes,
         client_resets: counters.client_resets,
         backend_resets: counters.backend_resets,
+        gateway_resets: counters.gateway_resets,
         flows: flows.active + flows.inactive,
         active_flows: flows.active,
         inactive_flows: flows.inactive,

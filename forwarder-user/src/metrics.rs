@@ -274,13 +274,14 @@ const TRAFFIC: [Measure; 6] = [
         kind: Kind::Counter,
         name: "resets",
         unit: None,
-        help: "TCP resets forwarded, by who sent them",
+        help: "TCP resets by who sent them; the gateway's own go to refused and to idle connections, and include ICMP messages for UDP",
         label: Some("origin"),
         listeners_only: false,
         values: |traffic| {
             vec![
                 ("client", traffic.client_resets),
                 ("backend", traffic.backend_resets),
+                ("gateway", traffic.gateway_resets),
             ]
         },
     },
@@ -531,7 +532,7 @@ impl Collector for Snapshot {
 mod tests {
     use std::collections::{BTreeMap, HashSet};
 
-    use forwarder_common::abi::reason::{DESCRIPTIONS, VerdictKind};
+    use forwarder_common::abi::reason::DESCRIPTIONS;
 
     use super::*;
     use crate::status::testing::{assert_same_as_file, sample};
@@ -743,11 +744,7 @@ forwarder_warnings > 0                                                         s
     fn docs_reasons_md_is_current() {
         let mut page = String::from(REASONS_INTRODUCTION);
         for description in DESCRIPTIONS {
-            let verdict = match description.verdict {
-                VerdictKind::Send => "send",
-                VerdictKind::Pass => "pass",
-                VerdictKind::Drop => "drop",
-            };
+            let verdict = description.verdict.name();
             page += &format!(
                 "| {} | `{}` | {verdict} | {} | {} |\n",
                 description.reason.0,
@@ -769,6 +766,7 @@ Every packet that reaches the data path ends with exactly one of these reasons, 
 `forwarder status`, which lists the drops. Numbers and names are never reused.
 
 *send*: the packet leaves straight from the data path. *pass*: it goes up to the host's stack. *drop*: it ends here.
+*refuse*: it ends here, and its sender is told: by a TCP reset, or by ICMP \"port unreachable\" for UDP.
 
 | number | name | verdict | what happened | what to do |
 |---|---|---|---|---|

@@ -51,6 +51,8 @@ pub struct Traffic {
     pub client_resets: u64,
     /// TCP resets from backends.
     pub backend_resets: u64,
+    /// Answers of the gateway's own: to connections it refused, and to idle ones it ended.
+    pub gateway_resets: u64,
     /// Flows in the table now: active and inactive.
     pub flows: u64,
     /// Flows that carried a packet in the last sweep or whose TCP connection is established.
@@ -71,6 +73,7 @@ impl Traffic {
         self.bytes_out += other.bytes_out;
         self.client_resets += other.client_resets;
         self.backend_resets += other.backend_resets;
+        self.gateway_resets += other.gateway_resets;
         self.flows += other.flows;
         self.active_flows += other.active_flows;
         self.inactive_flows += other.inactive_flows;
@@ -96,7 +99,8 @@ pub struct Rates {
 pub struct ListenerStatus {
     pub name: String,
     pub vip: Ipv4Addr,
-    pub port: u16,
+    /// `80`, `8000-8099` or `any`.
+    pub port: String,
     /// `tcp` or `udp`.
     pub protocol: String,
     pub group: String,
@@ -121,7 +125,8 @@ pub struct GroupStatus {
 pub struct BackendStatus {
     pub name: String,
     pub address: Ipv4Addr,
-    pub port: u16,
+    /// None: the one that the client asked for.
+    pub port: Option<u16>,
     pub weight: u16,
     /// `healthy`, `unhealthy`, or `unknown` before the first probe.
     pub health: String,
@@ -132,6 +137,16 @@ pub struct BackendStatus {
     pub diagnosis: Option<DiagnosisStatus>,
     #[serde(flatten)]
     pub traffic: Traffic,
+}
+
+impl BackendStatus {
+    /// Address and port, or the address alone where the port is the one that clients ask for.
+    pub fn endpoint(&self) -> String {
+        match self.port {
+            Some(port) => format!("{}:{port}", self.address),
+            None => self.address.to_string(),
+        }
+    }
 }
 
 /// What the agent found out about a backend that does not answer.
@@ -198,7 +213,7 @@ pub(crate) mod testing {
         path::{Path, PathBuf},
     };
 
-    use forwarder_common::abi::reason::{DESCRIPTIONS, VerdictKind};
+    use forwarder_common::abi::reason::DESCRIPTIONS;
 
     use super::{ReasonStatus, Status};
 
@@ -217,12 +232,7 @@ pub(crate) mod testing {
                 let known = counted.iter().find(|reason| reason.name == description.name);
                 ReasonStatus {
                     name: description.name.to_owned(),
-                    verdict: match description.verdict {
-                        VerdictKind::Send => "send",
-                        VerdictKind::Pass => "pass",
-                        VerdictKind::Drop => "drop",
-                    }
-                    .to_owned(),
+                    verdict: description.verdict.name().to_owned(),
                     packets: known.map_or(0, |reason| reason.packets),
                     bytes: known.map_or(0, |reason| reason.bytes),
                 }

@@ -24,7 +24,7 @@ use forwarder_common::{
 use crate::{
     packet::{Arp, Builder, Checksum, ETHERNET_LEN, Mac, fold, ip_len, is_reset, patched, segment, sum},
     tables::{
-        CLIENT_SIDE, CLOSED_SIDE, Link, MemoryTables, Program, ROUTER, SERVER_SIDE, SIZES, TUNNEL_SIDE,
+        CLIENT_SIDE, CLOSED_SIDE, Link, Live, MemoryTables, Program, ROUTER, SERVER_SIDE, SIZES, TUNNEL_SIDE,
         mac_of,
     },
 };
@@ -71,7 +71,9 @@ impl Step {
         let (listener, backend) = match self.traffic {
             Traffic::Nothing => return,
             Traffic::Refused(listener) => {
-                tables.listener_counters[listener.0 as usize].flows_refused += 1;
+                let counters = &mut tables.listener_counters[listener.0 as usize];
+                counters.flows_refused += 1;
+                counters.gateway_resets += u64::from(self.verdict == Verdict::TRANSMIT);
                 return;
             }
             Traffic::Opened(listener, backend)
@@ -180,6 +182,18 @@ impl Step {
     /// From the clients' side, dropped.
     fn dropped(frame: Vec<u8>, reason: Reason) -> Self {
         Self::new(&CLIENT_SIDE, frame, Verdict::DROP, reason)
+    }
+
+    /// From the clients' side, a SYN that is answered with a reset.
+    fn reset(frame: &Builder, reason: Reason) -> Self {
+        let out = frame.refused_tcp().build();
+        Self::new(&CLIENT_SIDE, frame.build(), Verdict::TRANSMIT, reason).out(out)
+    }
+
+    /// From the clients' side, a datagram that is answered with ICMP.
+    fn unreachable(frame: &Builder, reason: Reason) -> Self {
+        let out = frame.refused_udp().build();
+        Self::new(&CLIENT_SIDE, frame.build(), Verdict::TRANSMIT, reason).out(out)
     }
 
     /// From the clients' side to the servers'.
@@ -466,6 +480,8 @@ pub fn all() -> Vec<Case> {
         listeners(),
         backends(),
         bindings(),
+        refusals(),
+        limits(),
         next_hops(),
         tunnels(),
         arp(),
@@ -802,7 +818,7 @@ fn lifecycles() -> Vec<Case> {
                     .iter_mut()
                     .for_each(|backend| backend.state = BackendState::UNHEALTHY);
             })
-            .then(Step::dropped(syn(WEB).build(), Reason::NO_BACKEND).counts(WEB.refused())),
+            .then(Step::reset(&syn(WEB), Reason::NO_BACKEND).counts(WEB.refused())),
         Case::new("A reply after its flow ended is dropped", world())
             .all(web_handshake())
             .change(unlink_all)
@@ -855,7 +871,7 @@ fn lifecycles() -> Vec<Case> {
 
 fn listeners() -> Vec<Case> {
     let mut any_port = world();
-    any_port.add_listener(VIP, 0, TCP, NatMode::FULL, &[BackendId(1)]);
+    any_port.add_range_listener(VIP, (0, 0), TCP, NatMode::FULL, &[BackendId(1)]);
     let any_listener = ListenerId(9);
     let high_port = syn(WEB).to(SocketAddrV4::new(VIP, 65535));
     let udp_to_web = query(WEB);
@@ -953,7 +969,8 @@ fn backends() -> Vec<Case> {
     let packet = syn(WEB);
     let to_second = Step::request(&packet, &to_server(&packet, binding(0), UDP_SERVER))
         .counts(Traffic::Opened(WEB.listener, BackendId(1)));
-    let refused = |reason| Step::dropped(syn(WEB).build(), reason).counts(WEB.refused());
+    let refused = |reason| Step::reset(&syn(WEB), reason).counts(WEB.refused());
+    let faulty = Step::dropped(syn(WEB).build(), Reason::INTERNAL).counts(WEB.refused());
     let mut empty = world();
     empty.groups[0].slot_count = 0;
     let mut dangling_slots = world();
@@ -1000,12 +1017,12 @@ fn backends() -> Vec<Case> {
             "A group whose slots do not exist is an internal fault",
             dangling_slots,
         )
-        .then(refused(Reason::INTERNAL)),
+        .then(faulty.clone()),
         Case::new(
             "A listener whose group does not exist is an internal fault",
             dangling_group,
         )
-        .then(refused(Reason::INTERNAL)),
+        .then(faulty),
         Case::new(
             "A draining backend keeps its connections and gets no new ones",
             world_with_slots([State::HEALTHY; 2], &[0]),
@@ -1048,8 +1065,185 @@ fn backends() -> Vec<Case> {
 /// Computed from the description in `datapath::hash`, not by it.
 const PINNED_SLOTS: [(u16, u32); 4] = [(50003, 0), (50001, 1), (50000, 2), (50002, 3)];
 
+/// How a client learns that it was refused.
+fn refusals() -> Vec<Case> {
+    let mut full = world();
+    full.free_flows.clear();
+    let mut exhausted = full.clone();
+    exhausted.settings.flags |= flag::POOL_IS_SMALLER;
+    let options = vec![2, 4, 5, 0xb4, 4, 2, 1, 3, 3, 7, 0, 0];
+    let full_reason = Reason::FLOW_TABLE_FULL;
+    let mut cases = vec![
+        Case::new("A used-up pool is told from a full table", exhausted)
+            .then(Step::reset(&syn(WEB), Reason::POOL_EXHAUSTED).counts(WEB.refused())),
+        Case::new("The reset keeps the options of the SYN", full.clone())
+            .then(Step::reset(&syn(WEB).tcp_options(options), full_reason).counts(WEB.refused())),
+        Case::new("The reset of a SYN with data acknowledges the SYN", full.clone())
+            .then(Step::reset(&syn(WEB).payload(7), full_reason).counts(WEB.refused())),
+        Case::new("The reset goes back through the router it came by", full.clone()).then(
+            Step::reset(&from_client(segment::SYN, ROUTED_CLIENT, WEB), full_reason).counts(WEB.refused()),
+        ),
+        Case::new("The reset starts with a fresh time to live", full.clone())
+            .then(Step::reset(&syn(WEB).ttl(2), full_reason).counts(WEB.refused())),
+        Case::new("A SYN with IP options is reset", full.clone())
+            .then(Step::reset(&syn(WEB).options(vec![1; 8]), full_reason).counts(WEB.refused())),
+        Case::new("A refused datagram with IP options is dropped", full.clone())
+            .then(Step::dropped(query(DNS).options(vec![1; 8]).build(), full_reason).counts(DNS.refused())),
+        Case::new("A SYN out of a tunnel is reset", full.clone()).then({
+            let packet = Builder::tcp(segment::SYN, REMOTE.server, WEB.vip())
+                .link(mac_of(*REMOTE.server.ip()), TUNNEL_SIDE.mac);
+            Step::reset(&packet, full_reason)
+                .in_tunnel()
+                .counts(WEB.refused())
+        }),
+        Case::new("A refused datagram out of a tunnel is dropped", full.clone()).then({
+            let packet =
+                Builder::udp(REMOTE.server, DNS.vip()).link(mac_of(*REMOTE.server.ip()), TUNNEL_SIDE.mac);
+            Step::dropped(packet.build(), full_reason)
+                .in_tunnel()
+                .counts(DNS.refused())
+        }),
+    ];
+    for len in [0, 1, 18, 28, 100, 1472] {
+        let packet = query(DNS).payload(len);
+        cases.push(
+            Case::new(
+                format!("A refused datagram of {len} bytes is answered with \"port unreachable\""),
+                full.clone(),
+            )
+            .then(Step::unreachable(&packet, full_reason).counts(DNS.refused())),
+        );
+    }
+    cases.push(
+        Case::new("The padding of a short datagram is not quoted", full.clone())
+            .then(Step::unreachable(&query(DNS).payload(0).padding(18), full_reason).counts(DNS.refused())),
+    );
+    cases.push(
+        Case::new(
+            "A refused datagram without a checksum is quoted without one",
+            full,
+        )
+        .then(Step::unreachable(&query(DNS).checksum(Checksum::Fixed(0)), full_reason).counts(DNS.refused())),
+    );
+    cases
+}
+
+/// Who may open flows, and how many.
+fn limits() -> Vec<Case> {
+    let mut ranged = world();
+    let range = ranged.add_range_listener(VIP, (8192, 5), TCP, NatMode::FULL, &[BackendId(0)]);
+    let any = ranged.add_range_listener(VIP, (0, 0), TCP, NatMode::FULL, &[BackendId(1)]);
+    let at_port = |port| syn(WEB).to(SocketAddrV4::new(VIP, port));
+    let to_range = |port| {
+        let packet = at_port(port);
+        Step::request(&packet, &to_server(&packet, binding(0), SERVER))
+            .counts(Traffic::Opened(range, BackendId(0)))
+    };
+    let to_any = |port| {
+        let packet = at_port(port);
+        Step::request(&packet, &to_server(&packet, binding(0), UDP_SERVER))
+            .counts(Traffic::Opened(any, BackendId(1)))
+    };
+    let mut same_port = ranged.clone();
+    same_port.backends[0].port = Be16::new(0);
+    let kept = at_port(8200);
+    let mut sourced = world();
+    sourced.admit_source(WEB.listener, Ipv4Addr::new(172, 18, 0, 8), 29);
+    let stranger = from_client(segment::SYN, ROUTED_CLIENT, WEB);
+    let mut nested = sourced.clone();
+    nested.admit_source(WEB.listener, Ipv4Addr::new(192, 0, 2, 7), 32);
+    let mut everybody = world();
+    everybody.admit_source(WEB.listener, Ipv4Addr::UNSPECIFIED, 0);
+    let mut one_flow = world();
+    one_flow
+        .listener_mut(WEB.listener)
+        .for_each(|listener| listener.max_flows = 1);
+    let second = from_client(segment::SYN, OTHER_CLIENT, WEB);
+    let mut full_backend = world_with_slots([BackendState::HEALTHY; 2], &[0]);
+    full_backend.backends[0].max_flows = 1;
+    let mut spilling = world_with_slots([BackendState::HEALTHY; 2], &[0, 0, 0, 1]);
+    spilling.backends[0].max_flows = 1;
+    spilling.backends_live[0] = Live(1);
+    let spilled = syn(WEB);
+    vec![
+        Case::new("A listener takes the first port of its range", ranged.clone()).then(to_range(8192)),
+        Case::new("A listener takes the last port of its range", ranged.clone()).then(to_range(10239)),
+        Case::new("A port below a range is the wider listener's", ranged.clone()).then(to_any(8191)),
+        Case::new("A port above a range is the wider listener's", ranged.clone()).then(to_any(10240)),
+        Case::new("A range of TCP ports takes no datagrams", ranged).then(Step::passed(
+            query(WEB).to(SocketAddrV4::new(VIP, 8200)).build(),
+            Reason::NO_LISTENER,
+        )),
+        Case::new(
+            "A backend without a port gets the port that was asked for",
+            same_port,
+        )
+        .then(
+            Step::request(
+                &kept,
+                &to_server(&kept, binding(0), SocketAddrV4::new(*SERVER.ip(), 8200))
+                    .link(SERVER_SIDE.mac, mac_of(*SERVER.ip())),
+            )
+            .counts(Traffic::Opened(range, BackendId(0))),
+        ),
+        Case::new("A client that the listener admits opens a flow", sourced.clone()).then(web_opening()),
+        Case::new(
+            "A client that the listener does not admit is dropped in silence",
+            sourced.clone(),
+        )
+        .then(Step::dropped(stranger.build(), Reason::SOURCE_NOT_ALLOWED)),
+        Case::new("One address may be admitted beside a prefix", nested)
+            .then(Step::request(&stranger, &to_server(&stranger, binding(0), SERVER)).counts(WEB.opened())),
+        Case::new("Clients of another listener are not asked for", sourced).then({
+            let packet = from_client(segment::SYN, ROUTED_CLIENT, DNAT_WEB);
+            Step::request(&packet, &to_server(&packet, ROUTED_CLIENT, SERVER)).counts(DNAT_WEB.opened())
+        }),
+        Case::new("A prefix of length zero admits everybody", everybody)
+            .then(Step::request(&stranger, &to_server(&stranger, binding(0), SERVER)).counts(WEB.opened())),
+        Case::new(
+            "The last flow below a listener's limit is opened, the next refused",
+            one_flow.clone(),
+        )
+        .then(web_opening())
+        .then(Step::reset(&second, Reason::LISTENER_LIMIT).counts(WEB.refused()))
+        .then(web_reply(segment::SYN_ACK, 0)),
+        Case::new(
+            "A flow that the agent has counted out makes room for another",
+            one_flow.clone(),
+        )
+        .then(web_opening())
+        .change(|world| {
+            world.flows[0].counted = 0;
+            world.listeners_live[0] = Live(0);
+            world.backends_live[0] = Live(0);
+        })
+        .then(Step::request(&second, &to_server(&second, binding(1), SERVER)).counts(WEB.opened())),
+        Case::new(
+            "A connection reopened in place of its ended self needs no room of its own",
+            one_flow,
+        )
+        .all(web_connection())
+        .then(web_opening()),
+        Case::new(
+            "A backend at its limit refuses when no other has room",
+            full_backend,
+        )
+        .then(web_opening())
+        .then(Step::reset(&second, Reason::BACKEND_LIMIT).counts(WEB.refused())),
+        Case::new(
+            "A flow goes past a backend at its limit to one with room",
+            spilling,
+        )
+        .then(
+            Step::request(&spilled, &to_server(&spilled, binding(0), UDP_SERVER))
+                .counts(Traffic::Opened(WEB.listener, BackendId(1))),
+        ),
+    ]
+}
+
 fn bindings() -> Vec<Case> {
-    let refused = |reason| Step::dropped(syn(WEB).build(), reason).counts(WEB.refused());
+    let refused = |reason| Step::reset(&syn(WEB), reason).counts(WEB.refused());
+    let faulty = Step::dropped(syn(WEB).build(), Reason::INTERNAL).counts(WEB.refused());
     let packet = syn(WEB);
     let mut full = world();
     full.free_flows.clear();
@@ -1062,7 +1256,7 @@ fn bindings() -> Vec<Case> {
     let mut order = world();
     order.free_flows = [FlowId(9), FlowId(2)].into();
     let dnat_syn = syn(DNAT_WEB);
-    let dnat_refused = Step::dropped(dnat_syn.build(), Reason::FLOW_TABLE_FULL).counts(DNAT_WEB.refused());
+    let dnat_refused = Step::reset(&dnat_syn, Reason::FLOW_TABLE_FULL).counts(DNAT_WEB.refused());
     vec![
         Case::new("No flow opens when the flow table is full", full).then(refused(Reason::FLOW_TABLE_FULL)),
         Case::new("A flow beyond the pool is refused and given back", exhausted)
@@ -1071,8 +1265,7 @@ fn bindings() -> Vec<Case> {
         Case::new("Full NAT needs a pool", no_pool.clone()).then(refused(Reason::POOL_EXHAUSTED)),
         Case::new("DNAT needs no pool", no_pool)
             .then(Step::request(&dnat_syn, &to_server(&dnat_syn, CLIENT, SERVER)).counts(DNAT_WEB.opened())),
-        Case::new("A free number beyond the flow table is an internal fault", beyond)
-            .then(refused(Reason::INTERNAL)),
+        Case::new("A free number beyond the flow table is an internal fault", beyond).then(faulty),
         Case::new("Bindings are used in the order in which they became free", order)
             .then(Step::request(&packet, &to_server(&packet, binding(9), SERVER)).counts(WEB.opened())),
         Case::new(

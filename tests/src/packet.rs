@@ -45,15 +45,34 @@ pub enum Checksum {
 enum Transport {
     Tcp {
         flags: u8,
+        numbers: TcpNumbers,
         options: Vec<u8>,
     },
     Udp,
     Icmp {
         kind: u8,
         code: u8,
+        rest: [u8; 4],
     },
     /// A protocol without a header of ours.
     Other(u8),
+}
+
+/// The numbers of a TCP header.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TcpNumbers {
+    pub sequence: u32,
+    pub acknowledgment: u32,
+    pub window: u16,
+}
+
+impl TcpNumbers {
+    /// Those of segments that were given no others.
+    pub const DEFAULT: Self = Self {
+        sequence: 0x1234_5678,
+        acknowledgment: 0x9abc_def0,
+        window: 0xfaf0,
+    };
 }
 
 /// An IPv4 packet in an Ethernet frame.
@@ -65,6 +84,7 @@ pub struct Builder {
     source: SocketAddrV4,
     destination: SocketAddrV4,
     ttl: u8,
+    identification: u16,
     fragment: u16,
     options: Vec<u8>,
     transport: Transport,
@@ -82,6 +102,7 @@ impl Builder {
             source,
             destination,
             ttl: 64,
+            identification: 0xbeef,
             fragment: 0,
             options: Vec::new(),
             transport,
@@ -93,8 +114,12 @@ impl Builder {
 
     /// A TCP segment with these flags.
     pub fn tcp(flags: u8, source: SocketAddrV4, destination: SocketAddrV4) -> Self {
-        let options = Vec::new();
-        Self::new(Transport::Tcp { flags, options }, source, destination)
+        let transport = Transport::Tcp {
+            flags,
+            numbers: TcpNumbers::DEFAULT,
+            options: Vec::new(),
+        };
+        Self::new(transport, source, destination)
     }
 
     /// A UDP datagram.
@@ -105,7 +130,8 @@ impl Builder {
     /// An ICMP message of this type and code.
     pub fn icmp(kind: u8, code: u8, source: Ipv4Addr, destination: Ipv4Addr) -> Self {
         let (source, destination) = (SocketAddrV4::new(source, 0), SocketAddrV4::new(destination, 0));
-        Self::new(Transport::Icmp { kind, code }, source, destination)
+        let rest = [0x0b, 0xad, 0, 1];
+        Self::new(Transport::Icmp { kind, code, rest }, source, destination)
     }
 
     /// A packet of another protocol.
@@ -179,6 +205,45 @@ impl Builder {
     }
 
     /// ICMP type.
+    /// The reset that answers this SYN when the SYN itself is turned round: options and data stay.
+    ///
+    /// # Panics
+    /// When this is no TCP segment.
+    #[must_use]
+    pub fn refused_tcp(&self) -> Self {
+        let mut reset = self
+            .clone()
+            .link_swapped()
+            .from(self.destination)
+            .to(self.source)
+            .ttl(64);
+        let Transport::Tcp { flags, numbers, .. } = &mut reset.transport else {
+            panic!("not TCP: {self:?}");
+        };
+        *flags = segment::RST | segment::ACK;
+        *numbers = TcpNumbers {
+            sequence: 0,
+            acknowledgment: numbers.sequence.wrapping_add(1),
+            window: 0,
+        };
+        reset
+    }
+
+    /// The ICMP message "port unreachable" that answers this datagram, which has no IP options.
+    #[must_use]
+    pub fn refused_udp(&self) -> Self {
+        let quoted = &self.build()[ETHERNET_LEN..ETHERNET_LEN + 28];
+        let mut message = Self::icmp(3, 3, *self.destination.ip(), *self.source.ip())
+            .link(self.destination_mac, self.source_mac)
+            .fragment(0x4000)
+            .payload_of(quoted);
+        message.identification = 0;
+        if let Transport::Icmp { rest, .. } = &mut message.transport {
+            *rest = [0; 4];
+        }
+        message
+    }
+
     #[must_use]
     pub fn icmp_kind(mut self, new: u8) -> Self {
         match &mut self.transport {
@@ -252,11 +317,16 @@ impl Builder {
         let mut bytes = Vec::new();
         let ports = [self.source.port(), self.destination.port()];
         match &self.transport {
-            Transport::Tcp { flags, options } => {
+            Transport::Tcp {
+                flags,
+                numbers,
+                options,
+            } => {
                 ports.iter().for_each(|port| bytes.extend(port.to_be_bytes()));
-                bytes.extend(0x1234_5678_u32.to_be_bytes());
-                bytes.extend(0x9abc_def0_u32.to_be_bytes());
-                bytes.extend([((20 + options.len()) * 4) as u8, *flags, 0xfa, 0xf0]);
+                bytes.extend(numbers.sequence.to_be_bytes());
+                bytes.extend(numbers.acknowledgment.to_be_bytes());
+                bytes.extend([((20 + options.len()) * 4) as u8, *flags]);
+                bytes.extend(numbers.window.to_be_bytes());
                 bytes.extend(checksum.to_be_bytes());
                 bytes.extend([0, 0]);
                 bytes.extend(options);
@@ -266,10 +336,10 @@ impl Builder {
                 bytes.extend(((8 + self.payload.len()) as u16).to_be_bytes());
                 bytes.extend(checksum.to_be_bytes());
             }
-            Transport::Icmp { kind, code } => {
+            Transport::Icmp { kind, code, rest } => {
                 bytes.extend([*kind, *code]);
                 bytes.extend(checksum.to_be_bytes());
-                bytes.extend([0x0b, 0xad, 0, 1]);
+                bytes.extend(rest);
             }
             Transport::Other(_) => {}
         }
@@ -298,7 +368,7 @@ impl Builder {
         let header_len = 20 + self.options.len();
         let mut ip = vec![0x40 | (header_len / 4) as u8, 0];
         ip.extend(((header_len + segment.len()) as u16).to_be_bytes());
-        ip.extend(0xbeef_u16.to_be_bytes());
+        ip.extend(self.identification.to_be_bytes());
         ip.extend(self.fragment.to_be_bytes());
         ip.extend([self.ttl, self.protocol(), 0, 0]);
         ip.extend(self.source.ip().octets());

@@ -20,7 +20,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, MapError, PerCpuArray, PerCpuValues, Queue},
+    maps::{Array, HashMap, LpmTrie, MapError, PerCpuArray, PerCpuValues, Queue, lpm_trie::Key},
     programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp},
     util::nr_cpus,
 };
@@ -41,7 +41,9 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-use crate::tables::{BEHIND_ROUTER, FORBIDDEN, LINKS, MemoryTables, NEIGHBOURS, Program, ROUTER, SIZES};
+use crate::tables::{
+    BEHIND_ROUTER, FORBIDDEN, LINKS, Live, MemoryTables, NEIGHBOURS, Program, ROUTER, SIZES,
+};
 
 /// Set to 1 where a test that cannot run has to fail.
 const STRICT_VARIABLE: &str = "FORWARDER_TESTS_STRICT";
@@ -161,6 +163,10 @@ impl Kernel {
         self.set_array(map_name::SETTINGS, &[tables.settings])?;
         self.set_hash(map_name::VIPS, &tables.vips)?;
         self.set_hash(map_name::LISTENERS, &tables.listeners)?;
+        self.set_trie(map_name::LISTENER_RANGES, &tables.listener_ranges)?;
+        self.set_trie(map_name::SOURCES, &tables.sources)?;
+        self.set_array(map_name::LISTENER_LIVE, &tables.listeners_live)?;
+        self.set_array(map_name::BACKEND_LIVE, &tables.backends_live)?;
         self.set_hash(map_name::INTERFACES, &tables.interfaces)?;
         self.set_hash(map_name::FLOW_INDEX, &tables.flow_index)?;
         self.set_array(map_name::GROUPS, &tables.groups)?;
@@ -184,12 +190,14 @@ impl Kernel {
             flow_index: self.hash::<FlowKey, FlowReference>(map_name::FLOW_INDEX)?,
             flows: self.array::<FlowEntry>(map_name::FLOWS)?,
             free_flows: self.drain_free_flows()?,
-            listener_counters: self.counters::<TrafficCounters, 8>(
+            listeners_live: self.array::<Live>(map_name::LISTENER_LIVE)?,
+            backends_live: self.array::<Live>(map_name::BACKEND_LIVE)?,
+            listener_counters: self.counters::<TrafficCounters, 9>(
                 map_name::LISTENER_COUNTERS,
                 tables.listener_counters.len(),
             )?,
             backend_counters: self
-                .counters::<TrafficCounters, 8>(map_name::BACKEND_COUNTERS, tables.backend_counters.len())?,
+                .counters::<TrafficCounters, 9>(map_name::BACKEND_COUNTERS, tables.backend_counters.len())?,
             reason_counters: self.reason_counters()?,
             ..tables.clone()
         })
@@ -278,6 +286,20 @@ impl Kernel {
         }
         for (key, value) in entries {
             hash.insert(AsPod(*key), AsPod(*value), 0)?;
+        }
+        Ok(())
+    }
+
+    /// Keys are a number of bits and three words.
+    fn set_trie<K: Pod, V: Pod>(&mut self, name: &str, entries: &StdHashMap<K, V>) -> Result<()> {
+        let mut trie: LpmTrie<_, [u32; 3], AsPod<V>> = LpmTrie::try_from(self.map(name)?)?;
+        let stale: Vec<_> = trie.keys().collect::<Result<_, _>>()?;
+        for key in stale {
+            trie.remove(&key)?;
+        }
+        for (key, value) in entries {
+            let [bits, words @ ..]: [u32; 4] = bytemuck::cast(*key);
+            trie.insert(&Key::new(bits, words), AsPod(*value), 0)?;
         }
         Ok(())
     }

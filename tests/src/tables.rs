@@ -18,12 +18,17 @@ use forwarder_common::{
         counter::{ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowReference},
         interface::{Interface, InterfaceKey, flag},
-        listener::{Listener, ListenerId, ListenerKey, Vip, VipKey},
+        listener::{
+            Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey,
+            listener_flag,
+        },
         reason::Reason,
         settings::Settings,
         snat::SnatRange,
     },
-    datapath::{ChecksumOffload, Env, Hook, Outcome, Packet, Route, Stop, Tables, TrafficEvent, pipeline},
+    datapath::{
+        ChecksumOffload, Env, Gauge, Hook, Outcome, Packet, Route, Stop, Tables, TrafficEvent, pipeline,
+    },
     wire::{Be16, Field16, Ipv4Address, LinkPair, MacAddress, WireHeader, checksum::Delta},
 };
 use forwarder_user::datapath::object::Sizes;
@@ -38,6 +43,8 @@ pub const SIZES: Sizes = Sizes {
     groups: 16,
     backends: 16,
     listeners: 16,
+    listener_ranges: 32,
+    sources: 16,
     vips: 8,
     interfaces: 8,
 };
@@ -48,6 +55,8 @@ pub struct MemoryTables {
     pub settings: Settings,
     pub vips: HashMap<VipKey, Vip>,
     pub listeners: HashMap<ListenerKey, Listener>,
+    pub listener_ranges: HashMap<ListenerRangeKey, Listener>,
+    pub sources: HashMap<SourceKey, Source>,
     pub groups: Vec<BackendGroup>,
     pub slots: Vec<BackendId>,
     pub backends: Vec<Backend>,
@@ -55,6 +64,8 @@ pub struct MemoryTables {
     pub flow_index: HashMap<FlowKey, FlowReference>,
     pub flows: Vec<FlowEntry>,
     pub free_flows: VecDeque<FlowId>,
+    pub listeners_live: Vec<Live>,
+    pub backends_live: Vec<Live>,
     pub listener_counters: Vec<TrafficCounters>,
     pub backend_counters: Vec<TrafficCounters>,
     pub reason_counters: Vec<ReasonCounters>,
@@ -71,6 +82,8 @@ impl Default for MemoryTables {
             },
             vips: HashMap::new(),
             listeners: HashMap::new(),
+            listener_ranges: HashMap::new(),
+            sources: HashMap::new(),
             groups: vec![BackendGroup::zeroed(); SIZES.groups as usize],
             slots: vec![BackendId(0); SIZES.slots as usize],
             backends: vec![Backend::zeroed(); SIZES.backends as usize],
@@ -78,6 +91,8 @@ impl Default for MemoryTables {
             flow_index: HashMap::new(),
             flows: vec![FlowEntry::zeroed(); SIZES.flows as usize],
             free_flows: (0..SIZES.flows).map(FlowId).collect(),
+            listeners_live: vec![Live(0); SIZES.listeners as usize],
+            backends_live: vec![Live(0); SIZES.backends as usize],
             listener_counters: vec![TrafficCounters::default(); SIZES.listeners as usize],
             backend_counters: vec![TrafficCounters::default(); SIZES.backends as usize],
             reason_counters: vec![ReasonCounters::default(); Reason::COUNT],
@@ -127,11 +142,13 @@ impl MemoryTables {
             port: Be16::new(port),
             state,
             reserved: 0,
+            max_flows: 0,
+            reserved2: 0,
         };
         BackendId(free as u32)
     }
 
-    /// A listener on a VIP for a new group whose slots are these; port 0: any port.
+    /// A listener on a VIP for a new group whose slots are these.
     pub fn add_listener(
         &mut self,
         vip: Ipv4Addr,
@@ -140,11 +157,53 @@ impl MemoryTables {
         nat: NatMode,
         slots: &[BackendId],
     ) -> ListenerId {
-        let id = self.listeners.len() as u32;
-        let vip_entry = self
-            .vips
-            .entry(VipKey { address: vip.into() })
-            .or_insert(Vip { listeners: 0 });
+        let listener = self.add_group(vip, nat, slots);
+        self.listeners
+            .insert(ListenerKey::new(vip.into(), Be16::new(port), protocol), listener);
+        listener.id
+    }
+
+    /// A listener on the ports of a VIP that share these bits with `port`, for a new group whose slots are these.
+    pub fn add_range_listener(
+        &mut self,
+        vip: Ipv4Addr,
+        (port, port_bits): (u16, u32),
+        protocol: u8,
+        nat: NatMode,
+        slots: &[BackendId],
+    ) -> ListenerId {
+        let listener = self.add_group(vip, nat, slots);
+        let key = ListenerRangeKey::new(vip.into(), protocol, Be16::new(port), port_bits);
+        self.listener_ranges.insert(key, listener);
+        let vip = self.vips.get_mut(&VipKey { address: vip.into() });
+        vip.expect("the VIP just entered").range_listeners += 1;
+        listener.id
+    }
+
+    /// Only clients of this prefix may open flows of a listener, and those of other prefixes added so.
+    pub fn admit_source(&mut self, listener: ListenerId, address: Ipv4Addr, bits: u32) {
+        let key = SourceKey::new(listener, address.into(), bits);
+        self.sources.insert(key, Source { admitted: 1 });
+        for entry in self.listener_mut(listener) {
+            entry.flags |= listener_flag::SOURCES;
+        }
+    }
+
+    /// The entries of a listener.
+    pub fn listener_mut(&mut self, id: ListenerId) -> impl Iterator<Item = &mut Listener> {
+        let entries = self
+            .listeners
+            .values_mut()
+            .chain(self.listener_ranges.values_mut());
+        entries.filter(move |listener| listener.id == id)
+    }
+
+    fn add_group(&mut self, vip: Ipv4Addr, nat: NatMode, slots: &[BackendId]) -> Listener {
+        let id = (self.listeners.len() + self.listener_ranges.len()) as u32;
+        let vip_entry = self.vips.entry(VipKey { address: vip.into() }).or_insert(Vip {
+            listeners: 0,
+            range_listeners: 0,
+        });
         vip_entry.listeners += 1;
         let first_slot = self
             .groups
@@ -159,14 +218,23 @@ impl MemoryTables {
             nat,
             reserved: 0,
         };
-        let listener = Listener {
+        Listener {
             id: ListenerId(id),
             group: GroupId(id),
-            idle_timeout_secs: 300,
-        };
-        self.listeners
-            .insert(ListenerKey::new(vip.into(), Be16::new(port), protocol), listener);
-        ListenerId(id)
+            max_flows: 0,
+            flags: 0,
+        }
+    }
+
+    /// How many flows say that they count against limits, by listener and by backend.
+    pub fn counted_flows(&self) -> (Vec<Live>, Vec<Live>) {
+        let mut listeners = vec![Live(0); self.listeners_live.len()];
+        let mut backends = vec![Live(0); self.backends_live.len()];
+        for flow in self.flows.iter().filter(|flow| flow.counted != 0) {
+            listeners[flow.listener.0 as usize].0 += 1;
+            backends[flow.backend.0 as usize].0 += 1;
+        }
+        (listeners, backends)
     }
 
     /// Zeroes all counters.
@@ -210,6 +278,18 @@ impl MemoryTables {
         compare(&mut found, "flow", &self.flows, &other.flows);
         compare(
             &mut found,
+            "live flows of listener",
+            &self.listeners_live,
+            &other.listeners_live,
+        );
+        compare(
+            &mut found,
+            "live flows of backend",
+            &self.backends_live,
+            &other.backends_live,
+        );
+        compare(
+            &mut found,
             "listener counters",
             &self.listener_counters,
             &other.listener_counters,
@@ -250,7 +330,63 @@ impl MemoryTables {
     }
 }
 
+/// A number of live flows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub struct Live(pub u64);
+
+impl Gauge for Live {
+    fn get(&self) -> u64 {
+        self.0
+    }
+
+    fn add(&mut self, difference: i64) -> u64 {
+        let before = self.0;
+        self.0 = before.wrapping_add_signed(difference);
+        before
+    }
+}
+
+/// The value with the longest prefix that the key has. The bits of a prefix stand behind its length.
+fn longest<'t, K: bytemuck::Pod, V>(entries: &'t HashMap<K, V>, key: &K) -> Option<&'t V> {
+    let bits = |key: &K| {
+        let bytes: &[u8] = bytemuck::bytes_of(key);
+        let (len, words) = bytes.split_at(4);
+        let len = u32::from_ne_bytes(len.try_into().expect("four bytes"));
+        (
+            len,
+            u128::from_be_bytes([words, &[0; 4]].concat().try_into().expect("sixteen bytes")),
+        )
+    };
+    let (_, wanted) = bits(key);
+    let matching = entries.iter().filter(|(prefix, _)| {
+        let (len, value) = bits(prefix);
+        (value ^ wanted).checked_shr(128 - len).unwrap_or(0) == 0
+    });
+    matching
+        .max_by_key(|(prefix, _)| bits(prefix).0)
+        .map(|(_, value)| value)
+}
+
 impl Tables for MemoryTables {
+    type Gauge = Live;
+
+    fn listener_range(&self, key: &ListenerRangeKey) -> Option<&Listener> {
+        longest(&self.listener_ranges, key)
+    }
+
+    fn is_source_admitted(&self, key: &SourceKey) -> bool {
+        longest(&self.sources, key).is_some()
+    }
+
+    fn listener_live(&mut self, id: ListenerId) -> Option<&mut Live> {
+        self.listeners_live.get_mut(id.0 as usize)
+    }
+
+    fn backend_live(&mut self, id: BackendId) -> Option<&mut Live> {
+        self.backends_live.get_mut(id.0 as usize)
+    }
+
     fn vip(&self, key: &VipKey) -> Option<&Vip> {
         self.vips.get(key)
     }
@@ -412,6 +548,15 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         } else {
             new
         };
+        Ok(())
+    }
+
+    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
+        if len > self.bytes.len() {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        self.bytes.truncate(len);
+        self.bytes.splice(..0, std::iter::repeat_n(0, front));
         Ok(())
     }
 }

@@ -34,6 +34,7 @@ fn faults(case: &Case) -> Vec<String> {
         };
         let mut expected = world.clone();
         step.count_into(&mut expected);
+        let counted_before = world.counted_flows();
         let (outcome, out) = world.forward(step.program, step.ifindex, &step.frame);
         if (outcome.verdict, outcome.reason) != (step.verdict, step.reason) {
             faults.push(format!(
@@ -48,6 +49,16 @@ fn faults(case: &Case) -> Vec<String> {
         expected.flow_index.clone_from(&world.flow_index);
         expected.flows.clone_from(&world.flows);
         expected.free_flows.clone_from(&world.free_flows);
+        // What counts against limits is what says so in the flow table.
+        let counted = world.counted_flows();
+        for (live, before, after) in [
+            (&mut expected.listeners_live, counted_before.0, counted.0),
+            (&mut expected.backends_live, counted_before.1, counted.1),
+        ] {
+            for ((live, before), after) in live.iter_mut().zip(before).zip(after) {
+                live.0 = live.0 + after.0 - before.0;
+            }
+        }
         for difference in world.differences(&expected) {
             faults.push(format!("packet {index}: {difference}"));
         }
@@ -128,7 +139,12 @@ fn check_invariants(world: &MemoryTables, action: Action, reason: Reason, frame:
         Action::Pass => VerdictKind::Pass,
         Action::Drop => VerdictKind::Drop,
     };
-    assert_eq!(description.verdict, kind, "{reason:?}");
+    let is_refusal = description.verdict == VerdictKind::Refuse;
+    if is_refusal {
+        assert_ne!(kind, VerdictKind::Pass, "{reason:?}");
+    } else {
+        assert_eq!(description.verdict, kind, "{reason:?}");
+    }
     let is_rewritten =
         kind == VerdictKind::Send || reason == Reason::REQUEST_TO_STACK || reason == Reason::REPLY_TO_STACK;
     if !is_rewritten {
@@ -136,8 +152,15 @@ fn check_invariants(world: &MemoryTables, action: Action, reason: Reason, frame:
     } else if reason != Reason::ARP_ANSWERED && wrong_checksums(frame).is_empty() {
         assert_eq!(wrong_checksums(out), Vec::<&str>::new(), "{reason:?}");
     }
-    assert_eq!(frame.len(), out.len());
+    if !is_refusal {
+        assert_eq!(frame.len(), out.len());
+    }
 
+    let (listeners, backends) = world.counted_flows();
+    assert_eq!(
+        (&world.listeners_live, &world.backends_live),
+        (&listeners, &backends)
+    );
     let mut bindings = HashSet::new();
     for (id, flow) in (0..).zip(&world.flows) {
         let references = |direction| {

@@ -38,6 +38,8 @@ fn faults(kernel: &mut Kernel, case: &Case) -> anyhow::Result<Vec<String>> {
         expected.flow_index.clone_from(&world.flow_index);
         expected.flows.clone_from(&world.flows);
         expected.free_flows.clone_from(&world.free_flows);
+        expected.listeners_live.clone_from(&world.listeners_live);
+        expected.backends_live.clone_from(&world.backends_live);
         for difference in found.differences(&expected) {
             faults.push(format!("packet {index}: {difference}"));
         }

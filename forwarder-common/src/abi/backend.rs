@@ -62,7 +62,11 @@ impl BackendState {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct Backend {
     pub address: Ipv4Address,
+    /// Zero: the port that the client asked for.
     pub port: Be16,
     pub state: BackendState,
     pub reserved: u8,
+    /// Most flows at a time; zero: no limit of its own.
+    pub max_flows: u32,
+    pub reserved2: u32,
 }

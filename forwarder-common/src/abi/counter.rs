@@ -17,6 +17,8 @@ pub struct TrafficCounters {
     pub backend_resets: u64,
     /// New flows refused: no backend, no binding, no room.
     pub flows_refused: u64,
+    /// Answers of the gateway to refused flows: TCP resets and ICMP messages.
+    pub gateway_resets: u64,
 }
 
 /// What is counted per reason.

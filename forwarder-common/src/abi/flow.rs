@@ -10,7 +10,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{backend::BackendId, listener::ListenerId};
-use crate::wire::{Be16, Ipv4Address, LinkPair};
+use crate::wire::{Be16, Be32, Ipv4Address, LinkPair};
 
 /// Index in the flow table.
 #[repr(transparent)]
@@ -159,7 +159,8 @@ pub struct FlowEntry {
     /// Non-zero: a packet came since the agent's last sweep.
     pub seen: u8,
     pub tcp: TcpEvents,
-    pub reserved: u8,
+    /// Non-zero: the flow counts among the live ones of its listener and backend.
+    pub counted: u8,
     pub listener: ListenerId,
     pub backend: BackendId,
     /// Checksum delta of a request's addresses, folded (`wire::checksum::Delta`); a reply's is its reverse.
@@ -168,8 +169,11 @@ pub struct FlowEntry {
     pub port_delta: u16,
     pub request_hop: NextHop,
     pub reply_hop: NextHop,
-    pub idle_timeout_secs: u32,
-    pub reserved2: u32,
+    /// What the client acknowledged last: the sequence number it expects next (RFC 9293 §3.4). A reset with it is
+    /// one that the client accepts (RFC 5961 §3.2).
+    pub client_expects: Be32,
+    /// The same of the backend.
+    pub backend_expects: Be32,
     /// IP bytes.
     pub request_bytes: u64,
     /// IP bytes.

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::backend::GroupId;
-use crate::wire::{Be16, Ipv4Address};
+use crate::wire::{Be16, Be32, Ipv4Address};
 
 /// Index of a listener in the counter table; stable while the agent runs.
 #[repr(transparent)]
@@ -15,7 +15,6 @@ pub struct ListenerId(pub u32);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
 pub struct ListenerKey {
     pub vip: Ipv4Address,
-    /// Zero: any port.
     pub port: Be16,
     /// IP protocol number.
     pub protocol: u8,
@@ -23,7 +22,7 @@ pub struct ListenerKey {
 }
 
 impl ListenerKey {
-    /// The key of a listener; port zero stands for any port.
+    /// The key of a listener on one port.
     #[inline(always)]
     pub const fn new(vip: Ipv4Address, port: Be16, protocol: u8) -> Self {
         Self {
@@ -41,8 +40,82 @@ impl ListenerKey {
 pub struct Listener {
     pub id: ListenerId,
     pub group: GroupId,
-    /// A flow without packets for this many seconds is removed.
-    pub idle_timeout_secs: u32,
+    /// Most flows at a time; zero: no limit of its own.
+    pub max_flows: u32,
+    /// Bits of [`listener_flag`].
+    pub flags: u32,
+}
+
+/// Bits of [`Listener::flags`].
+pub mod listener_flag {
+    /// Only clients that the source table names for this listener may open flows.
+    pub const SOURCES: u32 = 1;
+}
+
+/// Key of the table of listeners with more than one port: a trie over VIP, protocol and port, so that a range of
+/// ports is a few prefixes and any port is one.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
+pub struct ListenerRangeKey {
+    /// How many of the bits behind this field count.
+    pub prefix_bits: u32,
+    pub vip: Ipv4Address,
+    /// IP protocol number.
+    pub protocol: Be16,
+    pub port: Be16,
+    /// Beyond every prefix.
+    pub reserved: u32,
+}
+
+impl ListenerRangeKey {
+    /// The bits of VIP, protocol and port: those of a packet's key.
+    pub const BITS: u32 = 64;
+
+    /// The key of the ports that share their first `port_bits` bits with `port`.
+    #[inline(always)]
+    pub const fn new(vip: Ipv4Address, protocol: u8, port: Be16, port_bits: u32) -> Self {
+        Self {
+            prefix_bits: Self::BITS - 16 + port_bits,
+            vip,
+            protocol: Be16::new(protocol as u16),
+            port,
+            reserved: 0,
+        }
+    }
+}
+
+/// Key of the table of clients that a listener admits: a trie over listener and source address.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
+pub struct SourceKey {
+    /// How many of the bits behind this field count.
+    pub prefix_bits: u32,
+    /// The listener's id.
+    pub listener: Be32,
+    pub address: Ipv4Address,
+    /// Beyond every prefix.
+    pub reserved: u32,
+}
+
+impl SourceKey {
+    /// The key of the addresses that share their first `address_bits` bits with `address`.
+    #[inline(always)]
+    pub const fn new(listener: ListenerId, address: Ipv4Address, address_bits: u32) -> Self {
+        Self {
+            prefix_bits: 32 + address_bits,
+            listener: Be32::new(listener.0),
+            address,
+            reserved: 0,
+        }
+    }
+}
+
+/// Value of the table of admitted clients.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct Source {
+    /// One; a trie has no values without bytes.
+    pub admitted: u32,
 }
 
 /// Key of the VIP table: an address that we answer ARP and echo requests for.
@@ -58,4 +131,6 @@ pub struct VipKey {
 pub struct Vip {
     /// How many listeners use it; never zero in the table.
     pub listeners: u32,
+    /// How many of them have more than one port.
+    pub range_listeners: u32,
 }

@@ -4,6 +4,10 @@
 pub const SETTINGS: &str = "SETTINGS";
 /// Hash from `ListenerKey` to `Listener`.
 pub const LISTENERS: &str = "LISTENERS";
+/// Trie from `ListenerRangeKey` to `Listener`.
+pub const LISTENER_RANGES: &str = "LISTENER_RANGES";
+/// Trie from `SourceKey` to `Source`.
+pub const SOURCES: &str = "SOURCES";
 /// Hash from `VipKey` to `Vip`.
 pub const VIPS: &str = "VIPS";
 /// Array of `BackendGroup`.
@@ -20,6 +24,10 @@ pub const FLOWS: &str = "FLOWS";
 pub const FREE_FLOWS: &str = "FREE_FLOWS";
 /// Hash from `InterfaceKey` to `Interface`.
 pub const INTERFACES: &str = "INTERFACES";
+/// Array of `u64` by `ListenerId`: flows that count against the limit now; mapped into the agent's memory.
+pub const LISTENER_LIVE: &str = "LISTENER_LIVE";
+/// The same by `BackendId`.
+pub const BACKEND_LIVE: &str = "BACKEND_LIVE";
 /// Per-CPU array of `TrafficCounters` by `ListenerId`.
 pub const LISTENER_COUNTERS: &str = "LISTENER_COUNT";
 /// Per-CPU array of `TrafficCounters` by `BackendId`.

@@ -11,6 +11,20 @@ pub enum VerdictKind {
     /// It goes up to the stack.
     Pass,
     Drop,
+    /// The sender is told: a TCP reset or an ICMP message goes back. Dropped where neither can be sent.
+    Refuse,
+}
+
+impl VerdictKind {
+    /// As metrics, status and docs have it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Send => "send",
+            Self::Pass => "pass",
+            Self::Drop => "drop",
+            Self::Refuse => "refuse",
+        }
+    }
 }
 
 /// Why a packet got its verdict.
@@ -74,11 +88,11 @@ reasons! {
         "The IP protocol is neither TCP, UDP nor an echo request to a VIP." "";
     12 NOT_A_SYN "not_a_syn" Drop
         "A TCP packet without a flow to a listener: only a SYN opens one." "Expected after idle timeouts and restarts; clients will reconnect.";
-    13 NO_BACKEND "no_backend" Drop
+    13 NO_BACKEND "no_backend" Refuse
         "No backend of the group takes new flows." "See the group's health in `forwarder status`.";
-    14 POOL_EXHAUSTED "pool_exhausted" Drop
+    14 POOL_EXHAUSTED "pool_exhausted" Refuse
         "No SNAT binding is left for a new flow." "Add a prefix to [snat], or shorten idle timeouts.";
-    15 FLOW_TABLE_FULL "flow_table_full" Drop
+    15 FLOW_TABLE_FULL "flow_table_full" Refuse
         "No flow entry is left for a new flow." "Raise agent.max_flows, and the pool with it: each flow holds one address and port.";
     16 FLOW_CONFLICT "flow_conflict" Drop
         "A DNAT flow of another listener already has this client port towards the same backend." "Use full NAT for backends that several listeners share.";
@@ -94,11 +108,30 @@ reasons! {
         "A table held something impossible." "Please report this with the output of `forwarder status -o json`.";
     22 OWN_SOURCE "own_source" Drop
         "A new flow's source is one of our own addresses, a VIP or an SNAT address: a loop, or a forgery." "Look for a route that sends our packets back to us.";
+    23 SOURCE_NOT_ALLOWED "source_not_allowed" Drop
+        "The listener admits only some clients, and this is none of them." "Add the client's prefix to the listener's `sources`.";
+    24 LISTENER_LIMIT "listener_limit" Refuse
+        "The listener has as many flows as it may have." "Raise the listener's `max_flows`.";
+    25 BACKEND_LIMIT "backend_limit" Refuse
+        "Every backend that could take the flow has as many as it may have." "Raise the backends' `max_flows`, or add backends.";
 }
 
 impl Reason {
     /// How many there are: the size of the counter table.
     pub const COUNT: usize = DESCRIPTIONS.len();
+
+    /// Is the sender told? Those whose verdict is [`VerdictKind::Refuse`].
+    #[inline(always)]
+    pub const fn is_refusal(self) -> bool {
+        matches!(
+            self,
+            Self::NO_BACKEND
+                | Self::POOL_EXHAUSTED
+                | Self::FLOW_TABLE_FULL
+                | Self::LISTENER_LIMIT
+                | Self::BACKEND_LIMIT
+        )
+    }
 
     /// The entry of the list; `None` for a number this build does not know.
     pub fn description(self) -> Option<&'static Description> {
@@ -129,6 +162,8 @@ mod tests {
                 .count();
             assert_eq!(same, 1, "{}", description.name);
             assert!(description.text.ends_with('.'), "{}", description.name);
+            let is_refuse = description.verdict == VerdictKind::Refuse;
+            assert_eq!(description.reason.is_refusal(), is_refuse, "{}", description.name);
         }
     }
 }

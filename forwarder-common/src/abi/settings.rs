@@ -12,6 +12,8 @@ pub mod flag {
     /// Some interface in native mode takes frames back only by redirect: XDP_TX on a veth needs a program on its
     /// peer, a redirect to itself only NAPI there.
     pub const TRANSMIT_BY_REDIRECT: u32 = 2;
+    /// The flow table has an entry for every binding of the pool: when none is free, the pool is used up.
+    pub const POOL_IS_SMALLER: u32 = 4;
 }
 
 /// The settings.

@@ -2,7 +2,11 @@
 
 use super::{Stop, Tables, parse::Frame};
 use crate::{
-    abi::{listener::VipKey, reason::Reason, settings::Settings},
+    abi::{
+        listener::{Listener, SourceKey, VipKey, listener_flag},
+        reason::Reason,
+        settings::Settings,
+    },
     wire::tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN},
 };
 
@@ -30,6 +34,18 @@ pub fn refuse_own_source<T: Tables>(tables: &T, settings: &Settings, frame: &Fra
     let source = frame.key.source;
     if settings.pool.contains(source) || tables.vip(&VipKey { address: source }).is_some() {
         return Err(Stop::drop(Reason::OWN_SOURCE));
+    }
+    Ok(())
+}
+
+/// A listener may admit clients of some networks only. Others are dropped in silence: an answer would tell them
+/// that there is something to find.
+#[inline(always)]
+pub fn admit_source<T: Tables>(tables: &T, listener: &Listener, frame: &Frame) -> Result<(), Stop> {
+    if listener.flags & listener_flag::SOURCES != 0
+        && !tables.is_source_admitted(&SourceKey::new(listener.id, frame.key.source, 32))
+    {
+        return Err(Stop::drop(Reason::SOURCE_NOT_ALLOWED));
     }
     Ok(())
 }

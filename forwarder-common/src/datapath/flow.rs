@@ -1,15 +1,18 @@
 //! Flows: find the one a packet belongs to, open one, keep it up to date.
 
 use super::{Stop, Tables, admission, parse::Frame, rewrite::Rewrite, tcp_state::Phase};
-use crate::abi::{
-    backend::BackendId,
-    flow::{
-        Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents,
+use crate::{
+    abi::{
+        backend::BackendId,
+        flow::{
+            Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents,
+        },
+        listener::{Listener, ListenerId},
+        reason::Reason,
+        settings::Settings,
+        snat::SnatBinding,
     },
-    listener::{Listener, ListenerId},
-    reason::Reason,
-    settings::Settings,
-    snat::SnatBinding,
+    wire::{Be32, tcp::FLAG_ACK},
 };
 
 /// What a packet of a flow needs from its entry: a copy, so that no table stays borrowed.
@@ -36,6 +39,17 @@ pub enum Found {
     Ended(FlowId),
     /// The packet has no flow; it may open one.
     Nothing,
+}
+
+impl Found {
+    /// The entry that a new flow takes over, if any.
+    #[inline(always)]
+    pub const fn ended(&self) -> Option<FlowId> {
+        match self {
+            Self::Ended(id) => Some(*id),
+            _ => None,
+        }
+    }
 }
 
 /// The flow of a packet.
@@ -99,10 +113,17 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> 
         entry.seen = 1;
     }
     let bytes = u64::from(frame.total_len);
+    let has_ack = frame.tcp_flags & FLAG_ACK != 0;
     if is_request {
+        if has_ack {
+            entry.client_expects = frame.acknowledgment;
+        }
         entry.request_packets = entry.request_packets.wrapping_add(1);
         entry.request_bytes = entry.request_bytes.wrapping_add(bytes);
     } else {
+        if has_ack {
+            entry.backend_expects = frame.acknowledgment;
+        }
         entry.reply_packets = entry.reply_packets.wrapping_add(1);
         entry.reply_bytes = entry.reply_bytes.wrapping_add(bytes);
     }
@@ -141,19 +162,19 @@ pub fn open<T: Tables>(
         state: FlowState::LIVE,
         seen: 1,
         tcp: TcpEvents::default().after(Direction::REQUEST, frame.tcp_flags),
-        reserved: 0,
+        counted: 1,
         listener: listener.id,
         backend,
         address_delta: address_delta.folded(),
         port_delta: port_delta.folded(),
         request_hop: NextHop::default(),
         reply_hop: NextHop::default(),
-        idle_timeout_secs: listener.idle_timeout_secs,
+        client_expects: Be32::new(0),
+        backend_expects: Be32::new(0),
         request_bytes: u64::from(frame.total_len),
         reply_bytes: 0,
         request_packets: 1,
         reply_packets: 0,
-        reserved2: 0,
     };
     let hit = Hit {
         id,
@@ -213,6 +234,7 @@ fn unlink<T: Tables>(
         tables.remove_flow_reference(&binding.request_key());
     }
     if let Some(entry) = tables.flow(id) {
+        entry.counted = 0;
         // The old connection's binding may still be in use by stragglers: then the agent frees it in its time.
         entry.state = if ended {
             FlowState::UNLINKED

@@ -1,34 +1,28 @@
-//! Which listener a packet is for: the exact port, else any port.
+//! Which listener a packet is for: the one on its port, else the one with the narrowest range of ports around it.
 
 use super::{Stop, Tables};
-use crate::{
-    abi::{
-        flow::FlowKey,
-        listener::{Listener, ListenerKey, VipKey},
-        reason::Reason,
-    },
-    wire::Be16,
+use crate::abi::{
+    flow::FlowKey,
+    listener::{Listener, ListenerKey, ListenerRangeKey, VipKey},
+    reason::Reason,
 };
 
 /// The listener of a request without a flow.
 #[inline(always)]
 pub fn lookup<T: Tables>(tables: &T, key: &FlowKey) -> Result<Listener, Stop> {
-    let exact = ListenerKey::new(key.destination, key.destination_port, key.protocol as u8);
-    if let Some(listener) = tables.listener(&exact) {
+    let address = key.destination;
+    // First, as most packets that are not ours end here.
+    let Some(vip) = tables.vip(&VipKey { address }) else {
+        return Err(Stop::pass(Reason::NOT_OURS));
+    };
+    let (protocol, port) = (key.protocol as u8, key.destination_port);
+    if let Some(listener) = tables.listener(&ListenerKey::new(address, port, protocol)) {
         return Ok(*listener);
     }
-    let any_port = ListenerKey::new(key.destination, Be16::new(0), key.protocol as u8);
-    if let Some(listener) = tables.listener(&any_port) {
+    if vip.range_listeners != 0
+        && let Some(listener) = tables.listener_range(&ListenerRangeKey::new(address, protocol, port, 16))
+    {
         return Ok(*listener);
     }
-    let is_vip = tables
-        .vip(&VipKey {
-            address: key.destination,
-        })
-        .is_some();
-    Err(Stop::pass(if is_vip {
-        Reason::NO_LISTENER
-    } else {
-        Reason::NOT_OURS
-    }))
+    Err(Stop::pass(Reason::NO_LISTENER))
 }

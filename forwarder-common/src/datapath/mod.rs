@@ -16,7 +16,7 @@ use crate::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         flow::{FlowEntry, FlowId, FlowKey, FlowReference},
         interface::{Interface, InterfaceKey, flag},
-        listener::{Listener, ListenerId, ListenerKey, Vip, VipKey},
+        listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         reason::Reason,
     },
     wire::{LinkPair, WireHeader, checksum::Delta},
@@ -33,6 +33,8 @@ pub mod mss;
 pub mod next_hop;
 pub mod parse;
 pub mod pipeline;
+pub mod quota;
+pub mod refuse;
 pub mod rewrite;
 pub mod snat;
 pub mod tcp_state;
@@ -161,12 +163,25 @@ pub trait Packet {
         ports: Delta,
         is_optional: bool,
     ) -> Result<(), Stop>;
+
+    /// Cuts the frame to `len` bytes, then makes room for `front` bytes before them, of any content. Asked for where
+    /// `CHECKSUM_OFFLOAD` is not `Kernel`.
+    ///
+    /// # Errors
+    /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
+    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop>;
 }
 
 /// The tables that the agent fills and the walk reads.
 pub trait Tables {
+    type Gauge: Gauge;
+
     fn vip(&self, key: &VipKey) -> Option<&Vip>;
     fn listener(&self, key: &ListenerKey) -> Option<&Listener>;
+    /// The listener whose prefix is the longest that the key has.
+    fn listener_range(&self, key: &ListenerRangeKey) -> Option<&Listener>;
+    /// Is there a prefix that this key has?
+    fn is_source_admitted(&self, key: &SourceKey) -> bool;
     fn group(&self, id: GroupId) -> Option<&BackendGroup>;
     /// The backend in a slot of the slot table.
     fn slot(&self, index: u32) -> Option<BackendId>;
@@ -194,9 +209,21 @@ pub trait Tables {
     /// Gives a flow back that no packet has used.
     fn return_flow(&mut self, id: FlowId);
 
+    /// Live flows of a listener that count against its limit.
+    fn listener_live(&mut self, id: ListenerId) -> Option<&mut Self::Gauge>;
+    /// Live flows of a backend that count against its limit.
+    fn backend_live(&mut self, id: BackendId) -> Option<&mut Self::Gauge>;
+
     fn count_listener(&mut self, id: ListenerId, event: TrafficEvent);
     fn count_backend(&mut self, id: BackendId, event: TrafficEvent);
     fn count_reason(&mut self, reason: Reason, frame_bytes: usize);
+}
+
+/// A number that all CPUs and the agent count up and down.
+pub trait Gauge {
+    fn get(&self) -> u64;
+    /// Adds, and says what it was before, as one step.
+    fn add(&mut self, difference: i64) -> u64;
 }
 
 /// Something to count for a listener and a backend.
@@ -204,6 +231,8 @@ pub trait Tables {
 pub enum TrafficEvent {
     FlowOpened,
     FlowRefused,
+    /// A refused flow's client was told.
+    RefusalSent,
     /// A request or reply of so many IP bytes.
     Request {
         bytes: u16,
@@ -221,6 +250,7 @@ impl crate::abi::counter::TrafficCounters {
     pub fn add(&mut self, event: TrafficEvent) {
         match event {
             TrafficEvent::FlowOpened => self.flows_opened = self.flows_opened.wrapping_add(1),
+            TrafficEvent::RefusalSent => self.gateway_resets = self.gateway_resets.wrapping_add(1),
             TrafficEvent::FlowRefused => self.flows_refused = self.flows_refused.wrapping_add(1),
             TrafficEvent::Request { bytes, reset } => {
                 self.request_packets = self.request_packets.wrapping_add(1);

@@ -7,7 +7,7 @@ use super::{Packet, Stop};
 use crate::{
     abi::{flow::FlowKey, reason::Reason},
     wire::{
-        Be16, WireHeader,
+        Be16, Be32, WireHeader,
         ethernet::{ETHERTYPE_ARP, ETHERTYPE_IPV4, EthernetHeader},
         icmp::IcmpHeader,
         ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP},
@@ -33,6 +33,8 @@ pub struct Frame {
     pub ttl: u8,
     /// Zero for UDP.
     pub tcp_flags: u8,
+    /// The acknowledgment number of TCP; without a meaning unless the ACK flag is set.
+    pub acknowledgment: Be32,
 }
 
 impl Frame {
@@ -82,16 +84,21 @@ pub fn frame<P: Packet>(packet: &mut P) -> Result<Parsed, Stop> {
     let transport_offset = NETWORK_OFFSET + header_len;
     let transport_len = total_len - header_len as u16;
 
-    let (source_port, destination_port, tcp_flags) = match protocol {
+    let (source_port, destination_port, tcp_flags, acknowledgment) = match protocol {
         PROTOCOL_TCP => {
             let tcp = packet.header::<TcpHeader>(transport_offset)?;
-            let ports = (tcp.source_port, tcp.destination_port, tcp.flags);
+            let ports = (
+                tcp.source_port,
+                tcp.destination_port,
+                tcp.flags,
+                tcp.acknowledgment,
+            );
             require(transport_len as usize >= TcpHeader::LEN)?;
             ports
         }
         PROTOCOL_UDP => {
             let udp = packet.header::<UdpHeader>(transport_offset)?;
-            let ports = (udp.source_port, udp.destination_port, 0);
+            let ports = (udp.source_port, udp.destination_port, 0, Be32::new(0));
             let claimed = udp.len.get();
             require(claimed as usize >= UdpHeader::LEN && claimed <= transport_len)?;
             ports
@@ -117,6 +124,7 @@ pub fn frame<P: Packet>(packet: &mut P) -> Result<Parsed, Stop> {
         transport_len,
         ttl,
         tcp_flags,
+        acknowledgment,
     }))
 }
 

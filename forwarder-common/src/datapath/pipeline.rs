@@ -5,7 +5,7 @@ use super::{
     flow::{self, Found, Hit},
     listener, mss, next_hop,
     parse::{self, Frame, Parsed},
-    rewrite, snat,
+    quota, refuse, rewrite, snat,
 };
 use crate::{
     abi::{
@@ -47,8 +47,13 @@ fn walk<P: Packet, T: Tables, E: Env>(
     };
     let hit = match flow::lookup(tables, settings, &frame)? {
         Found::Hit(hit) => hit,
-        Found::Ended(id) => open(tables, settings, &frame, Some(id))?,
-        Found::Nothing => open(tables, settings, &frame, None)?,
+        found => {
+            let listener = admit(tables, settings, &frame)?;
+            match open(tables, settings, &frame, &listener, found.ended()) {
+                Ok(hit) => hit,
+                Err(Stop(refusal)) => return refuse(packet, tables, settings, &frame, &listener, refusal),
+            }
+        }
     };
     rewrite::check_ttl(&frame)?;
     let hop = next_hop::resolve(tables, env, settings, &hit, frame.key.protocol)?;
@@ -77,42 +82,61 @@ fn walk<P: Packet, T: Tables, E: Env>(
     })
 }
 
+/// The listener that a packet without a flow may open one of.
+#[inline(always)]
+fn admit<T: Tables>(tables: &mut T, settings: &Settings, frame: &Frame) -> Result<Listener, Stop> {
+    let listener = listener::lookup(tables, &frame.key)?;
+    admission::admit(frame)?;
+    admission::refuse_own_source(tables, settings, frame)?;
+    admission::admit_source(tables, &listener, frame)?;
+    rewrite::check_ttl(frame)?;
+    Ok(listener)
+}
+
 /// The slow path, once per flow.
 #[inline(always)]
 fn open<T: Tables>(
     tables: &mut T,
     settings: &Settings,
     frame: &Frame,
+    listener: &Listener,
     ended: Option<FlowId>,
 ) -> Result<Hit, Stop> {
-    let listener = listener::lookup(tables, &frame.key)?;
-    admission::admit(frame)?;
-    admission::refuse_own_source(tables, settings, frame)?;
-    rewrite::check_ttl(frame)?;
-    let opened = open_for(tables, settings, frame, ended, &listener);
-    let event = if opened.is_ok() {
-        TrafficEvent::FlowOpened
+    if let Some(id) = ended {
+        quota::leave_ended(tables, id);
+    }
+    let group = *tables.group(listener.group).ok_or(Stop::drop(Reason::INTERNAL))?;
+    let (backend_id, backend) = backend::select(tables, settings, &group, &frame.key)?;
+    quota::enter(tables, listener, backend_id, &backend)?;
+    let opened = snat::bind(tables, settings, group.nat, frame, &backend, ended).and_then(|(id, binding)| {
+        flow::open(tables, id, ended.is_some(), &binding, listener, backend_id, frame)
+    });
+    if opened.is_ok() {
+        tables.count_listener(listener.id, TrafficEvent::FlowOpened);
+        tables.count_backend(backend_id, TrafficEvent::FlowOpened);
     } else {
-        TrafficEvent::FlowRefused
-    };
-    tables.count_listener(listener.id, event);
+        quota::leave(tables, listener.id, backend_id);
+    }
     opened
 }
 
+/// A listener's packet that could not open a flow.
 #[inline(always)]
-fn open_for<T: Tables>(
+fn refuse<P: Packet, T: Tables>(
+    packet: &mut P,
     tables: &mut T,
     settings: &Settings,
     frame: &Frame,
-    ended: Option<FlowId>,
     listener: &Listener,
-) -> Result<Hit, Stop> {
-    let group = *tables.group(listener.group).ok_or(Stop::drop(Reason::INTERNAL))?;
-    let (backend_id, backend) = backend::select(tables, settings, &group, &frame.key)?;
-    let (id, binding) = snat::bind(tables, settings, group.nat, frame, &backend, ended)?;
-    let hit = flow::open(tables, id, ended.is_some(), &binding, listener, backend_id, frame)?;
-    tables.count_backend(backend_id, TrafficEvent::FlowOpened);
-    Ok(hit)
+    refusal: Outcome,
+) -> Result<Outcome, Stop> {
+    tables.count_listener(listener.id, TrafficEvent::FlowRefused);
+    if !refusal.reason.is_refusal() {
+        return Err(Stop(refusal));
+    }
+    let outcome = refuse::answer(packet, frame, settings, refusal.reason)?;
+    tables.count_listener(listener.id, TrafficEvent::RefusalSent);
+    Ok(outcome)
 }
 
 #[inline(always)]

@@ -50,6 +50,19 @@ impl Rewrite {
         (addresses, ports)
     }
 
+    /// No new addresses or ports: only this change of words under the transport checksum.
+    #[inline(always)]
+    pub const fn of_transport(ports: Delta) -> Self {
+        Self {
+            source: Ipv4Address::new([0; 4]),
+            destination: Ipv4Address::new([0; 4]),
+            source_port: Be16::new(0),
+            destination_port: Be16::new(0),
+            addresses: Delta::ZERO,
+            ports,
+        }
+    }
+
     /// The rewrite of one direction of a flow.
     #[inline(always)]
     pub fn of(entry: &FlowEntry, direction: Direction) -> Self {

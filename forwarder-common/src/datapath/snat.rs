@@ -1,12 +1,15 @@
 //! The binding of a new flow: its number, and the addresses both sides will see.
 
 use super::{Stop, Tables, parse::Frame};
-use crate::abi::{
-    backend::{Backend, NatMode},
-    flow::{FlowBinding, FlowId},
-    reason::Reason,
-    settings::Settings,
-    snat::SnatBinding,
+use crate::{
+    abi::{
+        backend::{Backend, NatMode},
+        flow::{FlowBinding, FlowId},
+        reason::Reason,
+        settings::{Settings, flag},
+        snat::SnatBinding,
+    },
+    wire::Be16,
 };
 
 /// Takes a free flow, or the one whose connection has `ended`, and in full NAT the (address, port) that comes
@@ -23,7 +26,7 @@ pub fn bind<T: Tables>(
     let key = &frame.key;
     let id = match ended {
         Some(id) => id,
-        None => tables.take_flow().ok_or(Stop::drop(Reason::FLOW_TABLE_FULL))?,
+        None => tables.take_flow().ok_or(Stop::drop(exhausted(settings)))?,
     };
     let snat = if nat == NatMode::DNAT {
         SnatBinding {
@@ -49,9 +52,23 @@ pub fn bind<T: Tables>(
         client_port: key.source_port,
         vip_port: key.destination_port,
         snat_port: snat.port,
-        backend_port: backend.port,
+        backend_port: if backend.port == Be16::new(0) {
+            key.destination_port
+        } else {
+            backend.port
+        },
         protocol: key.protocol,
         reserved: 0,
     };
     Ok((id, binding))
+}
+
+/// What there is too little of when no flow is free: the smaller of pool and flow table.
+#[inline(always)]
+const fn exhausted(settings: &Settings) -> Reason {
+    if settings.flags & flag::POOL_IS_SMALLER != 0 {
+        Reason::POOL_EXHAUSTED
+    } else {
+        Reason::FLOW_TABLE_FULL
+    }
 }

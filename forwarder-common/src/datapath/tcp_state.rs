@@ -91,23 +91,9 @@ pub enum Phase {
     Closed,
 }
 
-/// Linux gives up on a SYN after 6 retries, 127 s in all; RFC 5382 REQ-5 lets a NAT drop a partial open
-/// after 4 minutes. A client that has not sent a SYN for this long has given up or will open anew.
-const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(75);
-/// Twice the maximum segment lifetime that Linux assumes (TCP_TIMEWAIT_LEN): nothing of the old connection can
-/// come after that, so the binding may serve another.
-const CLOSED_TIMEOUT: Duration = Duration::from_secs(60);
-
-impl Phase {
-    /// How long a flow in this phase lives without packets, given its listener's idle timeout.
-    pub fn timeout(self, idle: Duration) -> Duration {
-        match self {
-            Self::HalfOpen => HALF_OPEN_TIMEOUT,
-            Self::Established | Self::Closing => idle,
-            Self::Closed => CLOSED_TIMEOUT,
-        }
-    }
-}
+/// Twice the maximum segment lifetime that Linux assumes (TCP_TIMEWAIT_LEN): nothing of an old connection can
+/// come after that, so its binding may serve another.
+pub const CLOSED_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 mod tests {
@@ -139,10 +125,9 @@ mod tests {
     }
 
     #[test]
-    fn a_half_closed_connection_keeps_its_idle_timeout() {
+    fn a_half_closed_connection_is_closing() {
         let phase = run(&[SYN, SYN_ACK, ACK, (Direction::REQUEST, FLAG_FIN | FLAG_ACK)]);
         assert_eq!(phase, Phase::Closing);
-        assert_eq!(phase.timeout(Duration::from_secs(300)), Duration::from_secs(300));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! ICMP (RFC 792): the part that echo needs.
+//! ICMP (RFC 792): echo, and the message that a port is not reachable.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -6,6 +6,10 @@ use super::{Be16, WireHeader};
 
 /// RFC 792: echo reply.
 pub const TYPE_ECHO_REPLY: u8 = 0;
+/// RFC 792: destination unreachable.
+pub const TYPE_UNREACHABLE: u8 = 3;
+/// RFC 792: port unreachable, a code of [`TYPE_UNREACHABLE`].
+pub const CODE_PORT_UNREACHABLE: u8 = 3;
 /// RFC 792: echo request.
 pub const TYPE_ECHO_REQUEST: u8 = 8;
 
@@ -22,6 +26,17 @@ pub struct IcmpHeader {
 impl WireHeader for IcmpHeader {}
 
 impl IcmpHeader {
+    /// A header whose remaining bytes, and checksum, are zero.
+    #[inline(always)]
+    pub const fn of_type(icmp_type: u8, code: u8) -> Self {
+        Self {
+            icmp_type,
+            code,
+            checksum: Be16::from_raw(0),
+            rest: [0; 4],
+        }
+    }
+
     /// Type and code as the 16-bit word that the checksum covers, in machine order.
     #[inline(always)]
     pub const fn type_word(&self) -> u16 {

@@ -12,6 +12,8 @@ pub const PROTOCOL_TCP: u8 = IpProto::Tcp as u8;
 /// Protocol number of UDP.
 pub const PROTOCOL_UDP: u8 = IpProto::Udp as u8;
 
+/// RFC 791 §3.1: do not fragment.
+const DONT_FRAGMENT: u16 = 0x4000;
 /// RFC 791 §3.1: more fragments follow.
 const MORE_FRAGMENTS: u16 = 0x2000;
 /// RFC 791 §3.1: offset in units of 8 bytes.
@@ -39,6 +41,30 @@ pub struct Ipv4Header {
 impl WireHeader for Ipv4Header {}
 
 impl Ipv4Header {
+    /// The header of a packet of our own, without options and with a checksum of zero. `total_len` in bytes.
+    #[inline(always)]
+    pub const fn fresh(
+        protocol: u8,
+        ttl: u8,
+        total_len: u16,
+        source: Ipv4Address,
+        destination: Ipv4Address,
+    ) -> Self {
+        Self {
+            version_ihl: 0x45,
+            tos: 0,
+            total_len: Be16::new(total_len),
+            // RFC 6864 §4.1: without a meaning in a packet that is not to be fragmented.
+            identification: Be16::new(0),
+            fragment: Be16::new(DONT_FRAGMENT),
+            ttl,
+            protocol,
+            checksum: Be16::new(0),
+            source,
+            destination,
+        }
+    }
+
     /// 4 for IPv4.
     #[inline(always)]
     pub const fn version(&self) -> u8 {

@@ -32,6 +32,12 @@ pub struct TcpHeader {
 impl WireHeader for TcpHeader {}
 
 impl TcpHeader {
+    /// Data offset and flags as the 16-bit word that the checksum covers, in machine order.
+    #[inline(always)]
+    pub const fn flags_word(&self) -> u16 {
+        u16::from_ne_bytes([self.data_offset, self.flags])
+    }
+
     /// Where the checksum stands, in bytes from the header's start.
     pub const CHECKSUM_OFFSET: usize = 16;
 }

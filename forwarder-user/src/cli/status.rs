@@ -213,7 +213,7 @@ fn backends(group: &GroupStatus) -> Vec<String> {
         } = traffic.rates;
         [
             backend.name.clone(),
-            format!("{}:{}", backend.address, backend.port),
+            backend.endpoint(),
             backend.health.clone(),
             share(backend.share),
             traffic.flows.to_string(),

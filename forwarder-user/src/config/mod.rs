@@ -5,14 +5,23 @@
 //! every name resolves, every default is filled in, no address is out of range. This module does no I/O
 //! beyond reading the file and knows nothing of maps.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
+use forwarder_common::abi::snat::PORTS_PER_ADDRESS;
 use ipnet::Ipv4Net;
 
 pub mod load;
 pub mod reader;
 pub mod schema;
 pub mod validate;
+
+pub use validate::{DEFAULT_HALF_OPEN_TIMEOUT, DEFAULT_IDLE_TIMEOUT};
 
 /// A configuration that passed every check.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,14 +91,23 @@ pub enum TunnelMode {
 /// The back-to-origin addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnatPool {
-    /// Prefixes as written, in order, not overlapping; 1 to 8 of them.
+    /// Prefixes as written, in order, not overlapping: those for traffic, then those for probes.
     pub prefixes: Vec<Ipv4Net>,
-    /// The address health probes leave from; inside one of `prefixes`, by default the first address of the
-    /// first prefix (its network address where the prefix is shorter than /31 is skipped).
+    /// The address health probes leave from; inside one of the prefixes for probes if there are any, else of those
+    /// for traffic. By default the first address of the first one (its network address where the prefix is shorter
+    /// than /31 is skipped).
     pub probe_address: Ipv4Addr,
-    /// What traffic uses: runs of (first address, number of addresses), `prefixes` without the probe
+    /// What traffic uses: runs of (first address, number of addresses), the prefixes for traffic without the probe
     /// address and without network and broadcast addresses of prefixes shorter than /31; 1 to 8 runs.
     pub ranges: Vec<(Ipv4Addr, u32)>,
+}
+
+impl SnatPool {
+    /// How many bindings there are: flows at a time with full NAT.
+    pub fn bindings(&self) -> u64 {
+        let addresses: u64 = self.ranges.iter().map(|(_, count)| u64::from(*count)).sum();
+        addresses * u64::from(PORTS_PER_ADDRESS)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +115,17 @@ pub struct Network {
     pub cidrs: Vec<Ipv4Net>,
     /// Name of the tunnel that leads there; `None`: reached without one.
     pub tunnel: Option<String>,
+    /// Where its route is; `None`: wherever the host's own rules lead.
+    pub table: Option<RoutingTable>,
+}
+
+/// A routing table besides the main one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RoutingTable {
+    /// By number, 1 to 4 294 967 295.
+    Number(u32),
+    /// That of a VRF device.
+    Vrf(String),
 }
 
 /// Which addresses a rewritten request carries.
@@ -109,6 +138,8 @@ pub enum NatMode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
     pub nat: NatMode,
+    /// May backends be outside the networks that are reached without a tunnel?
+    pub remote_ip: bool,
     /// `None`: backends are taken as healthy without asking.
     pub health: Option<HealthCheck>,
     /// By name; never empty.
@@ -118,10 +149,12 @@ pub struct Group {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
     pub address: Ipv4Addr,
-    /// 1 to 65535.
-    pub port: u16,
+    /// 1 to 65535; `None`: the one that the client asked for.
+    pub port: Option<u16>,
     /// 0 (no new flows) to 65535.
     pub weight: u16,
+    /// Most flows at a time; `None`: no limit of its own.
+    pub max_flows: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,11 +200,117 @@ pub enum Protocol {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
     pub vip: Ipv4Addr,
-    /// 1 to 65535.
-    pub port: u16,
+    pub ports: Ports,
     pub protocol: Protocol,
     /// Name of its backend group.
     pub group: String,
+    /// Clients that may open flows; `None`: all. Not overlapping.
+    pub sources: Option<Vec<Ipv4Net>>,
+    /// Most flows at a time; `None`: no limit of its own.
+    pub max_flows: Option<u32>,
     /// A flow without packets for this long is removed; 10 s to 4000 s, default 300 s.
     pub idle_timeout: Duration,
+    /// The same once one side of a TCP connection has sent FIN; 10 s to 4000 s, default that of `idle_timeout`.
+    pub closing_timeout: Duration,
+    /// The same while the handshake of a TCP connection is not complete; 5 s to 300 s, default 75 s.
+    pub half_open_timeout: Duration,
+    /// Are both ends of a TCP connection reset when it is removed for being idle?
+    pub reset_on_idle: bool,
+}
+
+/// The ports of a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ports {
+    /// 1 to 65535.
+    pub first: u16,
+    /// `first` to 65535.
+    pub last: u16,
+}
+
+impl Ports {
+    /// Every port there is.
+    pub const ANY: Self = Self {
+        first: 1,
+        last: u16::MAX,
+    };
+
+    /// One port.
+    pub const fn one(port: u16) -> Self {
+        Self {
+            first: port,
+            last: port,
+        }
+    }
+
+    /// The port, if it is one.
+    pub fn single(self) -> Option<u16> {
+        (self.first == self.last).then_some(self.first)
+    }
+
+    /// Do they have a port in common?
+    pub fn overlaps(self, other: Self) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    /// The fewest prefixes (value, bits) that cover these ports and no other.
+    pub fn prefixes(self) -> Vec<(u16, u32)> {
+        // All ports: zero, which no packet has, makes it one prefix.
+        let mut next = if self == Self::ANY {
+            0
+        } else {
+            u32::from(self.first)
+        };
+        let last = u32::from(self.last);
+        let mut prefixes = Vec::new();
+        while next <= last {
+            let mut free_bits = next.trailing_zeros().min(16);
+            while next + (1 << free_bits) - 1 > last {
+                free_bits -= 1;
+            }
+            prefixes.push((next as u16, 16 - free_bits));
+            next += 1 << free_bits;
+        }
+        prefixes
+    }
+}
+
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.single() {
+            Some(port) => write!(f, "{port}"),
+            None if *self == Self::ANY => f.write_str("any"),
+            None => write!(f, "{}-{}", self.first, self.last),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_prefixes_of_ports_cover_them_and_no_other(a in 1_u16.., b in 1_u16.., port in 1_u16..) {
+            let ports = Ports { first: a.min(b), last: a.max(b) };
+            let prefixes = ports.prefixes();
+            let covering = prefixes.iter().filter(|(value, bits)| (port ^ value).checked_shr(16 - bits).unwrap_or(0) == 0);
+            prop_assert_eq!(covering.count(), usize::from((ports.first..=ports.last).contains(&port)));
+            prop_assert!(prefixes.len() <= 30);
+        }
+    }
+
+    #[test]
+    fn any_port_is_one_prefix() {
+        assert_eq!(Ports::ANY.prefixes(), [(0, 0)]);
+        assert_eq!(
+            Ports {
+                first: 8000,
+                last: 8099
+            }
+            .to_string(),
+            "8000-8099"
+        );
+    }
 }

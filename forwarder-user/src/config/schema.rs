@@ -18,7 +18,7 @@ use ipnet::Ipv4Net;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    NatMode, Protocol, Redirect, StatusRange, TunnelMode, XdpMode,
+    NatMode, Ports, Protocol, Redirect, StatusRange, TunnelMode, XdpMode,
     reader::{Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, number, one_of},
 };
 
@@ -42,6 +42,14 @@ pub const TIMEOUT_MS: RangeInclusive<u64> = 50..=300_000;
 pub const THRESHOLD: RangeInclusive<u32> = 1..=10;
 /// Range of a listener's `idle_timeout`, in milliseconds.
 pub const IDLE_TIMEOUT_MS: RangeInclusive<u64> = 10_000..=4_000_000;
+/// Range of a listener's `half_open_timeout`, in milliseconds.
+pub const HALF_OPEN_TIMEOUT_MS: RangeInclusive<u64> = 5_000..=300_000;
+/// Entries of a listener's `sources`.
+pub const SOURCES: RangeInclusive<usize> = 1..=100_000;
+/// Range of `max_flows` of a listener or backend.
+pub const FLOW_LIMIT: RangeInclusive<u32> = 1..=*MAX_FLOWS.end();
+/// Range of the number of a routing table; 253 to 255 are the kernel's default, main and local ones.
+pub const TABLE: RangeInclusive<u32> = 1..=u32::MAX;
 /// Status codes of HTTP (RFC 9110 §15: three digits, the first of which is 1 to 5).
 pub const STATUS: RangeInclusive<u16> = 100..=599;
 
@@ -76,7 +84,7 @@ const AGENT: Shape = Shape {
 };
 const SNAT: Shape = Shape {
     header: "snat",
-    keys: &["prefixes", "probe_address"],
+    keys: &["prefixes", "probe_prefixes", "probe_address"],
 };
 const INTERFACE: Shape = Shape {
     header: "interface.NAME",
@@ -88,11 +96,11 @@ const TUNNEL: Shape = Shape {
 };
 const NETWORK: Shape = Shape {
     header: "network.NAME",
-    keys: &["cidrs", "tunnel"],
+    keys: &["cidrs", "tunnel", "table", "vrf"],
 };
 const GROUP: Shape = Shape {
     header: "group.NAME",
-    keys: &["nat", "health", "backend"],
+    keys: &["nat", "remote_ip", "health", "backend"],
 };
 const HEALTH: Shape = Shape {
     header: "group.NAME.health",
@@ -102,11 +110,22 @@ const HEALTH: Shape = Shape {
 };
 const BACKEND: Shape = Shape {
     header: "group.NAME.backend.NAME",
-    keys: &["address", "port", "weight"],
+    keys: &["address", "port", "weight", "max_flows"],
 };
 const LISTENER: Shape = Shape {
     header: "listener.NAME",
-    keys: &["vip", "port", "protocol", "group", "idle_timeout"],
+    keys: &[
+        "vip",
+        "port",
+        "protocol",
+        "group",
+        "sources",
+        "max_flows",
+        "idle_timeout",
+        "closing_timeout",
+        "half_open_timeout",
+        "reset_on_idle",
+    ],
 };
 
 /// Every table of the language with every key.
@@ -140,6 +159,7 @@ pub struct Agent {
 #[derive(Clone, Debug)]
 pub struct Snat {
     pub prefixes: Field<Vec<Field<Ipv4Net>>>,
+    pub probe_prefixes: OptionalField<Vec<Field<Ipv4Net>>>,
     pub probe_address: OptionalField<Ipv4Addr>,
 }
 
@@ -161,12 +181,15 @@ pub struct Tunnel {
 pub struct Network {
     pub cidrs: Field<Vec<Field<Ipv4Net>>>,
     pub tunnel: OptionalField<String>,
+    pub table: OptionalField<u32>,
+    pub vrf: OptionalField<String>,
 }
 
 /// `[group.NAME]`
 #[derive(Clone, Debug)]
 pub struct Group {
     pub nat: OptionalField<NatMode>,
+    pub remote_ip: OptionalField<bool>,
     pub health: Result<Health, Reported>,
     pub backends: Named<Backend>,
 }
@@ -198,18 +221,24 @@ pub struct Health {
 #[derive(Clone, Debug)]
 pub struct Backend {
     pub address: Field<Ipv4Addr>,
-    pub port: Field<u16>,
+    pub port: OptionalField<u16>,
     pub weight: OptionalField<u16>,
+    pub max_flows: OptionalField<u32>,
 }
 
 /// `[listener.NAME]`
 #[derive(Clone, Debug)]
 pub struct Listener {
     pub vip: Field<Ipv4Addr>,
-    pub port: Field<u16>,
+    pub port: Field<Ports>,
     pub protocol: OptionalField<Protocol>,
     pub group: Field<String>,
+    pub sources: OptionalField<Vec<Field<Ipv4Net>>>,
+    pub max_flows: OptionalField<u32>,
     pub idle_timeout: OptionalField<Duration>,
+    pub closing_timeout: OptionalField<Duration>,
+    pub half_open_timeout: OptionalField<Duration>,
+    pub reset_on_idle: OptionalField<bool>,
 }
 
 impl Document {
@@ -226,6 +255,7 @@ impl Document {
             }),
             snat: file.required_table("snat", &SNAT, |table| Snat {
                 prefixes: table.required_list("prefixes", "[\"100.64.0.0/26\"]", SNAT_PREFIXES, prefix),
+                probe_prefixes: table.optional_list("probe_prefixes", SNAT_PREFIXES, prefix),
                 probe_address: table.optional("probe_address", address),
             }),
             interfaces: file.required_named("interface", &INTERFACE, interface_name, |table| Interface {
@@ -252,25 +282,34 @@ impl Document {
             networks: file.named("network", &NETWORK, name, |table| Network {
                 cidrs: table.required_list("cidrs", "[\"192.168.0.0/16\"]", CIDRS, prefix),
                 tunnel: table.optional("tunnel", text("the name of a tunnel")),
+                table: table.optional("table", integer(TABLE)),
+                vrf: table.optional("vrf", vrf),
             }),
             groups: file.named("group", &GROUP, name, |table| Group {
                 nat: table.optional("nat", one_of(&[("full", NatMode::Full), ("dnat", NatMode::Dnat)])),
+                remote_ip: table.optional("remote_ip", boolean),
                 health: table.table("health", &HEALTH, Health::read),
                 backends: table.required_named("backend", &BACKEND, name, |table| Backend {
                     address: table.required("address", "\"192.168.1.10\"", address),
-                    port: table.required("port", "8080", integer(PORT)),
+                    port: table.optional("port", integer(PORT)),
                     weight: table.optional("weight", integer(0..=u16::MAX)),
+                    max_flows: table.optional("max_flows", integer(FLOW_LIMIT)),
                 }),
             }),
             listeners: file.required_named("listener", &LISTENER, name, |table| Listener {
                 vip: table.required("vip", "\"172.16.0.100\"", address),
-                port: table.required("port", "80", integer(PORT)),
+                port: table.required("port", "80", ports),
                 protocol: table.optional(
                     "protocol",
                     one_of(&[("tcp", Protocol::Tcp), ("udp", Protocol::Udp)]),
                 ),
                 group: table.required("group", "\"web\"", text("the name of a backend group")),
+                sources: table.optional_list("sources", SOURCES, prefix),
+                max_flows: table.optional("max_flows", integer(FLOW_LIMIT)),
                 idle_timeout: table.optional("idle_timeout", duration(IDLE_TIMEOUT_MS)),
+                closing_timeout: table.optional("closing_timeout", duration(IDLE_TIMEOUT_MS)),
+                half_open_timeout: table.optional("half_open_timeout", duration(HALF_OPEN_TIMEOUT_MS)),
+                reset_on_idle: table.optional("reset_on_idle", boolean),
             }),
         }
     }
@@ -310,6 +349,39 @@ fn interface_name(interface: &str) -> Option<&'static str> {
         let fits = interface.len() <= INTERFACE_NAME_BYTES && ![".", ".."].contains(&interface);
         (!fits).then_some("the name of a network device has at most 15 characters and is not \".\" or \"..\"")
     })
+}
+
+fn boolean(value: &DeValue<'_>) -> Result<bool, Wrong> {
+    value.as_bool().ok_or_else(|| Wrong::must_be("true or false"))
+}
+
+fn vrf(value: &DeValue<'_>) -> Result<String, Wrong> {
+    let name = value.as_str().filter(|text| interface_name(text).is_none());
+    name.map(str::to_owned)
+        .ok_or_else(|| Wrong::must_be("the name of a VRF device"))
+}
+
+/// `80`, `"8000-8099"` or `"any"`.
+fn ports(value: &DeValue<'_>) -> Result<Ports, Wrong> {
+    let wrong = || {
+        let (first, last) = (PORT.start(), PORT.end());
+        Wrong::must_be(format!(
+            "a port from {first} to {last}, a range such as \"8000-8099\", or \"any\""
+        ))
+    };
+    match value {
+        DeValue::Integer(_) => integer(PORT)(value).map(Ports::one).map_err(|_| wrong()),
+        DeValue::String(text) if text == "any" => Ok(Ports::ANY),
+        DeValue::String(text) => match text.split_once('-') {
+            Some((first, last)) => match (first.trim().parse(), last.trim().parse()) {
+                (Ok(first), Ok(last)) if first >= 1 && first <= last => Ok(Ports { first, last }),
+                _ => Err(wrong()),
+            },
+            None if text.parse::<u16>().is_ok() => Err(wrong().hint("write it without quotes")),
+            None => Err(wrong()),
+        },
+        _ => Err(wrong()),
+    }
 }
 
 fn text(must_be: &'static str) -> impl Fn(&DeValue<'_>) -> Result<String, Wrong> {
@@ -527,6 +599,26 @@ mod tests {
         assert_eq!(read("340282366920938463463374607431768211456"), None);
     }
 
+    #[test]
+    fn ports_are_a_number_a_range_or_any() {
+        let read = |text| ports(&value(text)).ok().map(|ports| (ports.first, ports.last));
+        assert_eq!(read("80"), Some((80, 80)));
+        assert_eq!(read(r#""8000-8099""#), Some((8000, 8099)));
+        assert_eq!(read(r#""any""#), Some((1, 65535)));
+        for wrong in [
+            "0",
+            "65536",
+            r#""80""#,
+            r#""90-80""#,
+            r#""0-80""#,
+            r#""-80""#,
+            r#""all""#,
+            "true",
+        ] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
+    }
+
     /// The part of docs/configuration.md below the heading of a table.
     fn section(header: &str) -> &'static str {
         let heading = format!("\n## `[{header}]`");
@@ -588,7 +680,18 @@ mod tests {
             ("group.NAME.health", "port", port.clone()),
             ("group.NAME.backend.NAME", "port", port.clone()),
             ("group.NAME.backend.NAME", "weight", format!("0 to {}", u16::MAX)),
+            ("group.NAME.backend.NAME", "max_flows", numbers(FLOW_LIMIT)),
+            ("network.NAME", "table", numbers(TABLE)),
+            ("snat", "probe_prefixes", counts(SNAT_PREFIXES)),
             ("listener.NAME", "port", port),
+            ("listener.NAME", "sources", counts(SOURCES)),
+            ("listener.NAME", "max_flows", numbers(FLOW_LIMIT)),
+            ("listener.NAME", "closing_timeout", durations(IDLE_TIMEOUT_MS)),
+            (
+                "listener.NAME",
+                "half_open_timeout",
+                durations(HALF_OPEN_TIMEOUT_MS),
+            ),
             ("listener.NAME", "idle_timeout", durations(IDLE_TIMEOUT_MS)),
         ] {
             let start = format!("| `{key}` |");

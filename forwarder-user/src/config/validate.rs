@@ -17,8 +17,8 @@ use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
 use ipnet::Ipv4Net;
 
 use super::{
-    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, Probe, Protocol,
-    Redirect, SnatPool, StatusRange, Tunnel, TunnelMode, XdpMode,
+    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, Ports, Probe,
+    Protocol, Redirect, RoutingTable, SnatPool, StatusRange, Tunnel, TunnelMode, XdpMode,
     reader::{At, Entry, Field, Named, OptionalField, Report, Reported, did_you_mean},
     schema::{self, Document, HealthKind, SNAT_PREFIXES},
 };
@@ -33,7 +33,11 @@ pub const DEFAULT_CONTROL_SOCKET: &str = "/run/forwarder/control.sock";
 const DEFAULT_MAX_FLOWS: u32 = 262_144;
 const DEFAULT_MAX_SLOTS: u32 = 4_194_304;
 const DEFAULT_WEIGHT: u16 = 1;
-const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
+/// Idle flows live this long unless the listener says otherwise.
+pub const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
+/// Linux gives up on a SYN after 6 retries, 127 s in all; RFC 5382 REQ-5 lets a NAT drop a partial open
+/// after 4 minutes. A client that has not sent a SYN for this long has given up or will open anew.
+pub const DEFAULT_HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(75);
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(2);
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
 const DEFAULT_RISE: u32 = 2;
@@ -207,6 +211,37 @@ fn doubles<K: Ord + Clone>(mut claims: Vec<Claim<K>>) -> Vec<(Claim<K>, Claim<K>
     doubles
 }
 
+/// Pairs of (first, later) ranges of ports of which neither is the other nor a single port. A single port inside a
+/// range is no conflict: it goes before the range, and any narrower range before "any".
+fn crossing(claims: Vec<Claim<ListenerClaim>>) -> Vec<(Claim<ListenerClaim>, Claim<ListenerClaim>)> {
+    let mut ranges: Vec<_> = claims
+        .into_iter()
+        .filter(|claim| claim.key.2.single().is_none() && claim.key.2 != Ports::ANY)
+        .collect();
+    ranges.sort_by_key(|claim| claim.key);
+    let mut crossing = Vec::new();
+    let mut widest: Option<&Claim<ListenerClaim>> = None;
+    for claim in &ranges {
+        let (vip, protocol, ports) = claim.key;
+        let before = widest.filter(|before| (before.key.0, before.key.1) == (vip, protocol));
+        if let Some(before) = before.filter(|before| before.key.2 != ports && before.key.2.overlaps(ports)) {
+            let (first, later) = if before.at < claim.at {
+                (before, claim)
+            } else {
+                (claim, before)
+            };
+            crossing.push((first.clone(), later.clone()));
+        }
+        if before.is_none_or(|before| before.key.2.last < ports.last) {
+            widest = Some(claim);
+        }
+    }
+    crossing
+}
+
+/// What a listener listens on.
+type ListenerClaim = (Ipv4Addr, Protocol, Ports);
+
 struct Check<'d> {
     document: &'d Document,
     report: &'d Report,
@@ -259,11 +294,16 @@ impl<'d> Check<'d> {
             .snat
             .iter()
             .map(|snat| (POOL.to_owned(), &snat.prefixes));
+        let probes = self.document.snat.iter().filter_map(|snat| {
+            let prefixes = snat.probe_prefixes.as_ref().ok()?.as_ref()?;
+            Some((POOL.to_owned(), &prefixes.value))
+        });
         let mut claims: Vec<Claim<Ipv4Net>> = networks
             .chain(pool)
+            .filter_map(|(owner, list)| Some((owner, &list.as_ref().ok()?.value)))
+            .chain(probes)
             .flat_map(|(owner, list)| {
-                let prefixes = list.iter().flat_map(|list| list.value.iter().flatten());
-                prefixes.map(move |&At { value: key, at }| Claim {
+                list.iter().flatten().map(move |&At { value: key, at }| Claim {
                     key,
                     at,
                     owner: owner.clone(),
@@ -315,22 +355,24 @@ impl<'d> Check<'d> {
     fn listeners(&self) {
         let claims = readable(&self.document.listeners).filter_map(|(name, entry, listener)| {
             let vip = listener.vip.as_ref().ok()?.value;
-            let port = listener.port.as_ref().ok()?.value;
+            let ports = listener.port.as_ref().ok()?.value;
             let protocol = or(&listener.protocol, Protocol::Tcp).ok()?;
             Some(Claim {
-                key: (vip, port, protocol),
+                key: (vip, protocol, ports),
                 at: entry.at,
                 owner: name.to_owned(),
             })
         });
-        for (first, later) in doubles(claims.collect()) {
-            let (vip, port, protocol) = first.key;
+        let claims: Vec<_> = claims.collect();
+        for (first, later) in doubles(claims.clone()).into_iter().chain(crossing(claims)) {
+            let (vip, protocol, _) = first.key;
+            let ports = later.key.2;
             let protocol = match protocol {
                 Protocol::Tcp => "tcp",
                 Protocol::Udp => "udp",
             };
             let what = format!(
-                "listener {:?}: {vip} port {port}/{protocol} belongs to listener {:?} already ({})",
+                "listener {:?}: {vip} port {ports}/{protocol} belongs to listener {:?} already ({})",
                 later.owner,
                 first.owner,
                 self.line(first.at),
@@ -371,15 +413,38 @@ impl<'d> Check<'d> {
             .flatten()
             .map(|prefix| prefix.value)
             .find(|prefix| prefix.contains(&address))
+            .or_else(|| {
+                let probes = self
+                    .document
+                    .snat
+                    .as_ref()
+                    .ok()?
+                    .probe_prefixes
+                    .as_ref()
+                    .ok()?
+                    .as_ref()?;
+                let prefixes = probes.value.iter().flatten().map(|prefix| prefix.value);
+                prefixes.into_iter().find(|prefix| prefix.contains(&address))
+            })
     }
 
     fn snat(&self) -> Result<SnatPool, Reported> {
         let snat = self.document.snat.as_ref().map_err(|reported| *reported)?;
         let list = snat.prefixes.as_ref().map_err(|reported| *reported)?;
-        let prefixes = all(&list.value)?;
+        let mut prefixes = all(&list.value)?;
+        let probe_prefixes = match &snat.probe_prefixes {
+            Ok(Some(list)) => all(&list.value)?,
+            Ok(None) => Vec::new(),
+            Err(reported) => return Err(*reported),
+        };
+        let (key, probed) = if probe_prefixes.is_empty() {
+            ("prefixes", &prefixes)
+        } else {
+            ("probe_prefixes", &probe_prefixes)
+        };
         let probe = match snat.probe_address? {
-            Some(probe) => self.probe_address(probe, &prefixes)?,
-            None => prefixes.first().map_or(0, |prefix| hosts(*prefix).0),
+            Some(probe) => self.probe_address(probe, key, probed)?,
+            None => probed.first().map_or(0, |prefix| hosts(*prefix).0),
         };
         let ranges: Vec<(Ipv4Addr, u32)> = prefixes
             .iter()
@@ -412,6 +477,7 @@ impl<'d> Check<'d> {
                 "take the first or last address of a prefix, or one prefix less",
             ));
         }
+        prefixes.extend(probe_prefixes);
         Ok(SnatPool {
             prefixes,
             probe_address: Ipv4Addr::from_bits(probe),
@@ -419,10 +485,10 @@ impl<'d> Check<'d> {
         })
     }
 
-    fn probe_address(&self, probe: At<Ipv4Addr>, prefixes: &[Ipv4Net]) -> Result<u32, Reported> {
+    fn probe_address(&self, probe: At<Ipv4Addr>, key: &str, prefixes: &[Ipv4Net]) -> Result<u32, Reported> {
         let address = probe.value.to_bits();
         let Some(prefix) = prefixes.iter().find(|prefix| prefix.contains(&probe.value)) else {
-            let what = format!("snat: probe_address {} is in none of prefixes", probe.value);
+            let what = format!("snat: probe_address {} is in none of {key}", probe.value);
             return Err(self.error(
                 probe.at,
                 what,
@@ -448,8 +514,8 @@ impl<'d> Check<'d> {
 
     /// A full-NAT flow holds one (address, port) of the pool, so more flows than those are never reached.
     fn capacity(&self, max_flows: u32, pool: &SnatPool) {
-        let addresses: u64 = pool.ranges.iter().map(|(_, count)| u64::from(*count)).sum();
-        let flows = addresses * u64::from(PORTS_PER_ADDRESS);
+        let flows = pool.bindings();
+        let addresses = flows / u64::from(PORTS_PER_ADDRESS);
         if u64::from(max_flows) <= flows {
             return;
         }
@@ -528,9 +594,19 @@ impl<'d> Check<'d> {
             }
             (tunnel, _) => option(tunnel),
         };
+        let table = match (option(&network.table)?, &network.vrf) {
+            (Some(_), Ok(Some(vrf))) => {
+                let what = format!("network {name:?}: table and vrf exclude each other");
+                return Err(self.error(vrf.at, what, "a VRF has a table of its own: remove table"));
+            }
+            (_, Err(reported)) => return Err(*reported),
+            (None, Ok(vrf)) => vrf.as_ref().map(|vrf| RoutingTable::Vrf(vrf.value.clone())),
+            (Some(number), Ok(None)) => Some(RoutingTable::Number(number)),
+        };
         Ok(Network {
             cidrs: cidrs?,
             tunnel: tunnel?,
+            table,
         })
     }
 
@@ -563,7 +639,7 @@ impl<'d> Check<'d> {
         let place = format!("group {name:?}");
         let claims = readable(&group.backends).filter_map(|(name, entry, backend)| {
             let address = backend.address.as_ref().ok()?.value;
-            let port = backend.port.as_ref().ok()?.value;
+            let port = option(&backend.port).ok()?;
             Some(Claim {
                 key: (address, port),
                 at: entry.at,
@@ -572,8 +648,9 @@ impl<'d> Check<'d> {
         });
         for (first, later) in doubles(claims.collect()) {
             let (address, port) = first.key;
+            let port = port.map_or_else(String::new, |port| format!(" port {port}"));
             let what = format!(
-                "{place}, backend {:?}: {address} port {port} is backend {:?} already ({})",
+                "{place}, backend {:?}: {address}{port} is backend {:?} already ({})",
                 later.owner,
                 first.owner,
                 self.line(first.at),
@@ -599,11 +676,88 @@ impl<'d> Check<'d> {
                 self.error(at, what, "give at least one backend a weight of 1 or more");
             }
         }
+        let remote_ip = or(&group.remote_ip, true)?;
+        if !remote_ip {
+            self.local_backends(&place, group);
+        }
+        if let Ok(health) = &health {
+            self.backend_ports(&place, name, group, health.as_ref());
+        }
         Ok(Group {
             nat: or(&group.nat, NatMode::Full)?,
+            remote_ip,
             health: health?,
             backends: backends?,
         })
+    }
+
+    /// With `remote_ip = false` every backend is in a network that is reached without a tunnel.
+    fn local_backends(&self, place: &str, group: &schema::Group) {
+        let local: Vec<Ipv4Net> = readable(&self.document.networks)
+            .filter(|(_, _, network)| matches!(network.tunnel, Ok(None)))
+            .flat_map(|(_, _, network)| {
+                network
+                    .cidrs
+                    .iter()
+                    .flat_map(|cidrs| cidrs.value.iter().flatten())
+            })
+            .map(|cidr| cidr.value)
+            .collect();
+        for (name, _, backend) in readable(&group.backends) {
+            let Ok(At { value: address, at }) = backend.address else {
+                continue;
+            };
+            if local.iter().any(|cidr| cidr.contains(&address)) {
+                continue;
+            }
+            let what = format!("{place}, backend {name:?}: {address} is remote, and remote_ip is false");
+            let hint = if local.is_empty() {
+                "write the CIDRs beside the gateway into a [network.NAME] without tunnel, or remote_ip = true"
+                    .to_owned()
+            } else {
+                format!(
+                    "networks without a tunnel have {}; take the backend out, or write remote_ip = true",
+                    join(&local)
+                )
+            };
+            self.error(at, what, hint);
+        }
+    }
+
+    /// A backend without a port of its own is for listeners with many, and has to be probed somewhere.
+    fn backend_ports(
+        &self,
+        place: &str,
+        group_name: &str,
+        group: &schema::Group,
+        health: Option<&HealthCheck>,
+    ) {
+        let is_single = readable(&self.document.listeners).any(|(_, _, listener)| {
+            let is_of_group = listener
+                .group
+                .as_ref()
+                .is_ok_and(|group| group.value == group_name);
+            is_of_group
+                && listener
+                    .port
+                    .as_ref()
+                    .is_ok_and(|ports| ports.value.single().is_some())
+        });
+        for (name, entry, backend) in readable(&group.backends) {
+            if !matches!(backend.port, Ok(None)) {
+                continue;
+            }
+            if is_single {
+                let what = format!("{place}, backend {name:?}: port is missing");
+                let hint = "for example: port = 8080. Only for listeners with a range of ports it may be left out: \
+                            then each flow keeps the port that the client asked for";
+                self.error(entry.at, what, hint);
+            } else if health.is_some_and(|health| health.port.is_none()) {
+                let what = format!("{place}, backend {name:?}: it has no port, so there is none to probe");
+                let hint = format!("write port = ... below [group.{group_name}.health], or kind = \"none\"");
+                self.error(entry.at, what, hint);
+            }
+        }
     }
 
     fn backend(&self, place: &str, backend: &schema::Backend) -> Result<Backend, Reported> {
@@ -612,8 +766,9 @@ impl<'d> Check<'d> {
         }
         Ok(Backend {
             address: required(&backend.address)?,
-            port: required(&backend.port)?,
+            port: option(&backend.port)?,
             weight: or(&backend.weight, DEFAULT_WEIGHT)?,
+            max_flows: option(&backend.max_flows)?,
         })
     }
 
@@ -717,13 +872,50 @@ impl<'d> Check<'d> {
             }
             (group, _) => required(group),
         };
+        let protocol = or(&listener.protocol, Protocol::Tcp)?;
+        if protocol == Protocol::Udp {
+            self.tcp_only(&place, listener);
+        }
+        let idle_timeout = or(&listener.idle_timeout, DEFAULT_IDLE_TIMEOUT)?;
+        let sources = match &listener.sources {
+            Ok(Some(list)) => Some(Ipv4Net::aggregate(&all(&list.value)?)),
+            Ok(None) => None,
+            Err(reported) => return Err(*reported),
+        };
         Ok(Listener {
             vip: required(&listener.vip)?,
-            port: required(&listener.port)?,
-            protocol: or(&listener.protocol, Protocol::Tcp)?,
+            ports: required(&listener.port)?,
+            protocol,
             group: group?,
-            idle_timeout: or(&listener.idle_timeout, DEFAULT_IDLE_TIMEOUT)?,
+            sources,
+            max_flows: option(&listener.max_flows)?,
+            idle_timeout,
+            closing_timeout: or(&listener.closing_timeout, idle_timeout)?,
+            half_open_timeout: or(&listener.half_open_timeout, DEFAULT_HALF_OPEN_TIMEOUT)?,
+            reset_on_idle: or(&listener.reset_on_idle, false)?,
         })
+    }
+
+    fn tcp_only(&self, place: &str, listener: &schema::Listener) {
+        let at_of = |field: &OptionalField<Duration>| Some(field.as_ref().ok()?.as_ref()?.at);
+        let keys = [
+            ("closing_timeout", at_of(&listener.closing_timeout)),
+            ("half_open_timeout", at_of(&listener.half_open_timeout)),
+            (
+                "reset_on_idle",
+                listener
+                    .reset_on_idle
+                    .as_ref()
+                    .ok()
+                    .and_then(|reset| Some(reset.as_ref()?.at)),
+            ),
+        ];
+        for (key, at) in keys {
+            if let Some(at) = at {
+                let what = format!("{place}: {key} is for protocol = \"tcp\" only");
+                self.error(at, what, format!("UDP knows idle_timeout only: remove {key}"));
+            }
+        }
     }
 
     fn vip(&self, place: &str, vip: &At<Ipv4Addr>) {
@@ -810,8 +1002,12 @@ mod tests {
         );
         let listener = &config.listeners["web"];
         assert_eq!(
-            (listener.protocol, listener.idle_timeout),
-            (Protocol::Tcp, Duration::from_secs(300))
+            (
+                listener.protocol,
+                listener.idle_timeout,
+                listener.half_open_timeout
+            ),
+            (Protocol::Tcp, Duration::from_secs(300), Duration::from_secs(75))
         );
         assert!(config.tunnels.is_empty() && config.networks.is_empty());
     }

@@ -63,6 +63,7 @@ fn traffic(map: &PerCpuArray<MapData, AsPod<TrafficCounters>>, index: u32) -> Re
         sum.client_resets += one.client_resets;
         sum.backend_resets += one.backend_resets;
         sum.flows_refused += one.flows_refused;
+        sum.gateway_resets += one.gateway_resets;
     }
     Ok(sum)
 }

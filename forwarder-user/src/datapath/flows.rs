@@ -10,10 +10,10 @@ use std::{collections::HashMap, time::Duration};
 use forwarder_common::{
     abi::{
         backend::BackendId,
-        flow::{Direction, FlowEntry, FlowId, FlowReference, FlowState},
+        flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         listener::ListenerId,
     },
-    datapath::tcp_state::Phase,
+    datapath::tcp_state::{CLOSED_TIMEOUT, Phase},
     wire::ipv4::PROTOCOL_TCP,
 };
 
@@ -36,48 +36,148 @@ pub struct Census {
     pub backends: HashMap<BackendId, FlowCount>,
     /// Entries that are not free.
     pub used: u64,
+    /// Idle connections that both ends were told to give up, in this sweep.
+    pub ended_idle: Vec<FlowEntry>,
+}
+
+/// How long the flows of a listener may be without packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// An established TCP connection, and UDP.
+    pub idle: Duration,
+    /// One side of a TCP connection has sent FIN.
+    pub closing: Duration,
+    /// The handshake of a TCP connection is not complete.
+    pub half_open: Duration,
+    /// Are both ends of an idle TCP connection to be told?
+    pub reset_on_idle: bool,
+}
+
+/// What a sweep works on: the live maps, or a test's tables.
+pub trait FlowStore {
+    fn capacity(&self) -> u32;
+    fn state(&self, id: FlowId) -> FlowState;
+    fn set_state(&mut self, id: FlowId, state: FlowState);
+    /// Has a packet come since this was asked last? Clears the mark.
+    fn take_seen(&mut self, id: FlowId) -> bool;
+    fn is_seen(&self, id: FlowId) -> bool;
+    /// Does the flow count against limits? It no longer does afterwards.
+    fn take_counted(&mut self, id: FlowId) -> bool;
+    fn read(&self, id: FlowId) -> FlowEntry;
+    fn insert_key(&mut self, key: &FlowKey, reference: FlowReference);
+    fn remove_key(&mut self, key: &FlowKey);
+    /// Counts a flow out.
+    fn leave(&mut self, listener: ListenerId, backend: BackendId);
+    /// Puts a flow at the end of the free list.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn give_back(&mut self, id: FlowId) -> Result<(), Error>;
+}
+
+impl FlowStore for FlowMaps {
+    fn capacity(&self) -> u32 {
+        self.memory.capacity()
+    }
+
+    fn state(&self, id: FlowId) -> FlowState {
+        self.memory.state(id)
+    }
+
+    fn set_state(&mut self, id: FlowId, state: FlowState) {
+        self.memory.set_state(id, state);
+    }
+
+    fn take_seen(&mut self, id: FlowId) -> bool {
+        self.memory.take_seen(id)
+    }
+
+    fn is_seen(&self, id: FlowId) -> bool {
+        self.memory.is_seen(id)
+    }
+
+    fn take_counted(&mut self, id: FlowId) -> bool {
+        self.memory.take_counted(id)
+    }
+
+    fn read(&self, id: FlowId) -> FlowEntry {
+        self.memory.read(id)
+    }
+
+    fn insert_key(&mut self, key: &FlowKey, reference: FlowReference) {
+        // A key that is there already belongs to a newer flow.
+        let _ = self.index.insert(AsPod(*key), AsPod(reference), NO_EXIST);
+    }
+
+    fn remove_key(&mut self, key: &FlowKey) {
+        // Not there: the data path unlinked it itself. Anything else shows as a key that stays.
+        let _ = self.index.remove(&AsPod(*key));
+    }
+
+    fn leave(&mut self, listener: ListenerId, backend: BackendId) {
+        self.listeners_live.leave(listener.0);
+        self.backends_live.leave(backend.0);
+    }
+
+    fn give_back(&mut self, id: FlowId) -> Result<(), Error> {
+        self.free
+            .push(AsPod(id), 0)
+            .map_err(|error| kernel_error("free a flow", &error))
+    }
 }
 
 /// Sweeps a flow table.
-pub struct Sweeper {
-    maps: FlowMaps,
+pub struct Sweeper<S = FlowMaps> {
+    store: S,
     /// Per entry: when a packet was last seen, in seconds since the first sweep.
     last_seen_secs: Vec<u32>,
 }
 
-impl Sweeper {
+impl<S: FlowStore> Sweeper<S> {
     /// Takes charge of an empty flow table: puts all entries on the free list.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn start(mut maps: FlowMaps) -> Result<Self, Error> {
-        let capacity = maps.memory.capacity();
-        for id in 0..capacity {
-            maps.free
-                .push(AsPod(FlowId(id)), 0)
-                .map_err(|error| kernel_error("fill the list of free flows", &error))?;
+    pub fn start(mut store: S) -> Result<Self, Error> {
+        for id in 0..store.capacity() {
+            store.give_back(FlowId(id))?;
         }
-        Ok(Self {
-            maps,
-            last_seen_secs: vec![0; capacity as usize],
-        })
+        Ok(Self::resume(store))
     }
 
-    /// Looks at every entry once. `now`: time since the first sweep.
+    /// Takes charge of a flow table in use.
+    pub fn resume(store: S) -> Self {
+        let last_seen_secs = vec![0; store.capacity() as usize];
+        Self {
+            store,
+            last_seen_secs,
+        }
+    }
+
+    /// What it works on.
+    pub fn store(&mut self) -> &mut S {
+        &mut self.store
+    }
+
+    /// Looks at every entry once. `now`: time since the first sweep. `timeouts`: of a listener.
     ///
     /// # Errors
     /// When the kernel refuses to give an entry back to the free list.
-    pub fn sweep(&mut self, now: Duration) -> Result<Census, Error> {
+    pub fn sweep(
+        &mut self,
+        now: Duration,
+        timeouts: impl Fn(ListenerId) -> Timeouts,
+    ) -> Result<Census, Error> {
         let now_secs = now.as_secs() as u32;
         let mut census = Census::default();
-        for number in 0..self.maps.memory.capacity() {
+        for number in 0..self.store.capacity() {
             let id = FlowId(number);
-            let state = self.maps.memory.state(id);
+            let state = self.store.state(id);
             if state == FlowState::FREE {
                 continue;
             }
             census.used += 1;
-            let was_seen = self.maps.memory.take_seen(id);
+            let was_seen = self.store.take_seen(id);
             let last_seen_secs = &mut self.last_seen_secs[number as usize];
             if was_seen {
                 *last_seen_secs = now_secs;
@@ -85,60 +185,75 @@ impl Sweeper {
             let idle = Duration::from_secs(u64::from(now_secs.saturating_sub(*last_seen_secs)));
             if state == FlowState::UNLINKED {
                 // Its connection has ended, so what held its keys back holds the number back as well.
-                if idle >= Phase::Closed.timeout(Duration::ZERO) {
+                if idle >= CLOSED_TIMEOUT {
                     self.free(id)?;
                 }
                 continue;
             }
-            let entry = self.maps.memory.read(id);
-            if idle >= timeout(&entry) {
-                self.unlink(id, &entry);
+            let entry = self.store.read(id);
+            let timeouts = timeouts(entry.listener);
+            if idle >= timeout(&entry, &timeouts) {
+                let is_unlinked = self.unlink(id, &entry);
+                let is_open =
+                    is_tcp(&entry) && matches!(entry.tcp.phase(), Phase::Established | Phase::Closing);
+                if is_unlinked && is_open && timeouts.reset_on_idle {
+                    census.ended_idle.push(entry);
+                }
+                continue;
+            }
+            let is_closed = is_tcp(&entry) && entry.tcp.phase() == Phase::Closed;
+            if is_closed {
+                self.leave(id, &entry);
+            }
+            let is_active = if is_tcp(&entry) {
+                entry.tcp.phase() == Phase::Established
             } else {
-                let is_active = if is_tcp(&entry) {
-                    entry.tcp.phase() == Phase::Established
+                was_seen
+            };
+            for count in [
+                census.listeners.entry(entry.listener).or_default(),
+                census.backends.entry(entry.backend).or_default(),
+            ] {
+                if is_active {
+                    count.active += 1;
                 } else {
-                    was_seen
-                };
-                for count in [
-                    census.listeners.entry(entry.listener).or_default(),
-                    census.backends.entry(entry.backend).or_default(),
-                ] {
-                    if is_active {
-                        count.active += 1;
-                    } else {
-                        count.inactive += 1;
-                    }
+                    count.inactive += 1;
                 }
             }
         }
         Ok(census)
     }
 
-    /// Takes the keys of a flow out of the index, unless a packet comes at the same moment.
-    fn unlink(&mut self, id: FlowId, entry: &FlowEntry) {
-        let request_key = AsPod(entry.binding.request_key());
-        // Not there: the data path unlinked it itself. Anything else shows as a key that stays.
-        let _ = self.maps.index.remove(&request_key);
-        if self.maps.memory.is_seen(id) {
-            let reference = AsPod(FlowReference {
+    /// Takes the keys of a flow out of the index, unless a packet comes at the same moment: then `false`.
+    pub fn unlink(&mut self, id: FlowId, entry: &FlowEntry) -> bool {
+        let request_key = entry.binding.request_key();
+        self.store.remove_key(&request_key);
+        if self.store.is_seen(id) {
+            let reference = FlowReference {
                 id,
                 direction: Direction::REQUEST,
-            });
-            let _ = self.maps.index.insert(request_key, reference, NO_EXIST);
-            return;
+            };
+            self.store.insert_key(&request_key, reference);
+            return false;
         }
         if entry.binding.is_dnat() {
-            let _ = self.maps.index.remove(&AsPod(entry.binding.reply_key()));
+            self.store.remove_key(&entry.binding.reply_key());
         }
-        self.maps.memory.set_state(id, FlowState::UNLINKED);
+        self.store.set_state(id, FlowState::UNLINKED);
+        self.leave(id, entry);
+        true
+    }
+
+    /// Counts a flow out, once.
+    fn leave(&mut self, id: FlowId, entry: &FlowEntry) {
+        if self.store.take_counted(id) {
+            self.store.leave(entry.listener, entry.backend);
+        }
     }
 
     fn free(&mut self, id: FlowId) -> Result<(), Error> {
-        self.maps.memory.set_state(id, FlowState::FREE);
-        self.maps
-            .free
-            .push(AsPod(id), 0)
-            .map_err(|error| kernel_error("free a flow", &error))
+        self.store.set_state(id, FlowState::FREE);
+        self.store.give_back(id)
     }
 }
 
@@ -150,11 +265,14 @@ fn is_tcp(entry: &FlowEntry) -> bool {
 }
 
 /// How long a flow may be idle.
-fn timeout(entry: &FlowEntry) -> Duration {
-    let idle = Duration::from_secs(u64::from(entry.idle_timeout_secs));
-    if is_tcp(entry) {
-        entry.tcp.phase().timeout(idle)
-    } else {
-        idle
+fn timeout(entry: &FlowEntry, timeouts: &Timeouts) -> Duration {
+    if !is_tcp(entry) {
+        return timeouts.idle;
+    }
+    match entry.tcp.phase() {
+        Phase::HalfOpen => timeouts.half_open,
+        Phase::Established => timeouts.idle,
+        Phase::Closing => timeouts.closing,
+        Phase::Closed => CLOSED_TIMEOUT,
     }
 }

@@ -2,22 +2,28 @@
 
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, Queue},
 };
 use forwarder_common::abi::{
     backend::{Backend, BackendGroup},
     counter::{ReasonCounters, TrafficCounters},
     flow::{FlowId, FlowKey, FlowReference},
     interface::{Interface, InterfaceKey},
-    listener::{Listener, ListenerKey, Vip, VipKey},
+    listener::{Listener, ListenerKey, Source, Vip, VipKey},
     map_name,
     settings::Settings,
 };
 
-use super::{memory::FlowMemory, memory::SlotMemory, object::Sizes, object::kernel_error, pod::AsPod};
+use super::{
+    memory::{FlowMemory, LiveMemory, SlotMemory},
+    object::{Sizes, kernel_error},
+    pod::AsPod,
+};
 use crate::error::Error;
 
 type Table<V> = Array<MapData, AsPod<V>>;
+/// aya's key holds the number of bits apart from these three words: see `abi::listener`.
+type Trie<V> = LpmTrie<MapData, [u32; 3], AsPod<V>>;
 type Hash<K, V> = HashMap<MapData, AsPod<K>, AsPod<V>>;
 
 /// What the writer writes.
@@ -26,6 +32,8 @@ pub struct ControlMaps {
     pub interfaces: Hash<InterfaceKey, Interface>,
     pub vips: Hash<VipKey, Vip>,
     pub listeners: Hash<ListenerKey, Listener>,
+    pub listener_ranges: Trie<Listener>,
+    pub sources: Trie<Source>,
     pub groups: Table<BackendGroup>,
     pub backends: Table<Backend>,
     pub slots: SlotMemory,
@@ -34,6 +42,8 @@ pub struct ControlMaps {
 /// What the sweep works on.
 pub struct FlowMaps {
     pub memory: FlowMemory,
+    pub listeners_live: LiveMemory,
+    pub backends_live: LiveMemory,
     pub index: Hash<FlowKey, FlowReference>,
     pub free: Queue<MapData, AsPod<FlowId>>,
 }
@@ -55,12 +65,24 @@ pub fn take(ebpf: &mut Ebpf, sizes: &Sizes) -> Result<(ControlMaps, FlowMaps, Co
         interfaces: typed(ebpf, map_name::INTERFACES)?,
         vips: typed(ebpf, map_name::VIPS)?,
         listeners: typed(ebpf, map_name::LISTENERS)?,
+        listener_ranges: typed(ebpf, map_name::LISTENER_RANGES)?,
+        sources: typed(ebpf, map_name::SOURCES)?,
         groups: typed(ebpf, map_name::GROUPS)?,
         backends: typed(ebpf, map_name::BACKENDS)?,
         slots: SlotMemory::map(array(ebpf, map_name::SLOTS)?, sizes.slots)?,
     };
     let flows = FlowMaps {
         memory: FlowMemory::map(array(ebpf, map_name::FLOWS)?, sizes.flows)?,
+        listeners_live: LiveMemory::map(
+            array(ebpf, map_name::LISTENER_LIVE)?,
+            sizes.listeners,
+            map_name::LISTENER_LIVE,
+        )?,
+        backends_live: LiveMemory::map(
+            array(ebpf, map_name::BACKEND_LIVE)?,
+            sizes.backends,
+            map_name::BACKEND_LIVE,
+        )?,
         index: typed(ebpf, map_name::FLOW_INDEX)?,
         free: typed(ebpf, map_name::FREE_FLOWS)?,
     };

@@ -124,6 +124,14 @@ impl FlowMemory {
             != 0
     }
 
+    /// Does the flow count against limits? It no longer does afterwards.
+    pub fn take_counted(&self, id: FlowId) -> bool {
+        self.memory
+            .byte(Self::offset(id) + offset_of!(FlowEntry, counted))
+            .swap(0, Relaxed)
+            != 0
+    }
+
     /// A copy of an entry, field by field: each is whole, together they may be of different packets.
     pub fn read(&self, id: FlowId) -> FlowEntry {
         let mut words = [0u64; ENTRY / 8];
@@ -164,5 +172,29 @@ impl SlotMemory {
                 .word((first as usize + index) * SLOT)
                 .store(slot.0, Relaxed);
         }
+    }
+}
+
+/// Numbers of live flows, by listener or by backend.
+pub struct LiveMemory {
+    memory: Memory,
+}
+
+impl LiveMemory {
+    /// Maps an array of `len` numbers.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn map(data: MapData, len: u32, name: &str) -> Result<Self, Error> {
+        Ok(Self {
+            memory: Memory::map(data, len as usize * size_of::<u64>(), name)?,
+        })
+    }
+
+    /// Counts one flow out.
+    pub fn leave(&self, index: u32) {
+        self.memory
+            .long(index as usize * size_of::<u64>())
+            .fetch_sub(1, Relaxed);
     }
 }

@@ -21,6 +21,10 @@ pub struct Sizes {
     pub groups: u32,
     pub backends: u32,
     pub listeners: u32,
+    /// Prefixes that the listeners' ranges of ports consist of.
+    pub listener_ranges: u32,
+    /// Prefixes of clients, of all listeners that admit only some.
+    pub sources: u32,
     pub vips: u32,
     pub interfaces: u32,
 }
@@ -38,8 +42,12 @@ pub fn load(sizes: &Sizes) -> Result<Ebpf, Error> {
         .map_max_entries(map_name::GROUPS, sizes.groups)
         .map_max_entries(map_name::BACKENDS, sizes.backends)
         .map_max_entries(map_name::BACKEND_COUNTERS, sizes.backends)
+        .map_max_entries(map_name::BACKEND_LIVE, sizes.backends)
         .map_max_entries(map_name::LISTENERS, sizes.listeners)
         .map_max_entries(map_name::LISTENER_COUNTERS, sizes.listeners)
+        .map_max_entries(map_name::LISTENER_LIVE, sizes.listeners)
+        .map_max_entries(map_name::LISTENER_RANGES, sizes.listener_ranges)
+        .map_max_entries(map_name::SOURCES, sizes.sources)
         .map_max_entries(map_name::VIPS, sizes.vips)
         .map_max_entries(map_name::INTERFACES, sizes.interfaces)
         .load(OBJECT)

@@ -66,7 +66,7 @@ impl Target {
         Self {
             group: group.to_owned(),
             backend: name.to_owned(),
-            address: SocketAddrV4::new(backend.address, check.port.unwrap_or(backend.port)),
+            address: SocketAddrV4::new(backend.address, check.port.or(backend.port).unwrap_or(0)),
             check: check.clone(),
         }
     }

@@ -1,14 +1,14 @@
 //! Table contents as they should be, from the configuration, the backends' health and the attached interfaces.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use forwarder_common::{
     abi::{
         ABI_VERSION,
         backend::{Backend, BackendId, BackendState, GroupId, NatMode},
         interface::Interface,
-        listener::{Listener, ListenerKey, Vip},
-        settings::Settings,
+        listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, listener_flag},
+        settings::{Settings, flag},
         snat::{SnatPool, SnatRange},
     },
     maglev,
@@ -56,10 +56,23 @@ pub struct Desired {
     pub groups: BTreeMap<GroupId, GroupTable>,
     pub vips: BTreeMap<[u8; 4], Vip>,
     pub listeners: BTreeMap<ListenerOrder, (ListenerKey, Listener)>,
+    /// Listeners with more than one port, by the prefixes that their ports consist of.
+    pub listener_ranges: BTreeMap<RangeOrder, (ListenerRangeKey, Listener)>,
+    /// Prefixes of clients, by listener, address and length.
+    pub sources: BTreeSet<SourceOrder>,
 }
 
 /// Sorts listeners by VIP, port and protocol.
 pub type ListenerOrder = ([u8; 4], u16, u8);
+/// Sorts ranges of ports by VIP, first port, bits and protocol.
+pub type RangeOrder = ([u8; 4], u16, u32, u8);
+/// A prefix of clients: the listener, the address, its bits.
+pub type SourceOrder = (ListenerId, [u8; 4], u32);
+
+/// The key of a prefix of clients.
+pub fn source_key(&(listener, address, bits): &SourceOrder) -> SourceKey {
+    SourceKey::new(listener, Ipv4Address::new(address), bits)
+}
 
 impl Desired {
     /// Nothing configured: what freshly created maps hold.
@@ -71,6 +84,8 @@ impl Desired {
             groups: BTreeMap::new(),
             vips: BTreeMap::new(),
             listeners: BTreeMap::new(),
+            listener_ranges: BTreeMap::new(),
+            sources: BTreeSet::new(),
         }
     }
 
@@ -81,7 +96,7 @@ impl Desired {
             abi_version: ABI_VERSION,
             route_generation: observed.route_generation,
             hash_seed: HASH_SEED,
-            flags: observed.flags,
+            flags: observed.flags | pool_flag(config),
             pool: pool(&config.snat),
         };
         desired.interfaces.clone_from(&observed.interfaces);
@@ -94,16 +109,39 @@ impl Desired {
                 Protocol::Udp => PROTOCOL_UDP,
             };
             let vip = listener.vip.octets();
-            desired.vips.entry(vip).or_insert(Vip { listeners: 0 }).listeners += 1;
-            let key = ListenerKey::new(Ipv4Address::new(vip), Be16::new(listener.port), protocol);
+            let address = Ipv4Address::new(vip);
+            let id = ids.listeners[name];
             let value = Listener {
-                id: ids.listeners[name],
+                id,
                 group: ids.groups[&listener.group],
-                idle_timeout_secs: listener.idle_timeout.as_secs() as u32,
+                max_flows: listener.max_flows.unwrap_or(0),
+                flags: if listener.sources.is_some() {
+                    listener_flag::SOURCES
+                } else {
+                    0
+                },
             };
-            desired
-                .listeners
-                .insert((vip, listener.port, protocol), (key, value));
+            let entry = desired.vips.entry(vip).or_insert(Vip {
+                listeners: 0,
+                range_listeners: 0,
+            });
+            entry.listeners += 1;
+            if let Some(port) = listener.ports.single() {
+                let key = ListenerKey::new(address, Be16::new(port), protocol);
+                desired.listeners.insert((vip, port, protocol), (key, value));
+            } else {
+                entry.range_listeners += 1;
+                for (port, bits) in listener.ports.prefixes() {
+                    let key = ListenerRangeKey::new(address, protocol, Be16::new(port), bits);
+                    desired
+                        .listener_ranges
+                        .insert((vip, port, bits, protocol), (key, value));
+                }
+            }
+            for source in listener.sources.iter().flatten() {
+                let bits = u32::from(source.prefix_len());
+                desired.sources.insert((id, source.network().octets(), bits));
+            }
         }
         desired
     }
@@ -124,13 +162,15 @@ impl Desired {
                 id,
                 Backend {
                     address: Ipv4Address::new(address),
-                    port: Be16::new(backend.port),
+                    port: Be16::new(backend.port.unwrap_or(0)),
                     state,
                     reserved: 0,
+                    max_flows: backend.max_flows.unwrap_or(0),
+                    reserved2: 0,
                 },
             );
             if is_healthy {
-                let identity = maglev::identity(address, backend.port);
+                let identity = maglev::identity(address, backend.port.unwrap_or(0));
                 entries.push(maglev::Entry {
                     value: id.0,
                     identity,
@@ -156,6 +196,15 @@ fn table(mut entries: Vec<maglev::Entry>, size: u32) -> Vec<BackendId> {
         slots.into_iter().map(BackendId).collect()
     } else {
         Vec::new()
+    }
+}
+
+/// Whether the pool runs out before the flow table does.
+fn pool_flag(config: &Config) -> u32 {
+    if u64::from(config.agent.max_flows) >= config.snat.bindings() {
+        flag::POOL_IS_SMALLER
+    } else {
+        0
     }
 }
 

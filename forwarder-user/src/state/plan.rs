@@ -10,13 +10,13 @@ use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId},
         interface::{Interface, InterfaceKey},
-        listener::{Listener, ListenerKey, Vip, VipKey},
+        listener::{Listener, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         settings::Settings,
     },
     wire::Ipv4Address,
 };
 
-use super::desired::Desired;
+use super::desired::{Desired, source_key};
 
 /// One write.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,7 +27,9 @@ pub enum MapWrite {
     Slots { first: u32, slots: Vec<BackendId> },
     Group(GroupId, BackendGroup),
     Vip(VipKey, Vip),
+    Source(SourceKey),
     Listener(ListenerKey, Listener),
+    ListenerRange(ListenerRangeKey, Listener),
 }
 
 /// Where each group's table stands.
@@ -113,6 +115,14 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
             ));
         }
     }
+    for source in after.sources.difference(&before.sources) {
+        writes.push(MapWrite::Source(source_key(source)));
+    }
+    for (order, (key, listener)) in &after.listener_ranges {
+        if before.listener_ranges.get(order) != Some(&(*key, *listener)) {
+            writes.push(MapWrite::ListenerRange(*key, *listener));
+        }
+    }
     for (order, (key, listener)) in &after.listeners {
         if before.listeners.get(order) != Some(&(*key, *listener)) {
             writes.push(MapWrite::Listener(*key, *listener));
@@ -147,6 +157,22 @@ impl fmt::Display for MapWrite {
                 )
             }
             Self::Vip(key, _) => write!(f, "vip {:?}", key.address),
+            Self::Source(key) => write!(
+                f,
+                "source {:?}/{} of listener {}",
+                key.address,
+                key.prefix_bits - 32,
+                key.listener.get()
+            ),
+            Self::ListenerRange(key, value) => write!(
+                f,
+                "listener {:?}:{:?} ({} bits) protocol {:?}: group {}",
+                key.vip,
+                key.port,
+                key.prefix_bits + 16 - ListenerRangeKey::BITS,
+                key.protocol,
+                value.group.0
+            ),
             Self::Listener(key, value) => {
                 write!(
                     f,

@@ -385,7 +385,7 @@ impl Play {
 fn row(backend: &BackendStatus) -> [String; 6] {
     [
         backend.name.clone(),
-        format!("{}:{}", backend.address, backend.port),
+        backend.endpoint(),
         backend.health.clone(),
         backend.traffic.connections_opened.to_string(),
         backend.traffic.packets_in.to_string(),

@@ -1,0 +1,158 @@
+//! Ends connections that the gateway forgets: a reset to each end, which its TCP accepts.
+//!
+//! RFC 5961 §3.2: a receiver takes a reset only if its sequence number is the very one it expects next. The flow
+//! keeps what each end acknowledged last, and of an idle connection that is what it expects. Both are told, or
+//! the one that is not would find out only when it sends.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddrV4},
+};
+
+use forwarder_common::{
+    abi::flow::{FlowBinding, FlowEntry},
+    wire::{
+        Be16, Be32, Ipv4Address, WireHeader as _,
+        checksum::{finish, fold, pseudo_header, sum_bytes},
+        ipv4::{Ipv4Header, PROTOCOL_TCP},
+        tcp::{FLAG_RST, TcpHeader},
+    },
+};
+use socket2::{Domain, Protocol, Socket, Type};
+use tracing::debug;
+
+use crate::error::Error;
+
+/// Linux's default for packets of a host's own.
+const TTL: u8 = 64;
+/// IPPROTO_RAW (linux/in.h): the sender writes the IP header itself.
+const PROTOCOL_RAW: i32 = 255;
+const PACKET_LEN: usize = Ipv4Header::LEN + TcpHeader::LEN;
+
+/// A raw socket: the resets carry a VIP or an SNAT address as their source, which this host does not own.
+pub struct ResetSender {
+    socket: Socket,
+}
+
+impl ResetSender {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// When the kernel refuses, for want of CAP_NET_RAW.
+    pub fn open() -> Result<Self, Error> {
+        let open = || {
+            let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(PROTOCOL_RAW)))?;
+            socket.set_nonblocking(true)?;
+            io::Result::Ok(socket)
+        };
+        match open() {
+            Ok(socket) => Ok(Self { socket }),
+            Err(error) => Err(
+                Error::host(format!("cannot open a raw socket for resets: {error}"))
+                    .hint("run as root, or grant CAP_NET_RAW"),
+            ),
+        }
+    }
+
+    /// Tells both ends of a connection; how many resets left.
+    pub fn end(&self, entry: &FlowEntry) -> u64 {
+        let sent = resets(entry).into_iter().filter(|(to, packet)| {
+            match self.socket.send_to(packet, &(*to).into()) {
+                Ok(_) => true,
+                // The other end finds out by itself when it sends next.
+                Err(error) => {
+                    debug!(%error, "no reset to {to}");
+                    false
+                }
+            }
+        });
+        sent.count() as u64
+    }
+}
+
+/// The resets of a connection with where to send them: to the client, and to the backend.
+fn resets(entry: &FlowEntry) -> [(SocketAddrV4, [u8; PACKET_LEN]); 2] {
+    let FlowBinding {
+        client,
+        vip,
+        snat,
+        backend,
+        client_port,
+        vip_port,
+        snat_port,
+        backend_port,
+        ..
+    } = entry.binding;
+    [
+        reset((vip, vip_port), (client, client_port), entry.client_expects),
+        reset((snat, snat_port), (backend, backend_port), entry.backend_expects),
+    ]
+}
+
+fn reset(
+    (source, source_port): (Ipv4Address, Be16),
+    (destination, destination_port): (Ipv4Address, Be16),
+    sequence: Be32,
+) -> (SocketAddrV4, [u8; PACKET_LEN]) {
+    let mut ip = Ipv4Header::fresh(PROTOCOL_TCP, TTL, PACKET_LEN as u16, source, destination);
+    ip.checksum = Be16::from_raw(finish(sum_bytes(bytemuck::bytes_of(&ip))));
+    let mut tcp = TcpHeader {
+        source_port,
+        destination_port,
+        sequence,
+        acknowledgment: Be32::new(0),
+        data_offset: ((TcpHeader::LEN / 4) << 4) as u8,
+        flags: FLAG_RST,
+        window: Be16::new(0),
+        checksum: Be16::new(0),
+        urgent: Be16::new(0),
+    };
+    let pseudo = pseudo_header(source.0, destination.0, PROTOCOL_TCP, TcpHeader::LEN as u16);
+    let sum = u32::from(fold(pseudo)) + sum_bytes(bytemuck::bytes_of(&tcp));
+    tcp.checksum = Be16::from_raw(finish(sum));
+    let mut packet = [0; PACKET_LEN];
+    packet[..Ipv4Header::LEN].copy_from_slice(bytemuck::bytes_of(&ip));
+    packet[Ipv4Header::LEN..].copy_from_slice(bytemuck::bytes_of(&tcp));
+    let to = SocketAddrV4::new(Ipv4Addr::from(destination), destination_port.get());
+    (to, packet)
+}
+
+#[cfg(test)]
+mod tests {
+    use bytemuck::Zeroable;
+
+    use super::*;
+
+    #[test]
+    fn each_end_gets_the_sequence_number_it_expects_from_the_address_it_knows() {
+        let mut entry = FlowEntry::zeroed();
+        entry.binding = FlowBinding {
+            client: Ipv4Address::new([192, 0, 2, 7]),
+            vip: Ipv4Address::new([198, 51, 100, 10]),
+            snat: Ipv4Address::new([100, 64, 0, 2]),
+            backend: Ipv4Address::new([10, 0, 0, 5]),
+            client_port: Be16::new(51000),
+            vip_port: Be16::new(443),
+            snat_port: Be16::new(1024),
+            backend_port: Be16::new(8443),
+            protocol: u32::from(PROTOCOL_TCP),
+            reserved: 0,
+        };
+        entry.client_expects = Be32::new(0x0102_0304);
+        entry.backend_expects = Be32::new(0x0506_0708);
+        let [client, backend] = resets(&entry);
+        assert_eq!(client.0, "192.0.2.7:51000".parse().unwrap());
+        assert_eq!(backend.0, "10.0.0.5:8443".parse().unwrap());
+        assert_eq!(client.1[12..20], [198, 51, 100, 10, 192, 0, 2, 7]);
+        assert_eq!(client.1[20..28], [0x01, 0xbb, 0xc7, 0x38, 1, 2, 3, 4]);
+        assert_eq!(backend.1[12..20], [100, 64, 0, 2, 10, 0, 0, 5]);
+        assert_eq!(backend.1[20..28], [0x04, 0x00, 0x20, 0xfb, 5, 6, 7, 8]);
+        for (_, packet) in [client, backend] {
+            assert_eq!(fold(sum_bytes(&packet[..20])), 0xffff);
+            let pseudo = sum_bytes(&packet[12..20])
+                + u32::from(u16::from_ne_bytes([0, 6]))
+                + u32::from(20_u16.to_be());
+            assert_eq!(fold(pseudo + sum_bytes(&packet[20..])), 0xffff);
+        }
+    }
+}
