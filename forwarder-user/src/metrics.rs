@@ -128,12 +128,7 @@ impl Family {
 fn families() -> Vec<Family> {
     let mut families: Vec<Family> = agent().into();
     for scope in [Scope::Listener, Scope::Group, Scope::Backend] {
-        families.extend(
-            TRAFFIC
-                .iter()
-                .filter(|measure| measure.is_for(scope))
-                .map(|measure| measure.family(scope)),
-        );
+        families.extend(TRAFFIC.iter().map(|measure| measure.family(scope)));
     }
     families.extend(backends());
     families.extend(gateway());
@@ -227,8 +222,6 @@ struct Measure {
     help: &'static str,
     /// The label that tells its values apart, if there are several.
     label: Option<&'static str>,
-    /// Only listeners refuse: it is before a backend is chosen.
-    listeners_only: bool,
     /// Values of the label, with the numbers; one without a label's value where there is none.
     values: fn(&Traffic) -> Vec<(&'static str, u64)>,
 }
@@ -240,16 +233,14 @@ const TRAFFIC: [Measure; 6] = [
         unit: None,
         help: "TCP connections and UDP flows opened",
         label: None,
-        listeners_only: false,
         values: |traffic| vec![("", traffic.connections_opened)],
     },
     Measure {
         kind: Kind::Counter,
         name: "connections_refused",
         unit: None,
-        help: "New connections refused: no backend, no SNAT binding, or no room",
+        help: "New connections refused: no backend, a limit, no SNAT binding, or no room; of a backend or group, those for want of a binding or room",
         label: None,
-        listeners_only: true,
         values: |traffic| vec![("", traffic.connections_refused)],
     },
     Measure {
@@ -258,7 +249,6 @@ const TRAFFIC: [Measure; 6] = [
         unit: None,
         help: "Packets forwarded: in, from clients to backends; out, back to them",
         label: Some("direction"),
-        listeners_only: false,
         values: |traffic| vec![("in", traffic.packets_in), ("out", traffic.packets_out)],
     },
     Measure {
@@ -267,7 +257,6 @@ const TRAFFIC: [Measure; 6] = [
         unit: Some(Unit::Bytes),
         help: "Bytes of the forwarded IP packets, headers included: in, from clients to backends; out, back to them",
         label: Some("direction"),
-        listeners_only: false,
         values: |traffic| vec![("in", traffic.bytes_in), ("out", traffic.bytes_out)],
     },
     Measure {
@@ -276,7 +265,6 @@ const TRAFFIC: [Measure; 6] = [
         unit: None,
         help: "TCP resets by who sent them; the gateway's own go to refused and to idle connections, and include ICMP messages for UDP",
         label: Some("origin"),
-        listeners_only: false,
         values: |traffic| {
             vec![
                 ("client", traffic.client_resets),
@@ -291,7 +279,6 @@ const TRAFFIC: [Measure; 6] = [
         unit: None,
         help: "Flows in the table now: active ones, and those that are half open, closing or silent",
         label: Some("state"),
-        listeners_only: false,
         values: |traffic| {
             vec![
                 ("active", traffic.active_flows),
@@ -302,10 +289,6 @@ const TRAFFIC: [Measure; 6] = [
 ];
 
 impl Measure {
-    fn is_for(&self, scope: Scope) -> bool {
-        !self.listeners_only || scope == Scope::Listener
-    }
-
     fn family(&self, scope: Scope) -> Family {
         let (label, values) = (self.label, self.values);
         let mut labels = scope.labels().to_vec();

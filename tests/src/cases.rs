@@ -70,10 +70,13 @@ impl Step {
         reason.bytes += self.frame.len() as u64;
         let (listener, backend) = match self.traffic {
             Traffic::Nothing => return,
-            Traffic::Refused(listener) => {
+            Traffic::Refused(listener) | Traffic::NotBound(listener, _) => {
                 let counters = &mut tables.listener_counters[listener.0 as usize];
                 counters.flows_refused += 1;
                 counters.gateway_resets += u64::from(self.verdict == Verdict::TRANSMIT);
+                if let Traffic::NotBound(_, backend) = self.traffic {
+                    tables.backend_counters[backend.0 as usize].flows_refused += 1;
+                }
                 return;
             }
             Traffic::Opened(listener, backend)
@@ -112,6 +115,8 @@ pub enum Traffic {
     /// A flow was opened, but its first packet not sent.
     OpenedOnly(ListenerId, BackendId),
     Refused(ListenerId),
+    /// Refused after a backend was chosen.
+    NotBound(ListenerId, BackendId),
     Request(ListenerId, BackendId),
     Reply(ListenerId, BackendId),
 }
@@ -292,6 +297,10 @@ impl Service {
 
     fn refused(&self) -> Traffic {
         Traffic::Refused(self.listener)
+    }
+
+    fn not_bound(&self) -> Traffic {
+        Traffic::NotBound(self.listener, self.backend)
     }
 }
 
@@ -852,7 +861,7 @@ fn lifecycles() -> Vec<Case> {
         )
         .then(web_opening())
         .change(|world| world.flows[0].state = FlowState::UNLINKED)
-        .then(Step::dropped(syn(WEB).build(), Reason::FLOW_CONFLICT).counts(WEB.refused())),
+        .then(Step::dropped(syn(WEB).build(), Reason::FLOW_CONFLICT).counts(WEB.not_bound())),
         Case::new("A reply of a freed binding's last flow is dropped", world())
             .then(web_opening())
             .change(|world| {
@@ -932,7 +941,10 @@ fn listeners() -> Vec<Case> {
             shared_dnat.clone(),
         )
         .then(dnat_opening.clone())
-        .then(Step::dropped(shared_syn.build(), Reason::FLOW_CONFLICT).counts(Traffic::Refused(second_dnat))),
+        .then(
+            Step::dropped(shared_syn.build(), Reason::FLOW_CONFLICT)
+                .counts(Traffic::NotBound(second_dnat, WEB.backend)),
+        ),
         Case::new(
             "Two DNAT listeners share a backend as long as client ports differ",
             shared_dnat.clone(),
@@ -953,7 +965,10 @@ fn listeners() -> Vec<Case> {
             },
         )
         .then(dnat_opening.clone())
-        .then(Step::dropped(shared_syn.build(), Reason::FLOW_CONFLICT).counts(Traffic::Refused(second_dnat)))
+        .then(
+            Step::dropped(shared_syn.build(), Reason::FLOW_CONFLICT)
+                .counts(Traffic::NotBound(second_dnat, WEB.backend)),
+        )
         .then(Step::request(&web_after, &to_server(&web_after, binding(1), SERVER)).counts(WEB.opened())),
         Case::new(
             "A full-NAT and a DNAT listener share a backend and a client port",
@@ -1075,33 +1090,33 @@ fn refusals() -> Vec<Case> {
     let full_reason = Reason::FLOW_TABLE_FULL;
     let mut cases = vec![
         Case::new("A used-up pool is told from a full table", exhausted)
-            .then(Step::reset(&syn(WEB), Reason::POOL_EXHAUSTED).counts(WEB.refused())),
+            .then(Step::reset(&syn(WEB), Reason::POOL_EXHAUSTED).counts(WEB.not_bound())),
         Case::new("The reset keeps the options of the SYN", full.clone())
-            .then(Step::reset(&syn(WEB).tcp_options(options), full_reason).counts(WEB.refused())),
+            .then(Step::reset(&syn(WEB).tcp_options(options), full_reason).counts(WEB.not_bound())),
         Case::new("The reset of a SYN with data acknowledges the SYN", full.clone())
-            .then(Step::reset(&syn(WEB).payload(7), full_reason).counts(WEB.refused())),
+            .then(Step::reset(&syn(WEB).payload(7), full_reason).counts(WEB.not_bound())),
         Case::new("The reset goes back through the router it came by", full.clone()).then(
-            Step::reset(&from_client(segment::SYN, ROUTED_CLIENT, WEB), full_reason).counts(WEB.refused()),
+            Step::reset(&from_client(segment::SYN, ROUTED_CLIENT, WEB), full_reason).counts(WEB.not_bound()),
         ),
         Case::new("The reset starts with a fresh time to live", full.clone())
-            .then(Step::reset(&syn(WEB).ttl(2), full_reason).counts(WEB.refused())),
+            .then(Step::reset(&syn(WEB).ttl(2), full_reason).counts(WEB.not_bound())),
         Case::new("A SYN with IP options is reset", full.clone())
-            .then(Step::reset(&syn(WEB).options(vec![1; 8]), full_reason).counts(WEB.refused())),
+            .then(Step::reset(&syn(WEB).options(vec![1; 8]), full_reason).counts(WEB.not_bound())),
         Case::new("A refused datagram with IP options is dropped", full.clone())
-            .then(Step::dropped(query(DNS).options(vec![1; 8]).build(), full_reason).counts(DNS.refused())),
+            .then(Step::dropped(query(DNS).options(vec![1; 8]).build(), full_reason).counts(DNS.not_bound())),
         Case::new("A SYN out of a tunnel is reset", full.clone()).then({
             let packet = Builder::tcp(segment::SYN, REMOTE.server, WEB.vip())
                 .link(mac_of(*REMOTE.server.ip()), TUNNEL_SIDE.mac);
             Step::reset(&packet, full_reason)
                 .in_tunnel()
-                .counts(WEB.refused())
+                .counts(WEB.not_bound())
         }),
         Case::new("A refused datagram out of a tunnel is dropped", full.clone()).then({
             let packet =
                 Builder::udp(REMOTE.server, DNS.vip()).link(mac_of(*REMOTE.server.ip()), TUNNEL_SIDE.mac);
             Step::dropped(packet.build(), full_reason)
                 .in_tunnel()
-                .counts(DNS.refused())
+                .counts(DNS.not_bound())
         }),
     ];
     for len in [0, 1, 18, 28, 100, 1472] {
@@ -1111,19 +1126,21 @@ fn refusals() -> Vec<Case> {
                 format!("A refused datagram of {len} bytes is answered with \"port unreachable\""),
                 full.clone(),
             )
-            .then(Step::unreachable(&packet, full_reason).counts(DNS.refused())),
+            .then(Step::unreachable(&packet, full_reason).counts(DNS.not_bound())),
         );
     }
     cases.push(
         Case::new("The padding of a short datagram is not quoted", full.clone())
-            .then(Step::unreachable(&query(DNS).payload(0).padding(18), full_reason).counts(DNS.refused())),
+            .then(Step::unreachable(&query(DNS).payload(0).padding(18), full_reason).counts(DNS.not_bound())),
     );
     cases.push(
         Case::new(
             "A refused datagram without a checksum is quoted without one",
             full,
         )
-        .then(Step::unreachable(&query(DNS).checksum(Checksum::Fixed(0)), full_reason).counts(DNS.refused())),
+        .then(
+            Step::unreachable(&query(DNS).checksum(Checksum::Fixed(0)), full_reason).counts(DNS.not_bound()),
+        ),
     );
     cases
 }
@@ -1242,8 +1259,8 @@ fn limits() -> Vec<Case> {
 }
 
 fn bindings() -> Vec<Case> {
-    let refused = |reason| Step::reset(&syn(WEB), reason).counts(WEB.refused());
-    let faulty = Step::dropped(syn(WEB).build(), Reason::INTERNAL).counts(WEB.refused());
+    let refused = |reason| Step::reset(&syn(WEB), reason).counts(WEB.not_bound());
+    let faulty = Step::dropped(syn(WEB).build(), Reason::INTERNAL).counts(WEB.not_bound());
     let packet = syn(WEB);
     let mut full = world();
     full.free_flows.clear();
@@ -1256,7 +1273,7 @@ fn bindings() -> Vec<Case> {
     let mut order = world();
     order.free_flows = [FlowId(9), FlowId(2)].into();
     let dnat_syn = syn(DNAT_WEB);
-    let dnat_refused = Step::reset(&dnat_syn, Reason::FLOW_TABLE_FULL).counts(DNAT_WEB.refused());
+    let dnat_refused = Step::reset(&dnat_syn, Reason::FLOW_TABLE_FULL).counts(DNAT_WEB.not_bound());
     vec![
         Case::new("No flow opens when the flow table is full", full).then(refused(Reason::FLOW_TABLE_FULL)),
         Case::new("A flow beyond the pool is refused and given back", exhausted)

@@ -4,7 +4,7 @@
 //! Table sizes are those of the kernel's maps in ring 2 ([`SIZES`]), so that both fill up at the same entry.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     fmt::Debug,
     marker::PhantomData,
     net::Ipv4Addr,
@@ -16,7 +16,7 @@ use forwarder_common::{
         ABI_VERSION,
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, NatMode},
         counter::{ReasonCounters, TrafficCounters},
-        flow::{FlowEntry, FlowId, FlowKey, FlowReference},
+        flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         interface::{Interface, InterfaceKey, flag},
         listener::{
             Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey,
@@ -31,7 +31,10 @@ use forwarder_common::{
     },
     wire::{Be16, Field16, Ipv4Address, LinkPair, MacAddress, WireHeader, checksum::Delta},
 };
-use forwarder_user::datapath::object::Sizes;
+use forwarder_user::{
+    datapath::{flows::FlowStore, object::Sizes},
+    error::Error,
+};
 
 use crate::packet::{self, Mac};
 
@@ -62,6 +65,8 @@ pub struct MemoryTables {
     pub backends: Vec<Backend>,
     pub interfaces: HashMap<InterfaceKey, Interface>,
     pub flow_index: HashMap<FlowKey, FlowReference>,
+    /// How many keys the flow index holds.
+    pub flow_keys: usize,
     pub flows: Vec<FlowEntry>,
     pub free_flows: VecDeque<FlowId>,
     pub listeners_live: Vec<Live>,
@@ -89,6 +94,7 @@ impl Default for MemoryTables {
             backends: vec![Backend::zeroed(); SIZES.backends as usize],
             interfaces: HashMap::new(),
             flow_index: HashMap::new(),
+            flow_keys: SIZES.flow_keys as usize,
             flows: vec![FlowEntry::zeroed(); SIZES.flows as usize],
             free_flows: (0..SIZES.flows).map(FlowId).collect(),
             listeners_live: vec![Live(0); SIZES.listeners as usize],
@@ -235,6 +241,49 @@ impl MemoryTables {
             backends[flow.backend.0 as usize].0 += 1;
         }
         (listeners, backends)
+    }
+
+    /// What no order of packets may lead to: a binding that two live flows share towards the same backend, a flow
+    /// with one direction only, a free one in use, a count that is none.
+    pub fn unsound(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut references: HashMap<FlowReference, usize> = HashMap::new();
+        for reference in self.flow_index.values() {
+            *references.entry(*reference).or_default() += 1;
+        }
+        let mut free = HashSet::new();
+        for id in &self.free_flows {
+            if !free.insert(*id) {
+                found.push(format!("flow {} is free twice", id.0));
+            }
+        }
+        let mut bindings = HashMap::new();
+        for (id, flow) in (0..).map(FlowId).zip(&self.flows) {
+            let is_live = flow.state == FlowState::LIVE;
+            for (direction, wanted) in [
+                (Direction::REQUEST, is_live),
+                (Direction::REPLY, is_live && flow.binding.is_dnat()),
+            ] {
+                let count = references.remove(&FlowReference { id, direction }).unwrap_or(0);
+                if count != usize::from(wanted) {
+                    found.push(format!("flow {} has {count} keys {direction:?}", id.0));
+                }
+            }
+            if flow.state != FlowState::FREE && free.contains(&id) {
+                found.push(format!("flow {} is free and in use", id.0));
+            }
+            if is_live && let Some(other) = bindings.insert(flow.binding.reply_key(), id) {
+                found.push(format!("flows {} and {} share a binding", other.0, id.0));
+            }
+        }
+        if !references.is_empty() {
+            found.push(format!("keys of no flow: {references:?}"));
+        }
+        let (listeners, backends) = self.counted_flows();
+        if (&self.listeners_live, &self.backends_live) != (&listeners, &backends) {
+            found.push("the numbers of live flows are not those of the flow table".to_owned());
+        }
+        found
     }
 
     /// Zeroes all counters.
@@ -420,7 +469,7 @@ impl Tables for MemoryTables {
     }
 
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool {
-        let has_room = self.flow_index.len() < SIZES.flow_keys as usize;
+        let has_room = self.flow_index.len() < self.flow_keys;
         if !has_room || self.flow_index.contains_key(key) {
             return false;
         }
@@ -454,6 +503,54 @@ impl Tables for MemoryTables {
 
     fn count_reason(&mut self, reason: Reason, frame_bytes: usize) {
         self.reason_counters[reason.0 as usize].add(frame_bytes);
+    }
+}
+
+impl FlowStore for MemoryTables {
+    fn capacity(&self) -> u32 {
+        self.flows.len() as u32
+    }
+
+    fn state(&self, id: FlowId) -> FlowState {
+        self.flows[id.0 as usize].state
+    }
+
+    fn set_state(&mut self, id: FlowId, state: FlowState) {
+        self.flows[id.0 as usize].state = state;
+    }
+
+    fn take_seen(&mut self, id: FlowId) -> bool {
+        std::mem::take(&mut self.flows[id.0 as usize].seen) != 0
+    }
+
+    fn is_seen(&self, id: FlowId) -> bool {
+        self.flows[id.0 as usize].seen != 0
+    }
+
+    fn take_counted(&mut self, id: FlowId) -> bool {
+        std::mem::take(&mut self.flows[id.0 as usize].counted) != 0
+    }
+
+    fn read(&self, id: FlowId) -> FlowEntry {
+        self.flows[id.0 as usize]
+    }
+
+    fn insert_key(&mut self, key: &FlowKey, reference: FlowReference) {
+        self.insert_flow_reference(key, reference);
+    }
+
+    fn remove_key(&mut self, key: &FlowKey) {
+        self.flow_index.remove(key);
+    }
+
+    fn leave(&mut self, listener: ListenerId, backend: BackendId) {
+        self.listeners_live[listener.0 as usize].0 -= 1;
+        self.backends_live[backend.0 as usize].0 -= 1;
+    }
+
+    fn give_back(&mut self, id: FlowId) -> Result<(), Error> {
+        self.free_flows.push_back(id);
+        Ok(())
     }
 }
 

@@ -31,7 +31,7 @@ pub struct FlowKey {
 
 /// Value of the flow index.
 #[repr(C, align(8))]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
 pub struct FlowReference {
     pub id: FlowId,
     pub direction: Direction,

@@ -115,6 +115,7 @@ fn open<T: Tables>(
         tables.count_listener(listener.id, TrafficEvent::FlowOpened);
         tables.count_backend(backend_id, TrafficEvent::FlowOpened);
     } else {
+        tables.count_backend(backend_id, TrafficEvent::FlowRefused);
         quota::leave(tables, listener.id, backend_id);
     }
     opened

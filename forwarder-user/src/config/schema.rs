@@ -366,7 +366,7 @@ fn ports(value: &DeValue<'_>) -> Result<Ports, Wrong> {
     let wrong = || {
         let (first, last) = (PORT.start(), PORT.end());
         Wrong::must_be(format!(
-            "a port from {first} to {last}, a range such as \"8000-8099\", or \"any\""
+            "a number from {first} to {last}, a range such as \"8000-8099\", or \"any\""
         ))
     };
     match value {

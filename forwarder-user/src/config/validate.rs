@@ -732,22 +732,19 @@ impl<'d> Check<'d> {
         group: &schema::Group,
         health: Option<&HealthCheck>,
     ) {
-        let is_single = readable(&self.document.listeners).any(|(_, _, listener)| {
-            let is_of_group = listener
-                .group
-                .as_ref()
-                .is_ok_and(|group| group.value == group_name);
-            is_of_group
-                && listener
-                    .port
-                    .as_ref()
-                    .is_ok_and(|ports| ports.value.single().is_some())
-        });
+        let ports: Vec<Ports> = readable(&self.document.listeners)
+            .filter(|(_, _, listener)| {
+                let group = listener.group.as_ref();
+                group.is_ok_and(|group| group.value == group_name)
+            })
+            .filter_map(|(_, _, listener)| Some(listener.port.as_ref().ok()?.value))
+            .collect();
+        let is_needed = ports.is_empty() || ports.iter().any(|ports| ports.single().is_some());
         for (name, entry, backend) in readable(&group.backends) {
             if !matches!(backend.port, Ok(None)) {
                 continue;
             }
-            if is_single {
+            if is_needed {
                 let what = format!("{place}, backend {name:?}: port is missing");
                 let hint = "for example: port = 8080. Only for listeners with a range of ports it may be left out: \
                             then each flow keeps the port that the client asked for";
