@@ -1,9 +1,10 @@
 //! What the kernel knows of the network around this gateway, and the few things we change in it.
 //!
 //! Everything goes through rtnetlink, one request per question, so that an answer is never older than its
-//! question; nothing is cached. [`Network`] asks and changes, [`Watch`] says when to ask again. We change two
-//! things only: addresses that the agent owns ([`Network::add_address`]) and neighbours that the kernel
-//! should resolve ([`Network::resolve_neighbour`]); routes and links belong to the operator.
+//! question; nothing is cached. [`Network`] asks and changes, [`Watch`] says when to ask again. We change three
+//! things only: addresses that the agent owns ([`Network::add_address`]), its policy rules ([`Network::add_rule`])
+//! and neighbours that the kernel should resolve ([`Network::resolve_neighbour`]); routes and links belong to the
+//! operator.
 //!
 //! A [`Network`] belongs to the network namespace of the thread that opened it, wherever it is used later.
 //! (Sysctls are the exception: the kernel shows those of the thread that reads them.) IPv4 only, as the data
@@ -22,6 +23,7 @@ mod address;
 mod interface;
 mod neighbour;
 mod route;
+mod rule;
 mod sysctl;
 #[cfg(test)]
 mod testing;
@@ -31,6 +33,7 @@ mod xdp_features;
 pub use interface::{Interface, InterfaceKind};
 pub use neighbour::{Neighbour, NeighbourState};
 pub use route::{Route, RouteError};
+pub use rule::{MAIN_TABLE, PolicyRule, Selector};
 pub use sysctl::RpFilter;
 pub use watch::{Changes, LinkChange, LinkState, Watch};
 pub use xdp_features::takes_redirects;
