@@ -14,7 +14,12 @@ use std::{
 use aya::Ebpf;
 use aya_log::EbpfLogger;
 use forwarder_common::{
-    abi::{backend::BackendId, counter::TrafficCounters, listener::ListenerId, reason::DESCRIPTIONS},
+    abi::{
+        backend::BackendId,
+        counter::TrafficCounters,
+        listener::ListenerId,
+        reason::{DESCRIPTIONS, Reason},
+    },
     maglev,
 };
 use tokio::{
@@ -38,6 +43,7 @@ use crate::{
     error::Error,
     health::{self, Health, ProbeFailure, Report, Target},
     network::{self, LinkState, Network, RpFilter},
+    pool_watch::PoolWatch,
     reset::ResetSender,
     state::{
         desired::{Desired, Observations},
@@ -194,6 +200,7 @@ struct Agent {
     listener_rates: HashMap<ListenerId, Rates>,
     backend_rates: HashMap<BackendId, Rates>,
     warnings: Vec<String>,
+    pool_watch: PoolWatch,
     started_at: Instant,
 }
 
@@ -281,6 +288,7 @@ impl Agent {
             listener_rates: HashMap::new(),
             backend_rates: HashMap::new(),
             warnings: Vec::new(),
+            pool_watch: PoolWatch::default(),
             started_at,
         };
         agent.look_for_trouble().await?;
@@ -537,6 +545,11 @@ impl Agent {
         self.listener_rates = rates(&self.sample.listeners, &sample.listeners, elapsed);
         self.backend_rates = rates(&self.sample.backends, &sample.backends, elapsed);
         self.sample = sample;
+        let refused = self.counters.reason(Reason::POOL_EXHAUSTED)?.packets;
+        let bindings = self.config.snat.bindings();
+        if let Some(text) = self.pool_watch.look(Instant::now(), refused, bindings) {
+            warn!("{text}");
+        }
         Ok(())
     }
 

@@ -17,6 +17,7 @@ pub mod error;
 pub mod health;
 pub mod metrics;
 pub mod network;
+pub mod pool_watch;
 pub mod reset;
 pub mod state;
 pub mod status;

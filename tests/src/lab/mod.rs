@@ -18,6 +18,7 @@ use nix::sys::signal::Signal;
 pub mod agent;
 mod command;
 pub mod configuration;
+pub mod crowd;
 pub mod load;
 mod namespace;
 pub mod nginx;
