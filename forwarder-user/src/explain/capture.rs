@@ -107,3 +107,90 @@ fn frame(
     );
     Ok(frame)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    /// A capture in the classic format; each packet is its bytes and its original length.
+    fn classic(link: u32, packets: &[(&[u8], u32)]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut put = |words: &[u32], data: &[u8]| {
+            bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+            bytes.extend(data);
+        };
+        put(&[0xa1b2_c3d4, 0x0004_0002, 0, 0, 65_535, link], &[]);
+        for (data, whole) in packets {
+            put(&[0, 0, data.len() as u32, *whole], data);
+        }
+        bytes
+    }
+
+    /// The same as pcapng: section, interface, one block per packet.
+    fn next_generation(link: u32, packets: &[&[u8]]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut block = |kind: u32, words: &[u32], data: &[u8]| {
+            let padding = data.len().next_multiple_of(4) - data.len();
+            let length = (12 + words.len() * 4 + data.len() + padding) as u32;
+            for word in [&[kind, length], words].concat() {
+                bytes.extend(word.to_le_bytes());
+            }
+            bytes.extend(data);
+            bytes.extend(vec![0; padding]);
+            bytes.extend(length.to_le_bytes());
+        };
+        block(0x0a0d_0d0a, &[0x1a2b_3c4d, 1, u32::MAX, u32::MAX], &[]);
+        block(1, &[link, 65_535], &[]);
+        for data in packets {
+            let length = data.len() as u32;
+            block(6, &[0, 0, 0, length, length], data);
+        }
+        bytes
+    }
+
+    fn read_bytes(bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        read(file.path())
+    }
+
+    #[test]
+    fn both_formats_give_the_frames_in_order() {
+        let (one, two) = ([1_u8; 60], [2_u8; 61]);
+        let classic = classic(1, &[(&one, 60), (&two, 61)]);
+        assert_eq!(read_bytes(&classic).unwrap(), [one.to_vec(), two.to_vec()]);
+        let ng = next_generation(1, &[&one, &two]);
+        assert_eq!(read_bytes(&ng).unwrap(), [one.to_vec(), two.to_vec()]);
+        assert!(read_bytes(&classic[..24]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_was_cut_off_is_zeros_and_plain_ip_gets_a_link_header() {
+        let frames = read_bytes(&classic(1, &[(&[7; 54], 1514)])).unwrap();
+        assert_eq!((frames[0].len(), frames[0][53], frames[0][54]), (1514, 7, 0));
+        let frames = read_bytes(&classic(101, &[(&[0x45; 20], 20)])).unwrap();
+        assert_eq!((frames[0].len(), &frames[0][12..15]), (34, &[8, 0, 0x45][..]));
+    }
+
+    #[test]
+    fn what_cannot_be_explained_is_refused_with_a_way_out() {
+        for (bytes, expected) in [
+            (b"no capture at all, but long enough".to_vec(), "is no capture"),
+            (Vec::new(), "is no capture"),
+            (classic(113, &[(&[0; 60], 60)]), "captured on all interfaces"),
+            (classic(105, &[(&[0; 60], 60)]), "not Ethernet"),
+            (classic(1, &[(&[0; 60], 60)])[..70].to_vec(), "is damaged"),
+        ] {
+            let error = read_bytes(&bytes).unwrap_err();
+            assert!(error.what.contains(expected), "{error}");
+            assert_eq!(error.exit_code, crate::error::EXIT_USAGE);
+        }
+        let missing = read(Path::new("/nonexistent.pcap")).unwrap_err();
+        assert!(
+            missing.what.starts_with("cannot read /nonexistent.pcap: "),
+            "{missing}"
+        );
+    }
+}
