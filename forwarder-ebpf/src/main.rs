@@ -18,7 +18,7 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use forwarder_common::{
     abi::{reason::Reason, settings::flag},
-    datapath::{Action, Hook, Verdict, pipeline},
+    datapath::{Action, Env as _, Hook, Packet as _, Verdict, inquiry::Inquiry, pipeline},
 };
 
 use crate::{
@@ -94,6 +94,24 @@ pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
         Action::Pass => TC_ACT_OK,
         Action::Drop => TC_ACT_SHOT,
     }
+}
+
+/// Answers the agent's question about a packet that is not there, see `datapath::inquiry`. Changes nothing but the answer.
+#[xdp]
+pub(crate) fn forwarder_ask(ctx: XdpContext) -> u32 {
+    let context = ctx.as_ptr();
+    let mut packet = XdpPacket::<true> { ctx };
+    let Ok(inquiry) = packet.header::<Inquiry>(0) else {
+        return xdp_action::XDP_DROP;
+    };
+    let mut env = KernelEnv {
+        ctx: context,
+        hook: Hook::XdpGeneric,
+        ingress_ifindex: inquiry.ingress_ifindex,
+    };
+    let route = env.route(&inquiry.key());
+    inquiry.answer(route, KernelTables::next_free_flow());
+    xdp_action::XDP_PASS
 }
 
 #[panic_handler]

@@ -113,6 +113,12 @@ impl KernelTables {
     pub(crate) fn settings() -> Option<&'static Settings> {
         SETTINGS.get(0)
     }
+
+    /// The flow that [`Tables::take_flow`] takes next; it stays where it is.
+    #[inline(always)]
+    pub(crate) fn next_free_flow() -> Option<FlowId> {
+        FREE_FLOWS.peek().ok().flatten()
+    }
 }
 
 impl Tables for KernelTables {

@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddrV4,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -37,17 +37,20 @@ use crate::{
         flows::{FlowCount, Sweeper, Timeouts},
         maps::{self, ControlMaps, CounterMaps},
         object::{self, Sizes},
+        view::{Live, LiveMaps},
         writer,
     },
     diagnose::{self, Diagnosis, Subject},
     error::Error,
     health::{self, Health, ProbeFailure, Report, Target},
+    inspect::{self, Inspector},
     network::{self, LinkState, Network, RpFilter},
     pool_watch::PoolWatch,
     reset::ResetSender,
     state::{
         desired::{Desired, Observations},
         ids::Ids,
+        names::Names,
         plan::{Placement, plan},
     },
     status::{
@@ -80,7 +83,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let network = Network::open()?;
     let changes = network.watch().await?;
 
-    let mut agent = Agent::start(config, network).await?;
+    let (mut agent, inspector) = Agent::start(config, network).await?;
     let probe_address = ProbeAddress::add(&agent).await?;
 
     let (source, requests) = StatusSource::channel();
@@ -91,7 +94,12 @@ pub async fn run(config: Config) -> Result<(), Error> {
             source.clone(),
             ended(stopped.clone()),
         )),
-        tokio::spawn(api::serve_control(control_socket, source, ended(stopped))),
+        tokio::spawn(api::serve_control(
+            control_socket,
+            source,
+            inspect::routes(inspector),
+            ended(stopped),
+        )),
     ];
     let outcome = agent.serve(&mut signals, changes, requests).await;
     // A failure to say so changes nothing about the stop.
@@ -184,7 +192,7 @@ struct Agent {
     ids: Ids,
     network: Network,
     /// Holds the programs' links: dropping it detaches them.
-    _ebpf: Ebpf,
+    _ebpf: Arc<Mutex<Ebpf>>,
     flush_program_log: Box<dyn FnMut() + Send>,
     control: ControlMaps,
     counters: CounterMaps,
@@ -206,7 +214,7 @@ struct Agent {
 
 impl Agent {
     /// Loads, attaches, fills the tables.
-    async fn start(config: Config, network: Network) -> Result<Self, Error> {
+    async fn start(config: Config, network: Network) -> Result<(Self, Inspector), Error> {
         let started_at = Instant::now();
         let mut links = Vec::new();
         for name in config.interfaces.keys().chain(config.tunnels.keys()) {
@@ -215,6 +223,7 @@ impl Agent {
         let sizes = sizes(&config);
         let mut ebpf = object::load(&sizes)?;
         let program_log = program_log(&mut ebpf);
+        let live_maps = LiveMaps::open(&ebpf)?;
         let (control, flow_maps, counters) = maps::take(&mut ebpf, &sizes)?;
         let ids = Ids::assign(&config);
         let sweep = SweepThread::start(
@@ -256,6 +265,15 @@ impl Agent {
                 .iter()
                 .fold(0, |flags, one| flags | one.settings_flags),
         };
+        let ebpf = Arc::new(Mutex::new(ebpf));
+        // Nothing changes names while the agent runs.
+        let (_, names) = watch::channel(Arc::new(Names::of(&config, &ids, &attachments)));
+        let inspector = Inspector {
+            live: Live::new(live_maps, ebpf.clone()),
+            names,
+            sweep: sweep.handle(),
+            network: network.clone(),
+        };
         let mut agent = Self {
             notes: ids
                 .backends
@@ -294,7 +312,7 @@ impl Agent {
         agent.look_for_trouble().await?;
         agent.reconcile()?;
         agent.resolve_next_hops().await;
-        Ok(agent)
+        Ok((agent, inspector))
     }
 
     /// The loop.

@@ -4,10 +4,11 @@
 //! GET http://<metrics_address>/metrics        Prometheus text, see `metrics`
 //! GET http://<metrics_address>/               which way to go, for people
 //! GET /v1/status on the control socket        `Status` as JSON, for `forwarder status`
+//! /v1/explain, /v1/flows there                see `inspect`
 //! ```
 //!
 //! The agent's loop owns what there is to tell, so handlers ask it ([`StatusSource`]) and share no state with it.
-//! Nothing here changes anything. The control socket belongs to the agent's user (mode 0600); the metrics have no
+//! Nothing here changes anything, but for the deletion of flows. The control socket belongs to the agent's user (mode 0600); the metrics have no
 //! access control, so their address is a loopback one unless the operator says otherwise.
 
 use std::{
@@ -47,6 +48,11 @@ use crate::{error::Error, metrics, status::Status};
 
 /// Where the status is, on the control socket.
 pub const STATUS_PATH: &str = "/v1/status";
+
+/// Where packets are explained.
+pub const EXPLAIN_PATH: &str = "/v1/explain";
+/// Where flows are.
+pub const FLOWS_PATH: &str = "/v1/flows";
 
 /// Requests that wait for the agent's loop; beyond it askers wait to be queued.
 const QUEUE: usize = 16;
@@ -279,21 +285,24 @@ pub async fn serve_metrics(
     serve(listener, app, stop).await
 }
 
-/// Serves the control socket until `stop` completes, and removes its file.
+/// Serves the control socket until `stop` completes, and removes its file. `inspection` answers what does not need
+/// the agent's loop.
 ///
 /// # Errors
 /// The listener fails for good.
 pub async fn serve_control(
     socket: ControlSocket,
     source: StatusSource,
+    inspection: Router,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
     let ControlSocket { listener, file } = socket;
     let app = Router::new()
         .route(STATUS_PATH, get(answer_status))
+        .with_state(source)
+        .merge(inspection)
         .fallback(answer_not_found)
-        .method_not_allowed_fallback(answer_wrong_method)
-        .with_state(source);
+        .method_not_allowed_fallback(answer_wrong_method);
     let outcome = serve(listener, app, stop).await;
     drop(file);
     outcome
@@ -348,7 +357,7 @@ async fn answer_status(State(source): State<StatusSource>) -> Response {
 }
 
 async fn answer_not_found(uri: Uri) -> Response {
-    let hint = format!("there is {STATUS_PATH}");
+    let hint = format!("there are {STATUS_PATH}, {EXPLAIN_PATH} and {FLOWS_PATH}");
     refuse(
         StatusCode::NOT_FOUND,
         format!("nothing is at {}", uri.path()),
@@ -361,11 +370,12 @@ async fn answer_wrong_method(method: Method) -> Response {
     refuse(
         StatusCode::METHOD_NOT_ALLOWED,
         what,
-        Some("use GET: nothing can be changed"),
+        Some("GET reads; POST asks to explain packets, DELETE deletes flows"),
     )
 }
 
-fn refuse(code: StatusCode, what: String, hint: Option<&str>) -> Response {
+/// An error as an answer.
+pub fn refuse(code: StatusCode, what: String, hint: Option<&str>) -> Response {
     let error = ErrorText {
         what,
         hint: hint.map(str::to_owned),
@@ -455,7 +465,7 @@ mod tests {
         let (stop, told) = oneshot::channel();
         let socket = bind_control(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, CONTROL_MODE);
-        let server = tokio::spawn(serve_control(socket, source, stopped(told)));
+        let server = tokio::spawn(serve_control(socket, source, Router::new(), stopped(told)));
         let connect = || tokio::net::UnixStream::connect(&path);
 
         let (head, body) = exchange(connect().await.unwrap(), "GET /v1/status").await;
@@ -468,7 +478,7 @@ mod tests {
         assert!(head.starts_with("http/1.1 404"), "{head}");
         assert_eq!(
             body,
-            r#"{"error":{"what":"nothing is at /v2/status","hint":"there is /v1/status"}}"#
+            r#"{"error":{"what":"nothing is at /v2/status","hint":"there are /v1/status, /v1/explain and /v1/flows"}}"#
         );
         let (head, body) = exchange(connect().await.unwrap(), "DELETE /v1/status").await;
         assert!(head.starts_with("http/1.1 405"), "{head}");
@@ -487,7 +497,12 @@ mod tests {
         let (source, requests) = StatusSource::channel();
         drop(requests);
         let (_stop, told) = oneshot::channel();
-        let server = tokio::spawn(serve_control(bind_control(&path).unwrap(), source, stopped(told)));
+        let server = tokio::spawn(serve_control(
+            bind_control(&path).unwrap(),
+            source,
+            Router::new(),
+            stopped(told),
+        ));
         let (head, body) = exchange(
             tokio::net::UnixStream::connect(&path).await.unwrap(),
             "GET /v1/status",

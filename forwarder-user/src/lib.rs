@@ -5,6 +5,7 @@
 //!          |  \-> health, network, diagnose   what is going on out there
 //!          \---> datapath                     the kernel's objects; the only place that knows aya
 //! status -> metrics, api                 what is known, for people and programs
+//! explain, flows -> inspect -> api       looks at the data path beside the agent's loop
 //! ```
 
 pub mod agent;
@@ -14,7 +15,10 @@ pub mod config;
 pub mod datapath;
 pub mod diagnose;
 pub mod error;
+pub mod explain;
+pub mod flows;
 pub mod health;
+pub mod inspect;
 pub mod metrics;
 pub mod network;
 pub mod pool_watch;

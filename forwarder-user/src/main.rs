@@ -8,6 +8,8 @@ use clap::Parser;
 use forwarder_user::cli::{
     args::{Cli, Verb},
     check::check,
+    explain::explain,
+    flows::flows,
     output,
     run::run,
     status::status,
@@ -19,6 +21,8 @@ fn main() -> ExitCode {
         Verb::Run(args) => run(&args),
         Verb::Check(args) => check(&args),
         Verb::Status(args) => status(&args),
+        Verb::Explain(args) => explain(&args),
+        Verb::Flows(args) => flows(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

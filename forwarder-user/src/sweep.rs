@@ -13,12 +13,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use forwarder_common::abi::{backend::BackendId, listener::ListenerId};
+use forwarder_common::abi::{
+    backend::BackendId,
+    flow::{FlowBinding, FlowId},
+    listener::ListenerId,
+};
+use tokio::sync::oneshot;
 
 pub use crate::datapath::flows::Census;
 use crate::{
     config::{DEFAULT_HALF_OPEN_TIMEOUT, DEFAULT_IDLE_TIMEOUT},
-    datapath::flows::{Sweeper, Timeouts},
+    datapath::{
+        flows::{Sweeper, Timeouts},
+        times::FlowTimes,
+    },
     error::Error,
     reset::ResetSender,
 };
@@ -49,9 +57,42 @@ pub struct SweepThread {
     timeouts: Arc<Mutex<TimeoutTable>>,
     resets: Arc<Mutex<IdleResets>>,
     latest: Arc<Mutex<Result<Census, Error>>>,
-    /// Dropped to stop the thread.
-    stop: Option<mpsc::Sender<()>>,
+    handle: SweepHandle,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What others may ask of the thread.
+#[derive(Clone, Debug)]
+pub struct SweepHandle {
+    orders: mpsc::Sender<Order>,
+    times: Arc<FlowTimes>,
+}
+
+#[derive(Debug)]
+enum Order {
+    /// Delete these flows, if they are still there, and say how many were.
+    Delete(Vec<(FlowId, FlowBinding)>, oneshot::Sender<u64>),
+    Stop,
+}
+
+impl SweepHandle {
+    /// When flows were opened and used.
+    pub fn times(&self) -> &FlowTimes {
+        &self.times
+    }
+
+    /// Deletes flows, if they are still there; says how many were.
+    ///
+    /// # Errors
+    /// The agent is stopping.
+    pub async fn delete(&self, flows: Vec<(FlowId, FlowBinding)>) -> Result<u64, Error> {
+        let (sender, receiver) = oneshot::channel();
+        let stopping = || Error::failed("the agent is stopping");
+        self.orders
+            .send(Order::Delete(flows, sender))
+            .map_err(|_| stopping())?;
+        receiver.await.map_err(|_| stopping())
+    }
 }
 
 impl SweepThread {
@@ -60,11 +101,26 @@ impl SweepThread {
         let timeouts = Arc::new(Mutex::new(timeouts));
         let resets = Arc::new(Mutex::new(IdleResets::default()));
         let latest = Arc::new(Mutex::new(Ok(Census::default())));
-        let (stop, stopped) = mpsc::channel::<()>();
+        let (orders, ordered) = mpsc::channel();
+        let handle = SweepHandle {
+            orders,
+            times: sweeper.times(),
+        };
         let shared = (latest.clone(), timeouts.clone(), resets.clone());
         let thread = thread::spawn(move || {
             let started_at = Instant::now();
-            while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            let mut next_sweep = started_at + INTERVAL;
+            loop {
+                match ordered.recv_timeout(next_sweep.saturating_duration_since(Instant::now())) {
+                    Ok(Order::Delete(flows, done)) => {
+                        let deleted = flows.iter().filter(|(id, binding)| sweeper.delete(*id, binding));
+                        // Whoever asked may have gone.
+                        let _ = done.send(deleted.count() as u64);
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                }
                 let (latest, timeouts, resets) = &shared;
                 let table = lock(timeouts).clone();
                 let of = |listener| table.get(&listener).copied().unwrap_or(OF_NO_LISTENER);
@@ -76,15 +132,21 @@ impl SweepThread {
                     *resets.backends.entry(entry.backend).or_insert(0) += sent;
                 }
                 *lock(latest) = outcome;
+                next_sweep = Instant::now() + INTERVAL;
             }
         });
         Self {
             timeouts,
             resets,
             latest,
-            stop: Some(stop),
+            handle,
             thread: Some(thread),
         }
+    }
+
+    /// For those who look at flows or delete some.
+    pub fn handle(&self) -> SweepHandle {
+        self.handle.clone()
     }
 
     /// From the next sweep on these timeouts hold.
@@ -113,7 +175,8 @@ impl SweepThread {
 
 impl Drop for SweepThread {
     fn drop(&mut self) {
-        drop(self.stop.take());
+        // It may have ended already, by a panic.
+        let _ = self.handle.orders.send(Order::Stop);
         if let Some(thread) = self.thread.take() {
             // It ends by itself; a panic in it has aborted the process already.
             let _ = thread.join();

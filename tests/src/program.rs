@@ -35,7 +35,11 @@ use forwarder_common::{
     },
     datapath::{Action, Verdict},
 };
-use forwarder_user::datapath::{object, pod::AsPod};
+use forwarder_user::datapath::{
+    object,
+    pod::AsPod,
+    view::{self, Arrival, LiveMaps, Walk},
+};
 use nix::{
     errno::Errno,
     sched::{CloneFlags, unshare},
@@ -257,6 +261,22 @@ impl Kernel {
             (program, value) => bail!("{program:?} returned {value}"),
         };
         Ok((action, output))
+    }
+
+    /// The maps' other handles, for [`Self::explain`].
+    pub fn live_maps(&self) -> Result<LiveMaps> {
+        Ok(LiveMaps::open(&self.ebpf)?)
+    }
+
+    /// What would become of these frames.
+    pub fn explain(&self, maps: &LiveMaps, arrivals: &[Arrival<'_>]) -> Result<Vec<Walk>> {
+        Ok(view::walk(maps, &self.ebpf, arrivals)?)
+    }
+
+    /// One entry of the flow table.
+    pub fn flow(&mut self, id: FlowId) -> Result<FlowEntry> {
+        let flows: Array<_, AsPod<FlowEntry>> = Array::try_from(self.map(map_name::FLOWS)?)?;
+        Ok(flows.get(&id.0, 0)?.0)
     }
 
     fn map(&mut self, name: &str) -> Result<&mut aya::maps::Map> {

@@ -1,12 +1,11 @@
-//! The data path's surroundings in memory: `Tables` over vectors and hash maps, `Packet` over a vector, `Env`
-//! over a small network that `program` builds in the kernel as well.
+//! The data path's surroundings in memory: `Tables` over vectors and hash maps, `Env` over a small network that
+//! `program` builds in the kernel as well.
 //!
 //! Table sizes are those of the kernel's maps in ring 2 ([`SIZES`]), so that both fill up at the same entry.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     fmt::Debug,
-    marker::PhantomData,
     net::Ipv4Addr,
 };
 
@@ -26,17 +25,15 @@ use forwarder_common::{
         settings::Settings,
         snat::SnatRange,
     },
-    datapath::{
-        ChecksumOffload, Env, Gauge, Hook, Outcome, Packet, Route, Stop, Tables, TrafficEvent, pipeline,
-    },
-    wire::{Be16, Field16, Ipv4Address, LinkPair, MacAddress, WireHeader, checksum::Delta},
+    datapath::{Env, Gauge, Hook, Outcome, Route, Tables, TrafficEvent},
+    wire::{Be16, Ipv4Address, LinkPair, MacAddress},
 };
 use forwarder_user::{
-    datapath::{flows::FlowStore, object::Sizes},
+    datapath::{attach::AttachmentKind, flows::FlowStore, object::Sizes, packet},
     error::Error,
 };
 
-use crate::packet::{self, Mac};
+use crate::packet::Mac;
 
 /// How many entries the tables have.
 pub const SIZES: Sizes = Sizes {
@@ -360,22 +357,12 @@ impl MemoryTables {
 
     /// Runs the library on a frame as one of the programs would: what becomes of it, and its bytes then.
     pub fn forward(&mut self, program: Program, ifindex: u32, frame: &[u8]) -> (Outcome, Vec<u8>) {
-        match program {
-            Program::Native => self.forward_as::<Native>(ifindex, frame),
-            Program::Generic => self.forward_as::<Generic>(ifindex, frame),
-            Program::Tunnel => self.forward_as::<Tunnel>(ifindex, frame),
-        }
-    }
-
-    fn forward_as<K: Kind>(&mut self, ingress_ifindex: u32, frame: &[u8]) -> (Outcome, Vec<u8>) {
         let settings = self.settings;
-        let mut packet = MemoryPacket::<K>::new(frame);
         let mut env = MemoryEnv {
-            hook: K::HOOK,
-            ingress_ifindex,
+            hook: program.kind().hook(),
+            ingress_ifindex: ifindex,
         };
-        let outcome = pipeline::forward(&mut packet, self, &mut env, &settings);
-        (outcome, packet.bytes)
+        packet::forward(program.kind(), frame, self, &mut env, &settings)
     }
 }
 
@@ -565,96 +552,14 @@ pub enum Program {
     Tunnel,
 }
 
-/// What a program's packets are like.
-trait Kind {
-    const HOOK: Hook;
-    const CHECKSUM_OFFLOAD: ChecksumOffload;
-}
-
-struct Native;
-struct Generic;
-struct Tunnel;
-
-impl Kind for Native {
-    const HOOK: Hook = Hook::Xdp;
-    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::LostOnSend;
-}
-
-impl Kind for Generic {
-    const HOOK: Hook = Hook::XdpGeneric;
-    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kept;
-}
-
-impl Kind for Tunnel {
-    const HOOK: Hook = Hook::Tcx;
-    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kernel;
-}
-
-/// A frame in memory.
-struct MemoryPacket<K> {
-    bytes: Vec<u8>,
-    kind: PhantomData<K>,
-}
-
-impl<K> MemoryPacket<K> {
-    fn new(frame: &[u8]) -> Self {
-        Self {
-            bytes: frame.to_vec(),
-            kind: PhantomData,
+impl Program {
+    /// How the agent would attach it.
+    pub fn kind(self) -> AttachmentKind {
+        match self {
+            Self::Native => AttachmentKind::XdpNative,
+            Self::Generic => AttachmentKind::XdpGeneric,
+            Self::Tunnel => AttachmentKind::Tcx,
         }
-    }
-}
-
-impl<K: Kind> Packet for MemoryPacket<K> {
-    const CHECKSUM_OFFLOAD: ChecksumOffload = K::CHECKSUM_OFFLOAD;
-
-    fn header<H: WireHeader>(&mut self, offset: usize) -> Result<&mut H, Stop> {
-        match self.bytes.get_mut(offset..offset + size_of::<H>()) {
-            Some(bytes) => Ok(bytemuck::from_bytes_mut(bytes)),
-            None => Err(Stop::pass(Reason::TRUNCATED)),
-        }
-    }
-
-    fn frame_len(&self) -> usize {
-        self.bytes.len()
-    }
-
-    fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
-        match self.bytes.get(offset..offset + len) {
-            // The walk sums words as the machine reads them.
-            Some(bytes) => Ok(u32::from(packet::fold(packet::sum(bytes)).to_be())),
-            None => Err(Stop::pass(Reason::TRUNCATED)),
-        }
-    }
-
-    fn adjust_checksum(
-        &mut self,
-        offset: usize,
-        addresses: Delta,
-        ports: Delta,
-        is_optional: bool,
-    ) -> Result<(), Stop> {
-        let header = self.header::<Field16>(offset)?;
-        let (old, zero) = (header.value, Be16::new(0));
-        if is_optional && old == zero {
-            return Ok(());
-        }
-        let new = addresses.and(ports).apply(old);
-        header.value = if is_optional && new == zero {
-            Be16::new(0xffff)
-        } else {
-            new
-        };
-        Ok(())
-    }
-
-    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
-        if len > self.bytes.len() {
-            return Err(Stop::drop(Reason::INTERNAL));
-        }
-        self.bytes.truncate(len);
-        self.bytes.splice(..0, std::iter::repeat_n(0, front));
-        Ok(())
     }
 }
 

@@ -41,3 +41,5 @@ pub const PROGRAM_XDP: &str = "forwarder_xdp";
 pub const PROGRAM_XDP_GENERIC: &str = "forwarder_skb";
 /// tcx program for the ingress of tunnel devices.
 pub const PROGRAM_TUNNEL: &str = "forwarder_tunnel";
+/// XDP program that answers the agent's questions (`datapath::inquiry`) in test runs; attached nowhere.
+pub const PROGRAM_ASK: &str = "forwarder_ask";

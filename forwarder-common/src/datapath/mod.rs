@@ -28,6 +28,7 @@ pub mod backend;
 pub mod echo;
 pub mod flow;
 pub mod hash;
+pub mod inquiry;
 pub mod listener;
 pub mod mss;
 pub mod next_hop;

@@ -3,9 +3,14 @@
 //! Settings of a service have a twin in the environment, so that a unit file can give them. What the agent
 //! does with traffic is not here but in the configuration file.
 
-use std::path::PathBuf;
+use std::{net::SocketAddrV4, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{
+    explain::frame::Flag,
+    flows::{DEFAULT_LIMIT, Endpoints, FlowPhase},
+};
 
 /// Forwards traffic from listeners on VIPs to backends in other networks, by XDP.
 #[derive(Debug, Parser)]
@@ -21,6 +26,8 @@ pub enum Verb {
     Run(RunArgs),
     Check(CheckArgs),
     Status(StatusArgs),
+    Explain(ExplainArgs),
+    Flows(FlowsArgs),
 }
 
 /// Which configuration file is meant.
@@ -73,6 +80,15 @@ pub struct CheckArgs {
 /// Show listeners, groups, backends with their health, flows and rates of the running agent
 #[derive(Debug, Args)]
 pub struct StatusArgs {
+    #[command(flatten)]
+    pub agent: AgentArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Which agent is asked.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
     /// The agent's control socket (`control_socket` in its configuration)
     #[arg(
         long,
@@ -81,6 +97,99 @@ pub struct StatusArgs {
         default_value = crate::config::validate::DEFAULT_CONTROL_SOCKET
     )]
     pub socket: PathBuf,
+}
+
+/// Say what the data path would do to a packet, step by step, from its live tables; changes nothing
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    forwarder explain tcp 192.0.2.7:51000 198.51.100.10:443\n  \
+    forwarder explain tcp 10.20.0.5:8443 100.64.0.2:20113 --flags syn,ack\n  \
+    forwarder explain --pcap FILE --interface eth0")]
+pub struct ExplainArgs {
+    /// The packet's protocol
+    #[arg(
+        value_name = "PROTOCOL",
+        required_unless_present = "pcap",
+        requires = "destination"
+    )]
+    pub protocol: Option<TransportName>,
+    /// Where the packet is from
+    #[arg(value_name = "SOURCE:PORT")]
+    pub source: Option<SocketAddrV4>,
+    /// Where the packet goes
+    #[arg(value_name = "DESTINATION:PORT")]
+    pub destination: Option<SocketAddrV4>,
+    /// Explain the packets of a capture (pcap or pcapng) one after another, each as if those before it had passed
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["protocol", "source", "destination", "flags", "ttl", "length"]
+    )]
+    pub pcap: Option<PathBuf>,
+    /// Where the packet arrives [default: the interface that leads to its source]
+    #[arg(long, value_name = "NAME")]
+    pub interface: Option<String>,
+    /// TCP flags, separated by commas: syn, ack, fin, rst, psh, urg
+    #[arg(long, value_name = "FLAGS", value_delimiter = ',', default_value = "syn")]
+    pub flags: Vec<Flag>,
+    /// Time to live
+    #[arg(long, value_name = "HOPS", default_value_t = 64)]
+    pub ttl: u8,
+    /// Length of the IP packet [default: no payload]
+    #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
+    pub length: u16,
+    #[command(flatten)]
+    pub agent: AgentArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// A transport protocol that flows have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TransportName {
+    Tcp,
+    Udp,
+}
+
+/// List, count or delete live flows
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    forwarder flows --client 192.0.2.0/24 --state established\n  \
+    forwarder flows --count --backend web-eu/ecs01\n  \
+    forwarder flows --delete --client 192.0.2.7")]
+pub struct FlowsArgs {
+    /// Only flows of these clients
+    #[arg(long, value_name = "ADDRESS[/LENGTH][:PORT]")]
+    pub client: Option<Endpoints>,
+    /// Only flows to these VIPs
+    #[arg(long, value_name = "ADDRESS[/LENGTH][:PORT]")]
+    pub vip: Option<Endpoints>,
+    /// Only flows of this backend: NAME, GROUP/NAME or ADDRESS[/LENGTH][:PORT]
+    #[arg(long, value_name = "BACKEND")]
+    pub backend: Option<String>,
+    /// Only flows of this listener
+    #[arg(long, value_name = "NAME")]
+    pub listener: Option<String>,
+    /// Only flows of this protocol
+    #[arg(long, value_name = "PROTOCOL")]
+    pub protocol: Option<TransportName>,
+    /// Only flows in this state: half_open, established, closing, closed (TCP), active, idle (UDP)
+    #[arg(long, value_name = "STATE")]
+    pub state: Option<FlowPhase>,
+    /// Most flows to list
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_LIMIT)]
+    pub limit: usize,
+    /// Say how many there are, list none
+    #[arg(long, conflicts_with_all = ["limit", "delete"])]
+    pub count: bool,
+    /// Delete them: connections break, and their bindings are free again after a minute
+    #[arg(long, conflicts_with = "limit")]
+    pub delete: bool,
+    /// With --delete and without a filter: all flows
+    #[arg(long, requires = "delete")]
+    pub all: bool,
+    #[command(flatten)]
+    pub agent: AgentArgs,
     #[command(flatten)]
     pub output: OutputArgs,
 }
@@ -115,6 +224,12 @@ mod tests {
         A::from_arg_matches(&command.get_matches_from(line)).unwrap()
     }
 
+    /// Is this wrong for a verb?
+    fn refused<A: Args>(line: &[&str]) -> bool {
+        let command = A::augment_args(Command::new("verb").no_binary_name(true));
+        command.try_get_matches_from(line).is_err()
+    }
+
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
@@ -133,7 +248,45 @@ mod tests {
     #[test]
     fn status_asks_the_default_socket_for_text() {
         let args: StatusArgs = read(&[]);
-        assert_eq!(args.socket, PathBuf::from("/run/forwarder/control.sock"));
+        assert_eq!(args.agent.socket, PathBuf::from("/run/forwarder/control.sock"));
         assert_eq!(args.output.output, OutputFormat::Text);
+    }
+
+    #[test]
+    fn explain_takes_a_packet_or_a_capture() {
+        let packet = ["tcp", "192.0.2.7:51000", "198.51.100.10:443"];
+        let args: ExplainArgs = read(&[&packet[..], &["--flags", "fin,ack", "--ttl", "3"]].concat());
+        assert_eq!(args.protocol, Some(TransportName::Tcp));
+        assert_eq!(args.destination, Some("198.51.100.10:443".parse().unwrap()));
+        assert_eq!((args.flags, args.ttl), (vec![Flag::Fin, Flag::Ack], 3));
+        let args: ExplainArgs = read(&["--pcap", "a.pcap", "--interface", "eth0"]);
+        assert_eq!(args.pcap, Some(PathBuf::from("a.pcap")));
+        assert_eq!(args.flags, [Flag::Syn]);
+
+        for line in [
+            &[][..],
+            &packet[..2],
+            &["tcp", "192.0.2.7", "198.51.100.10:443"],
+            &["icmp", "192.0.2.7:1", "198.51.100.10:1"],
+            &["--pcap", "a.pcap", "tcp", "192.0.2.7:51000", "198.51.100.10:443"],
+            &[&packet[..], &["--flags", "xmas"]].concat(),
+        ] {
+            assert!(refused::<ExplainArgs>(line), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn flows_are_filtered_counted_or_deleted() {
+        let args: FlowsArgs = read(&["--client", "192.0.2.0/24:443", "--state", "half_open"]);
+        assert_eq!(args.client, Some("192.0.2.0/24:443".parse().unwrap()));
+        assert_eq!((args.state, args.limit), (Some(FlowPhase::HalfOpen), 1000));
+        for line in [
+            &["--client", "web"][..],
+            &["--state", "open"],
+            &["--count", "--delete"],
+            &["--all"],
+        ] {
+            assert!(refused::<FlowsArgs>(line), "{line:?}");
+        }
     }
 }

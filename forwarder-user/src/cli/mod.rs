@@ -4,7 +4,10 @@
 //! to stdout, talk and errors to stderr.
 
 pub mod args;
+pub mod ask;
 pub mod check;
+pub mod explain;
+pub mod flows;
 pub mod output;
 pub mod run;
 pub mod status;

@@ -21,6 +21,12 @@ pub fn text(text: &str) -> Result<(), Error> {
     written(writeln!(stdout, "{text}").and_then(|()| stdout.flush()))
 }
 
+/// Writes a line of talk to stderr.
+pub fn talk(text: &str) {
+    // There is no other place to say that it can't be written.
+    let _ = writeln!(anstream::stderr().lock(), "{text}");
+}
+
 /// Writes `answer` to stdout as indented JSON.
 ///
 /// # Errors

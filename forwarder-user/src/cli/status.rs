@@ -2,30 +2,20 @@
 //!
 //! Draws the agent's [`Status`] for people, or prints it as JSON. Asks and changes nothing else.
 
-use std::{io, path::Path, time::Duration};
-
 use anstyle::Style;
 use forwarder_common::abi::reason::DESCRIPTIONS;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{Request, StatusCode, body::Bytes, client::conn::http1, header::HOST};
-use hyper_util::rt::TokioIo;
-use tokio::{net::UnixStream, time::timeout};
 
 use super::{
     args::{OutputFormat, StatusArgs},
-    output,
+    ask, output,
     table::{Align, lines},
 };
 use crate::{
-    api::{ErrorBody, STATUS_PATH},
-    error::{Error, Errors},
+    api::STATUS_PATH,
+    error::Errors,
     status::{BackendStatus, DiagnosisStatus, GroupStatus, PoolStatus, Rates, Status},
 };
 
-/// Longer than the agent itself waits for its loop, so that its own words arrive.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of the longest answer that is read: 10 000 backends take about 8 MB.
-const MAX_ANSWER: usize = 256 << 20;
 /// From which share on the pool's use is worth a remark.
 const POOL_NEARLY_USED: f64 = 0.8;
 
@@ -36,85 +26,12 @@ const TITLE: Style = Style::new().bold();
 /// # Errors
 /// No agent answers, rights are missing, or the answer can't be written.
 pub fn status(args: &StatusArgs) -> Result<(), Errors> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| Error::host(format!("cannot wait for an answer: {error}")))?;
-    let status = runtime.block_on(async {
-        timeout(ANSWER_TIMEOUT, ask(&args.socket))
-            .await
-            .unwrap_or_else(|_| {
-                let what = format!("the agent on {} does not answer", args.socket.display());
-                Err(Error::failed(what).hint("see its log: `journalctl -u forwarder`"))
-            })
-    })?;
+    let status = ask::get(&args.agent.socket, STATUS_PATH)?;
     match args.output.output {
         OutputFormat::Text => output::text(&draw(&status))?,
         OutputFormat::Json => output::json(&status)?,
     }
     Ok(())
-}
-
-async fn ask(socket: &Path) -> Result<Status, Error> {
-    let stream = UnixStream::connect(socket)
-        .await
-        .map_err(|error| not_connected(socket, &error))?;
-    let (code, body) = exchange(stream)
-        .await
-        .map_err(|error| Error::failed(format!("the agent on {} broke off: {error}", socket.display())))?;
-    if code != StatusCode::OK {
-        return Err(match serde_json::from_slice::<ErrorBody>(&body) {
-            Ok(ErrorBody { error }) => {
-                let refused = Error::failed(error.what);
-                match error.hint {
-                    Some(hint) => refused.hint(hint),
-                    None => refused,
-                }
-            }
-            Err(_) => Error::failed(format!("{} answers HTTP status {code}", socket.display()))
-                .hint("is this the control socket of an agent?"),
-        });
-    }
-    serde_json::from_slice(&body).map_err(|error| {
-        Error::failed(format!("the agent's answer is of another shape: {error}"))
-            .hint("the agent is of another version: use its own binary, or restart it")
-    })
-}
-
-fn not_connected(socket: &Path, error: &io::Error) -> Error {
-    let path = socket.display();
-    match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::failed(format!(
-            "no agent answers on {path}"
-        ))
-        .hint(
-            "start one with `forwarder run -c FILE` or `systemctl start forwarder`; if its configuration has \
-                 another agent.control_socket, name that with --socket",
-        ),
-        io::ErrorKind::PermissionDenied => Error::host(format!("no permission to ask the agent on {path}"))
-            .hint("run this as root, or as the user that the agent runs as"),
-        _ => Error::failed(format!("cannot ask the agent on {path}: {error}")),
-    }
-}
-
-/// One request and its answer.
-async fn exchange(
-    stream: UnixStream,
-) -> Result<(StatusCode, Bytes), Box<dyn std::error::Error + Send + Sync>> {
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    let request = Request::get(STATUS_PATH)
-        .header(HOST, "agent")
-        .body(Empty::<Bytes>::new())?;
-    let answer = async move {
-        let answer = sender.send_request(request).await?;
-        let code = answer.status();
-        let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await?;
-        Ok((code, body.to_bytes()))
-    };
-    // The connection moves the bytes; that it ends well or badly shows in the answer.
-    tokio::pin!(answer);
-    tokio::select! {
-        answer = &mut answer => answer,
-        _ = connection => answer.await,
-    }
 }
 
 /// The status as text for a terminal.
@@ -346,7 +263,7 @@ fn byte_rate(rate: f64) -> String {
 }
 
 /// A duration in its two largest units.
-fn duration(secs: u64) -> String {
+pub(super) fn duration(secs: u64) -> String {
     let (days, hours, minutes) = (secs / 86_400, secs / 3600 % 24, secs / 60 % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{secs} s"),
@@ -361,10 +278,7 @@ mod tests {
     use anstream::adapter::strip_str;
 
     use super::*;
-    use crate::{
-        api::{StatusSource, bind_control, serve_control},
-        status::testing::{assert_same_as_file, sample},
-    };
+    use crate::status::testing::{assert_same_as_file, sample};
 
     fn plain(status: &Status) -> String {
         strip_str(&draw(status)).to_string()
@@ -432,40 +346,5 @@ mod tests {
             [0.0, 0.6667, 0.9994, 0.9996, 1.0].map(share),
             ["0.0%", "66.7%", "99.9%", "100%", "100%"]
         );
-    }
-
-    #[tokio::test]
-    async fn the_agent_is_asked_over_its_socket() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("control.sock");
-        let (source, mut requests) = StatusSource::channel();
-        let server = tokio::spawn(serve_control(
-            bind_control(&path).unwrap(),
-            source,
-            std::future::pending(),
-        ));
-        let (answer, ()) = tokio::join!(ask(&path), async {
-            requests.next().await.unwrap().answer(sample());
-        });
-        assert_eq!(answer.unwrap(), sample());
-
-        // And its refusals arrive in its own words.
-        drop(requests);
-        assert_eq!(ask(&path).await.unwrap_err().what, "the agent is stopping");
-        server.abort();
-    }
-
-    #[tokio::test]
-    async fn without_an_agent_the_hint_says_how_to_start_one() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("control.sock");
-        let missing = ask(&path).await.unwrap_err();
-        assert_eq!(missing.what, format!("no agent answers on {}", path.display()));
-        assert!(missing.hint.as_ref().unwrap().contains("forwarder run"));
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        assert_eq!(ask(&path).await.unwrap_err(), missing);
-        let denied = not_connected(&path, &io::ErrorKind::PermissionDenied.into());
-        assert_eq!(denied.exit_code, crate::error::EXIT_HOST);
-        assert!(denied.hint.is_some());
     }
 }

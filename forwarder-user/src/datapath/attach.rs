@@ -9,9 +9,12 @@ use aya::{
     programs::{SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
     util::KernelVersion,
 };
-use forwarder_common::abi::{
-    interface::{Interface, flag},
-    map_name, settings,
+use forwarder_common::{
+    abi::{
+        interface::{Interface, flag},
+        map_name, settings,
+    },
+    datapath::Hook,
 };
 
 use super::object::{kernel_error, program};
@@ -48,6 +51,15 @@ impl AttachmentKind {
             Self::XdpNative => "xdp-native",
             Self::XdpGeneric => "xdp-generic",
             Self::Tcx => "tcx",
+        }
+    }
+
+    /// Where the program's packets come from, as the walk knows it.
+    pub fn hook(self) -> Hook {
+        match self {
+            Self::XdpNative => Hook::Xdp,
+            Self::XdpGeneric => Hook::XdpGeneric,
+            Self::Tcx => Hook::Tcx,
         }
     }
 }

@@ -5,19 +5,19 @@
 //! allows. An entry is freed in two steps: its keys leave the flow index in one sweep, its number goes back to
 //! the free list in a later one, when no packet that was under way can be using it.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use forwarder_common::{
     abi::{
         backend::BackendId,
-        flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
+        flow::{Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         listener::ListenerId,
     },
     datapath::tcp_state::{CLOSED_TIMEOUT, Phase},
     wire::ipv4::PROTOCOL_TCP,
 };
 
-use super::{maps::FlowMaps, object::kernel_error, pod::AsPod};
+use super::{maps::FlowMaps, object::kernel_error, pod::AsPod, times::FlowTimes};
 use crate::error::Error;
 
 /// Flows of a listener or backend at the time of a sweep.
@@ -129,8 +129,7 @@ impl FlowStore for FlowMaps {
 /// Sweeps a flow table.
 pub struct Sweeper<S = FlowMaps> {
     store: S,
-    /// Per entry: when a packet was last seen, in seconds since the first sweep.
-    last_seen_secs: Vec<u32>,
+    times: Arc<FlowTimes>,
 }
 
 impl<S: FlowStore> Sweeper<S> {
@@ -147,11 +146,31 @@ impl<S: FlowStore> Sweeper<S> {
 
     /// Takes charge of a flow table in use.
     pub fn resume(store: S) -> Self {
-        let last_seen_secs = vec![0; store.capacity() as usize];
-        Self {
-            store,
-            last_seen_secs,
+        let times = Arc::new(FlowTimes::new(store.capacity()));
+        Self { store, times }
+    }
+
+    /// When flows were opened and used, for others to read.
+    pub fn times(&self) -> Arc<FlowTimes> {
+        self.times.clone()
+    }
+
+    /// Removes a flow whether or not it is in use, unless another has its place by now; `true`: it did. The number is
+    /// held back from now on, as the connection's ends may not know yet.
+    pub fn delete(&mut self, id: FlowId, binding: &FlowBinding) -> bool {
+        let entry = self.store.read(id);
+        if entry.state != FlowState::LIVE || entry.binding != *binding {
+            return false;
         }
+        // First, so that a packet under way finds no live flow, whichever key it came by.
+        self.store.set_state(id, FlowState::UNLINKED);
+        self.store.remove_key(&binding.request_key());
+        if binding.is_dnat() {
+            self.store.remove_key(&binding.reply_key());
+        }
+        self.leave(id, &entry);
+        self.times.found_used(id, true);
+        true
     }
 
     /// What it works on.
@@ -168,21 +187,19 @@ impl<S: FlowStore> Sweeper<S> {
         now: Duration,
         timeouts: impl Fn(ListenerId) -> Timeouts,
     ) -> Result<Census, Error> {
-        let now_secs = now.as_secs() as u32;
+        self.times.set_now(now.as_secs() as u32);
         let mut census = Census::default();
         for number in 0..self.store.capacity() {
             let id = FlowId(number);
             let state = self.store.state(id);
             if state == FlowState::FREE {
+                self.times.found_free(id);
                 continue;
             }
             census.used += 1;
             let was_seen = self.store.take_seen(id);
-            let last_seen_secs = &mut self.last_seen_secs[number as usize];
-            if was_seen {
-                *last_seen_secs = now_secs;
-            }
-            let idle = Duration::from_secs(u64::from(now_secs.saturating_sub(*last_seen_secs)));
+            self.times.found_used(id, was_seen);
+            let idle = Duration::from_secs(u64::from(self.times.idle_secs(id)));
             if state == FlowState::UNLINKED {
                 // Its connection has ended, so what held its keys back holds the number back as well.
                 if idle >= CLOSED_TIMEOUT {

@@ -21,10 +21,10 @@ use super::{
 };
 use crate::error::Error;
 
-type Table<V> = Array<MapData, AsPod<V>>;
+pub(super) type Table<V> = Array<MapData, AsPod<V>>;
 /// aya's key holds the number of bits apart from these three words: see `abi::listener`.
-type Trie<V> = LpmTrie<MapData, [u32; 3], AsPod<V>>;
-type Hash<K, V> = HashMap<MapData, AsPod<K>, AsPod<V>>;
+pub(super) type Trie<V> = LpmTrie<MapData, [u32; 3], AsPod<V>>;
+pub(super) type Hash<K, V> = HashMap<MapData, AsPod<K>, AsPod<V>>;
 
 /// What the writer writes.
 pub struct ControlMaps {

@@ -1,7 +1,8 @@
 //! The agent's side of the kernel's objects: load, attach, write, read. The only place that knows aya.
 //!
 //! `object` loads, `attach` hooks programs to interfaces, `maps` has typed handles, `writer` executes the plan,
-//! `counters` and `flows` read, `memory` maps the two tables that are too large for system calls.
+//! `counters` and `flows` read, `memory` maps the two tables that are too large for system calls,
+//! `view` lets the walk read without writing.
 
 pub mod attach;
 pub mod counters;
@@ -9,5 +10,8 @@ pub mod flows;
 pub mod maps;
 pub mod memory;
 pub mod object;
+pub mod packet;
 pub mod pod;
+pub mod times;
+pub mod view;
 pub mod writer;

@@ -52,7 +52,11 @@ pub fn load(sizes: &Sizes) -> Result<Ebpf, Error> {
         .map_max_entries(map_name::INTERFACES, sizes.interfaces)
         .load(OBJECT)
         .map_err(|error| refused("create the maps", &error))?;
-    for name in [map_name::PROGRAM_XDP, map_name::PROGRAM_XDP_GENERIC] {
+    for name in [
+        map_name::PROGRAM_XDP,
+        map_name::PROGRAM_XDP_GENERIC,
+        map_name::PROGRAM_ASK,
+    ] {
         let program: &mut Xdp = program(&mut ebpf, name)?;
         program.load().map_err(|error| refused_program(name, &error))?;
     }

@@ -5,4 +5,5 @@
 
 pub mod desired;
 pub mod ids;
+pub mod names;
 pub mod plan;

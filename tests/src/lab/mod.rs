@@ -34,7 +34,7 @@ pub use process::Process;
 pub use wait::wait_until;
 
 /// Programs that labs use, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 10] = [
+const PROGRAMS: [(&str, &str); 11] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("ethtool", "ethtool"),
@@ -45,6 +45,7 @@ const PROGRAMS: [(&str, &str); 10] = [
     ("ping", "iputils-ping"),
     ("wrk", "wrk"),
     ("bpftool", "bpftool"),
+    ("tcpdump", "tcpdump"),
 ];
 
 /// Whether a lab ends with this process.

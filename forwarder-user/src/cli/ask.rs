@@ -1,0 +1,197 @@
+//! The way to the agent: one request over its control socket, one answer in JSON.
+
+use std::{io, path::Path, time::Duration};
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{
+    Method, Request, StatusCode,
+    body::Bytes,
+    client::conn::http1,
+    header::{CONTENT_TYPE, HOST},
+};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{net::UnixStream, time::timeout};
+
+use crate::{api::ErrorBody, error::Error};
+
+/// Longer than the agent itself waits for its loop, so that its own words arrive.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of the longest answer that is read: 10 000 backends take about 8 MB, a million flows about 300.
+const MAX_ANSWER: usize = 512 << 20;
+
+/// What the agent answers to GET.
+///
+/// # Errors
+/// No agent answers, rights are missing, or it refuses.
+pub fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, Error> {
+    ask(socket, Method::GET, path, &[])
+}
+
+/// What the agent answers to DELETE.
+///
+/// # Errors
+/// As for [`get`].
+pub fn delete<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, Error> {
+    ask(socket, Method::DELETE, path, &[])
+}
+
+/// What the agent answers to POST with this as JSON.
+///
+/// # Errors
+/// As for [`get`].
+pub fn post<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl Serialize) -> Result<T, Error> {
+    let body = serde_json::to_vec(body)
+        .map_err(|error| Error::failed(format!("cannot write the request as JSON: {error}")))?;
+    ask(socket, Method::POST, path, &body)
+}
+
+fn ask<T: DeserializeOwned>(socket: &Path, method: Method, path: &str, body: &[u8]) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::host(format!("cannot wait for an answer: {error}")))?;
+    runtime.block_on(async {
+        timeout(ANSWER_TIMEOUT, exchange(socket, method, path, body))
+            .await
+            .unwrap_or_else(|_| {
+                let what = format!("the agent on {} does not answer", socket.display());
+                Err(Error::failed(what).hint("see its log: `journalctl -u forwarder`"))
+            })
+    })
+}
+
+async fn exchange<T: DeserializeOwned>(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: &[u8],
+) -> Result<T, Error> {
+    let stream = UnixStream::connect(socket)
+        .await
+        .map_err(|error| not_connected(socket, &error))?;
+    let (code, body) = send(stream, method, path, body)
+        .await
+        .map_err(|error| Error::failed(format!("the agent on {} broke off: {error}", socket.display())))?;
+    if code != StatusCode::OK {
+        return Err(match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(ErrorBody { error }) => {
+                let refused = if code == StatusCode::BAD_REQUEST {
+                    Error::usage(error.what)
+                } else {
+                    Error::failed(error.what)
+                };
+                match error.hint {
+                    Some(hint) => refused.hint(hint),
+                    None => refused,
+                }
+            }
+            Err(_) => Error::failed(format!("{} answers HTTP status {code}", socket.display()))
+                .hint("is this the control socket of an agent?"),
+        });
+    }
+    serde_json::from_slice(&body).map_err(|error| {
+        Error::failed(format!("the agent's answer is of another shape: {error}"))
+            .hint("the agent is of another version: use its own binary, or restart it")
+    })
+}
+
+fn not_connected(socket: &Path, error: &io::Error) -> Error {
+    let path = socket.display();
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::failed(format!(
+            "no agent answers on {path}"
+        ))
+        .hint(
+            "start one with `forwarder run -c FILE` or `systemctl start forwarder`; if its configuration has \
+                 another agent.control_socket, name that with --socket",
+        ),
+        io::ErrorKind::PermissionDenied => Error::host(format!("no permission to ask the agent on {path}"))
+            .hint("run this as root, or as the user that the agent runs as"),
+        _ => Error::failed(format!("cannot ask the agent on {path}: {error}")),
+    }
+}
+
+/// One request and its answer.
+async fn send(
+    stream: UnixStream,
+    method: Method,
+    path: &str,
+    body: &[u8],
+) -> Result<(StatusCode, Bytes), Box<dyn std::error::Error + Send + Sync>> {
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(HOST, "agent")
+        .header(CONTENT_TYPE, "application/json")
+        .body(Full::new(Bytes::copy_from_slice(body)))?;
+    let answer = async move {
+        let answer = sender.send_request(request).await?;
+        let code = answer.status();
+        let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await?;
+        Ok((code, body.to_bytes()))
+    };
+    // The connection moves the bytes; that it ends well or badly shows in the answer.
+    tokio::pin!(answer);
+    tokio::select! {
+        answer = &mut answer => answer,
+        _ = connection => answer.await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        api::{STATUS_PATH, StatusSource, bind_control, serve_control},
+        status::{Status, testing::sample},
+    };
+
+    #[tokio::test]
+    async fn the_agent_is_asked_over_its_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control.sock");
+        let (source, mut requests) = StatusSource::channel();
+        let server = tokio::spawn(serve_control(
+            bind_control(&path).unwrap(),
+            source,
+            axum::Router::new(),
+            std::future::pending(),
+        ));
+        let (answer, ()) = tokio::join!(exchange::<Status>(&path, Method::GET, STATUS_PATH, &[]), async {
+            requests.next().await.unwrap().answer(sample());
+        });
+        assert_eq!(answer.unwrap(), sample());
+
+        // And its refusals arrive in its own words.
+        drop(requests);
+        assert_eq!(
+            exchange::<Status>(&path, Method::GET, STATUS_PATH, &[])
+                .await
+                .unwrap_err()
+                .what,
+            "the agent is stopping"
+        );
+        server.abort();
+    }
+
+    #[tokio::test]
+    async fn without_an_agent_the_hint_says_how_to_start_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control.sock");
+        let missing = exchange::<Status>(&path, Method::GET, STATUS_PATH, &[])
+            .await
+            .unwrap_err();
+        assert_eq!(missing.what, format!("no agent answers on {}", path.display()));
+        assert!(missing.hint.as_ref().unwrap().contains("forwarder run"));
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert_eq!(
+            exchange::<Status>(&path, Method::GET, STATUS_PATH, &[])
+                .await
+                .unwrap_err(),
+            missing
+        );
+        let denied = not_connected(&path, &io::ErrorKind::PermissionDenied.into());
+        assert_eq!(denied.exit_code, crate::error::EXIT_HOST);
+        assert!(denied.hint.is_some());
+    }
+}

@@ -1,0 +1,127 @@
+//! A frame in memory, and the walk over it as each of the programs would do it.
+
+use std::marker::PhantomData;
+
+use forwarder_common::{
+    abi::{reason::Reason, settings::Settings},
+    datapath::{ChecksumOffload, Env, Outcome, Packet, Stop, Tables, pipeline},
+    wire::{
+        Be16, Field16, WireHeader,
+        checksum::{self, Delta},
+    },
+};
+
+use super::attach::AttachmentKind;
+
+/// Runs the library on a frame as the program of this kind would: what becomes of it, and its bytes then. `env`
+/// stands for the same hook.
+pub fn forward<T: Tables, E: Env>(
+    kind: AttachmentKind,
+    frame: &[u8],
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+) -> (Outcome, Vec<u8>) {
+    match kind {
+        AttachmentKind::XdpNative => forward_as::<Native, T, E>(frame, tables, env, settings),
+        AttachmentKind::XdpGeneric => forward_as::<Generic, T, E>(frame, tables, env, settings),
+        AttachmentKind::Tcx => forward_as::<Tunnel, T, E>(frame, tables, env, settings),
+    }
+}
+
+fn forward_as<K: Kind, T: Tables, E: Env>(
+    frame: &[u8],
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+) -> (Outcome, Vec<u8>) {
+    let mut packet = MemoryPacket::<K> {
+        bytes: frame.to_vec(),
+        kind: PhantomData,
+    };
+    let outcome = pipeline::forward(&mut packet, tables, env, settings);
+    (outcome, packet.bytes)
+}
+
+/// How a program's packets treat checksums.
+trait Kind {
+    const CHECKSUM_OFFLOAD: ChecksumOffload;
+}
+
+struct Native;
+struct Generic;
+struct Tunnel;
+
+impl Kind for Native {
+    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::LostOnSend;
+}
+
+impl Kind for Generic {
+    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kept;
+}
+
+impl Kind for Tunnel {
+    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kernel;
+}
+
+struct MemoryPacket<K> {
+    bytes: Vec<u8>,
+    kind: PhantomData<K>,
+}
+
+impl<K: Kind> Packet for MemoryPacket<K> {
+    const CHECKSUM_OFFLOAD: ChecksumOffload = K::CHECKSUM_OFFLOAD;
+
+    fn header<H: WireHeader>(&mut self, offset: usize) -> Result<&mut H, Stop> {
+        match self.bytes.get_mut(offset..offset + size_of::<H>()) {
+            Some(bytes) => Ok(bytemuck::from_bytes_mut(bytes)),
+            None => Err(Stop::pass(Reason::TRUNCATED)),
+        }
+    }
+
+    fn frame_len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
+        let Some(bytes) = self.bytes.get(offset..offset + len) else {
+            return Err(Stop::pass(Reason::TRUNCATED));
+        };
+        let sum = bytes.chunks(2).fold(0, |sum, pair| {
+            let word = u16::from_ne_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]);
+            u32::from(checksum::fold(sum + u32::from(word)))
+        });
+        Ok(sum)
+    }
+
+    fn adjust_checksum(
+        &mut self,
+        offset: usize,
+        addresses: Delta,
+        ports: Delta,
+        is_optional: bool,
+    ) -> Result<(), Stop> {
+        let header = self.header::<Field16>(offset)?;
+        let (old, zero) = (header.value, Be16::new(0));
+        if is_optional && old == zero {
+            return Ok(());
+        }
+        let new = addresses.and(ports).apply(old);
+        // RFC 768: a computed checksum of zero is sent as all ones, as zero means "none".
+        header.value = if is_optional && new == zero {
+            Be16::new(0xffff)
+        } else {
+            new
+        };
+        Ok(())
+    }
+
+    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
+        if len > self.bytes.len() {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        self.bytes.truncate(len);
+        self.bytes.splice(..0, std::iter::repeat_n(0, front));
+        Ok(())
+    }
+}
