@@ -112,7 +112,16 @@ impl Site {
             configuration =
                 configuration.backend(GROUP, &format!("b{number}"), *backend.ip(), backend.port(), 1);
         }
-        configuration.listener("web", *VIP.ip(), VIP.port(), "tcp", GROUP)
+        configuration.table(
+            "listener.web",
+            &[
+                ("vip", &quoted(VIP.ip())),
+                ("port", &VIP.port().to_string()),
+                ("group", &quoted(&GROUP)),
+                // Nobody talks while the others are being opened.
+                ("idle_timeout", "\"1h\""),
+            ],
+        )
     }
 
     fn start(&self, configuration: &Configuration) -> Result<Agent> {
@@ -161,7 +170,12 @@ fn await_used(agent: &Agent, used: usize, deadline: Duration) -> Result<Status> 
     let what = format!("{used} bindings to be in use");
     let (status, after) = wait_until(&what, deadline, || {
         let status = agent.status()?;
-        ensure!(status.pool.used == used as u64, "{:?}", status.pool);
+        ensure!(
+            status.pool.used == used as u64,
+            "{:?}, {:?}",
+            status.pool,
+            status.listeners[0].traffic
+        );
         Ok(status)
     })?;
     println!("{used} bindings in use after {:.1} s", after.as_secs_f64());
@@ -178,7 +192,7 @@ fn play(backends: u8, connections: usize, test: impl FnOnce(&Site) -> Result<()>
     if outcome.is_err() {
         println!(
             "the agent's log ends so:\n{}",
-            lab::tail(&agent::log(&site.lab), 40)
+            lab::tail(&agent::log(&site.lab), 60)
         );
     }
     outcome

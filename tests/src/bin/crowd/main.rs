@@ -23,6 +23,8 @@ use tokio::{
 
 /// How long a client waits for anything.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Failures after which a command is given up: each may have taken as long as the patience.
+const ENOUGH: usize = 3;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 4096;
 
@@ -135,6 +137,9 @@ fn open<'a>(
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => tally.refused += 1,
             Err(error) => tally.fail(&error),
         }
+        if tally.failed >= ENOUGH {
+            break;
+        }
     }
     tally
 }
@@ -166,6 +171,9 @@ fn talk(connections: &mut [Connection]) -> Tally {
             Ok(()) if answer[0] == *identity => tally.done += 1,
             Ok(()) => tally.wrong += 1,
             Err(error) => tally.fail(&error),
+        }
+        if tally.failed >= ENOUGH {
+            break;
         }
     }
     tally
