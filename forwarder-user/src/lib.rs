@@ -14,6 +14,7 @@ pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod diagnose;
+pub mod doctor;
 pub mod error;
 pub mod explain;
 pub mod flows;

@@ -1,0 +1,419 @@
+//! Backends: who answers whom, and through which interface.
+
+use ipnet::Ipv4Net;
+
+use super::networks::{captures, in_table};
+use crate::{
+    config::Probe,
+    diagnose::{
+        self, Diagnosis,
+        fix::{Fix, Host, device_of},
+    },
+    doctor::{
+        checks::{attach, file, restart},
+        facts::{Attempt, Backend, Facts},
+        finding::{Cause, Finding, Severity},
+    },
+    health::ProbeFailure,
+    network::TABLE_MAIN,
+};
+
+/// `networks` is what is known of overlapping networks: whatever they capture needs no other explanation.
+pub(super) fn check(facts: &Facts, networks: &[Finding]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for backend in &facts.backends {
+        let found: Vec<_> = if captures(networks, backend.address) {
+            Vec::new()
+        } else if backend.attempts.iter().all(|attempt| attempt.outcome.is_ok()) {
+            wrong_egress(facts, backend).into_iter().collect()
+        } else {
+            silence(facts, backend)
+        };
+        findings.extend(found);
+        findings.extend(narrow(facts, backend));
+    }
+    for finding in &mut findings {
+        finding.affects.sort();
+    }
+    findings
+}
+
+/// Why a backend does not answer. If it answers no prefix of the pool, the first stands for all.
+fn silence(facts: &Facts, backend: &Backend) -> Vec<Finding> {
+    let gets_through = backend.attempts.iter().any(|attempt| attempt.outcome.is_ok());
+    let failed = backend.attempts.iter().filter_map(|attempt| {
+        let failure = attempt.outcome.as_ref().err()?;
+        Some((attempt, failure))
+    });
+    failed
+        .take(if gets_through { usize::MAX } else { 1 })
+        .map(|(attempt, failure)| {
+            let finding = match &attempt.diagnosis {
+                Some(diagnosis) => explained(facts, backend, attempt, diagnosis),
+                None => Finding::broken(
+                    Cause::Path(diagnose::Cause::Unknown),
+                    backend.address.to_string(),
+                    format!(
+                        "{}: {failure}; so many fail that only some were looked at closer",
+                        backend.label()
+                    ),
+                ),
+            };
+            finding.affects([backend.label()])
+        })
+        .collect()
+}
+
+fn explained(facts: &Facts, backend: &Backend, attempt: &Attempt, diagnosis: &Diagnosis) -> Finding {
+    use diagnose::Cause as Path;
+    let network = facts.network_of(backend.address);
+    let destination = network.map_or_else(|| Ipv4Net::from(backend.address), |(cidr, _)| cidr.trunc());
+    let tunnel = network.and_then(|(_, tunnel)| tunnel);
+    let mut finding = match diagnosis.cause {
+        Path::NoRoute | Path::Blackholed => return no_route(facts, backend, attempt, diagnosis, destination),
+        Path::Refused => refused(facts, backend),
+        cause => {
+            let server = || backend.address.to_string();
+            let place = match cause {
+                Path::TunnelDown => tunnel.map_or_else(server, str::to_owned),
+                Path::InterfaceDown => backend.egress.clone().unwrap_or_else(server),
+                Path::NoNeighbour | Path::NextHopSilent | Path::NoReturnRoute => {
+                    backend.next_hop().map_or_else(server, |hop| hop.to_string())
+                }
+                _ => server(),
+            };
+            let finding =
+                Finding::broken(Cause::Path(cause), place, &diagnosis.text).fixes(diagnosis.fixes.clone());
+            // The fixes say it in commands already.
+            match &diagnosis.hint {
+                Some(hint) if !hint.contains('`') => finding.advice(hint),
+                _ => finding,
+            }
+        }
+    };
+    let is_ours = matches!(
+        diagnosis.cause,
+        Path::TunnelDown | Path::InterfaceDown | Path::ProbeSourceNotLocal | Path::GatewayFault
+    );
+    if backend.probed_port.is_none() && !is_ours {
+        // Nothing but an echo request was sent, which many servers ignore.
+        finding.severity = Severity::Warning;
+    }
+    finding
+}
+
+/// Is it the route, or the table that was asked for it?
+fn no_route(
+    facts: &Facts,
+    backend: &Backend,
+    attempt: &Attempt,
+    diagnosis: &Diagnosis,
+    destination: Ipv4Net,
+) -> Finding {
+    let decision = facts.policy.decide(attempt.source, backend.address);
+    let table = decision
+        .as_ref()
+        .and_then(|decision| decision.rule.table)
+        .unwrap_or(TABLE_MAIN);
+    if let Some(decision) = &decision
+        && table != TABLE_MAIN
+    {
+        let rule = decision.rule;
+        let what = format!(
+            "rule {} (from {} to {}) sends packets from {} to {} to routing table {table}, which has no route to \
+             {destination}",
+            rule.priority, rule.from, rule.to, attempt.source, backend.address
+        );
+        let fixes = diagnosis.fixes.iter().map(|fix| {
+            let is_route = fix.command.starts_with("ip route");
+            let suffix = if is_route { in_table(table) } else { String::new() };
+            Fix::new(fix.host, format!("{}{suffix}", fix.command))
+        });
+        return Finding::broken(Cause::TableWithoutRoute, format!("table {table}"), what).fixes(fixes);
+    }
+    let entry = decision.and_then(|decision| decision.entry);
+    let is_written_for_it = entry.is_some_and(|entry| {
+        !entry.discards && destination.contains(&entry.prefix) && entry.interface.is_some()
+    });
+    let cause = if is_written_for_it {
+        Cause::WrongRoute
+    } else {
+        Cause::Path(diagnosis.cause)
+    };
+    let finding =
+        Finding::broken(cause, destination.to_string(), &diagnosis.text).fixes(diagnosis.fixes.clone());
+    match &diagnosis.hint {
+        Some(hint) if diagnosis.fixes.is_empty() => finding.advice(hint),
+        _ => finding,
+    }
+}
+
+/// The server runs, but nothing listens there. Somewhere else, perhaps?
+fn refused(facts: &Facts, backend: &Backend) -> Finding {
+    let port = backend.probed_port.unwrap_or(backend.port);
+    let server = Host::Server(backend.address);
+    let place = format!("{}:{port}", backend.address);
+    let is_http = facts.config.groups[&backend.group]
+        .health
+        .as_ref()
+        .is_some_and(|check| matches!(check.probe, Probe::Http { .. }));
+    let Some(open) = likely_port(facts, backend) else {
+        let what = format!(
+            "server {} refuses connections to port {port}: nothing listens there",
+            backend.address
+        );
+        let finding = Finding::broken(Cause::Path(diagnose::Cause::Refused), place, what);
+        return if is_http {
+            finding
+                .fixes([Fix::new(server, "systemctl start nginx")])
+                .advice(format!(
+                    "nginx is a guess: start whatever serves port {port}; `ss -ltnp` there shows what listens"
+                ))
+        } else {
+            finding.advice(format!(
+                "on the server, start what serves port {port}; `ss -ltnp` there shows what listens, also if only on 127.0.0.1"
+            ))
+        };
+    };
+    let table = if port == backend.port {
+        format!("group.{}.backend.{}", backend.group, backend.name)
+    } else {
+        format!("group.{}.health", backend.group)
+    };
+    let edit = format!(
+        r"sed -i '/^\[{}\]/,/^\[/ s/^port *=.*/port = {open}/' {}",
+        table.replace('.', r"\."),
+        file(facts)
+    );
+    let what = format!(
+        "server {} refuses connections to port {port}, but listens on {open}: the configuration names the wrong port",
+        backend.address
+    );
+    Finding::broken(Cause::WrongPort, place, what)
+        .fixes([Fix::here(edit)])
+        .fixes(restart(facts))
+        .advice(format!("if {port} is right, start on the server what serves it"))
+}
+
+/// The open port that was most likely meant: one that clients know the group by.
+fn likely_port(facts: &Facts, backend: &Backend) -> Option<u16> {
+    let mut listeners = facts.config.listeners.values();
+    let of_listener = listeners
+        .find(|listener| listener.group == backend.group && backend.open_ports.contains(&listener.port));
+    of_listener
+        .map(|listener| listener.port)
+        .or_else(|| backend.open_ports.first().copied())
+}
+
+/// A backend that answers probes through an interface where nobody translates its replies to clients.
+fn wrong_egress(facts: &Facts, backend: &Backend) -> Option<Finding> {
+    let route = backend.route.as_ref().ok()?;
+    let egress = backend.egress.as_ref()?;
+    (!route.is_local && !facts.is_attached(egress)).then(|| {
+        let what = format!(
+            "replies of {} come in by {egress}, which is no [interface] or [tunnel] of the configuration: nobody \
+             translates them back",
+            backend.label()
+        );
+        Finding::broken(Cause::EgressNotAttached, egress, what)
+            .affects([backend.label()])
+            .fixes(attach(facts, egress))
+            .advice(format!("if {egress} is a tunnel device, name it under [tunnel] instead of [interface]"))
+    })
+}
+
+/// Small packets arrive, large ones do not.
+fn narrow(facts: &Facts, backend: &Backend) -> Option<Finding> {
+    let narrow = backend.narrow?;
+    let egress = backend.egress.as_ref()?;
+    let route = backend.route.as_ref().ok()?;
+    let (host, far) = match route.gateway {
+        Some(router) => (Host::Router(router), router),
+        None => (Host::Server(backend.address), backend.address),
+    };
+    let carried_bytes = narrow.carried_bytes;
+    let what = format!(
+        "packets of {} bytes, which {egress} takes, get lost on the way to {} or back; those of {carried_bytes} bytes \
+         arrive",
+        narrow.mtu_bytes,
+        backend.label()
+    );
+    let same_way = facts.backends.iter().filter(|other| other.route == backend.route);
+    Some(
+        Finding::broken(Cause::MtuTooSmall, egress, what)
+            .affects(same_way.map(Backend::label))
+            .fixes([
+                Fix::here(format!("ip link set dev {egress} mtu {carried_bytes}")),
+                Fix::new(
+                    host,
+                    format!("ip link set dev {} mtu {carried_bytes}", device_of(far)),
+                ),
+            ])
+            .fixes(restart(facts))
+            .advice("or raise the MTU of the link that is too narrow"),
+    )
+}
+
+/// What to print of a backend that was asked: `answers` or the failure.
+#[must_use]
+pub(in crate::doctor) fn answer(backend: &Backend) -> String {
+    let failed: Vec<_> = backend
+        .attempts
+        .iter()
+        .filter(|attempt| attempt.outcome.is_err())
+        .collect();
+    let failure = |attempt: &Attempt| match &attempt.outcome {
+        Err(ProbeFailure::TimedOut { .. }) => "silent".to_owned(),
+        Err(failure) => failure.name().to_owned(),
+        Ok(_) => "answers".to_owned(),
+    };
+    match failed[..] {
+        [] => "answers".to_owned(),
+        [one, ..] if failed.len() == backend.attempts.len() => failure(one),
+        [one, ..] => format!("{} to {}", failure(one), one.prefix),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        doctor::{checks::testing::sound, facts::Narrow},
+        network::{Entry, Rule},
+    };
+
+    fn only(facts: &Facts) -> Finding {
+        let findings = check(facts, &[]);
+        assert_eq!(findings.len(), 1, "{findings:?}");
+        findings[0].clone()
+    }
+
+    /// The remote backend fails, and that is why.
+    fn failing(cause: diagnose::Cause, fixes: &[Fix]) -> Facts {
+        let mut facts = sound();
+        let attempt = &mut facts.backends[1].attempts[0];
+        attempt.outcome = Err(ProbeFailure::Refused);
+        attempt.diagnosis = Some(Diagnosis {
+            cause,
+            text: "it is so".to_owned(),
+            hint: Some("do that".to_owned()),
+            fixes: fixes.to_vec(),
+        });
+        facts
+    }
+
+    #[test]
+    fn backends_that_answer_have_nothing() {
+        assert_eq!(check(&sound(), &[]), []);
+        assert_eq!(answer(&sound().backends[0]), "answers");
+    }
+
+    #[test]
+    fn a_route_is_missing_wrong_or_in_another_table() {
+        let fix = Fix::here("ip route replace 192.168.0.0/16 via 169.254.42.2 dev cen");
+        let mut facts = failing(diagnose::Cause::NoRoute, &[fix.clone()]);
+        // Its own route leads elsewhere.
+        assert_eq!(only(&facts).cause, Cause::WrongRoute);
+        assert_eq!(only(&facts).fixes, [fix.clone()]);
+        // There is none, or just a default route.
+        facts.policy.entries.retain(|entry| entry.interface != Some(3));
+        assert_eq!(only(&facts).cause, Cause::Path(diagnose::Cause::NoRoute));
+        assert_eq!(only(&facts).place, "192.168.0.0/16");
+        // A rule asks another table, which discards.
+        facts.policy.rules.insert(
+            0,
+            Rule {
+                priority: 100,
+                from: "0.0.0.0/0".parse().unwrap(),
+                to: "192.168.0.0/16".parse().unwrap(),
+                table: Some(42),
+                is_conditional: false,
+            },
+        );
+        facts.policy.entries.push(Entry {
+            table: 42,
+            prefix: Ipv4Net::default(),
+            interface: None,
+            is_of_address: false,
+            discards: true,
+        });
+        let finding = only(&facts);
+        assert_eq!(
+            (finding.cause, finding.place.as_str()),
+            (Cause::TableWithoutRoute, "table 42")
+        );
+        assert_eq!(finding.fixes, [Fix::here(format!("{} table 42", fix.command))]);
+    }
+
+    #[test]
+    fn an_overlap_explains_what_it_captures() {
+        let facts = failing(diagnose::Cause::NoRoute, &[]);
+        let overlap = Finding::broken(Cause::OverlappingNetwork, "192.168.1.0/24", "");
+        assert_eq!(check(&facts, &[overlap]), []);
+    }
+
+    #[test]
+    fn refused_may_be_the_wrong_port() {
+        let mut facts = failing(diagnose::Cause::Refused, &[]);
+        let finding = only(&facts);
+        assert_eq!(finding.place, "192.168.1.10:80");
+        assert_eq!(finding.fixes[0].command, "systemctl start nginx");
+        facts.backends[1].port = 8081;
+        facts.backends[1].probed_port = Some(8081);
+        facts.backends[1].open_ports = vec![22, 80];
+        let finding = only(&facts);
+        assert_eq!(finding.cause, Cause::WrongPort);
+        assert_eq!(
+            finding.fixes,
+            [Fix::here(
+                r"sed -i '/^\[group\.web\.backend\.ecs02\]/,/^\[/ s/^port *=.*/port = 80/' /etc/forwarder.toml"
+            )]
+        );
+    }
+
+    #[test]
+    fn one_prefix_of_the_pool_may_fail_alone() {
+        let mut facts = failing(diagnose::Cause::NoReturnRoute, &[]);
+        let mut sound = facts.backends[0].attempts[0].clone();
+        sound.prefix = "100.64.9.0/26".parse().unwrap();
+        facts.backends[1].attempts.push(sound);
+        assert_eq!(only(&facts).place, "169.254.42.2");
+        assert_eq!(answer(&facts.backends[1]), "refused to 100.64.0.0/26");
+    }
+
+    #[test]
+    fn an_echo_request_alone_convicts_nobody() {
+        let mut facts = failing(diagnose::Cause::ServerDownOrFiltered, &[]);
+        assert_eq!(only(&facts).severity, Severity::Broken);
+        facts.backends[1].probed_port = None;
+        assert_eq!(only(&facts).severity, Severity::Warning);
+    }
+
+    #[test]
+    fn replies_need_an_attached_interface() {
+        let mut facts = sound();
+        facts.config.tunnels.clear();
+        let finding = only(&facts);
+        assert_eq!(
+            (finding.cause, finding.place.as_str()),
+            (Cause::EgressNotAttached, "cen")
+        );
+        assert_eq!(finding.affects, ["web/ecs02"]);
+    }
+
+    #[test]
+    fn a_narrow_path_gets_its_size_at_both_ends() {
+        let mut facts = sound();
+        facts.backends[1].narrow = Some(Narrow {
+            mtu_bytes: 1450,
+            carried_bytes: 1350,
+        });
+        let finding = only(&facts);
+        assert_eq!(
+            (finding.cause, finding.place.as_str()),
+            (Cause::MtuTooSmall, "cen")
+        );
+        assert_eq!(finding.fixes[0], Fix::here("ip link set dev cen mtu 1350"));
+        assert_eq!(finding.fixes[1].host, Host::Router([169, 254, 42, 2].into()));
+    }
+}
