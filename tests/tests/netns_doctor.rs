@@ -403,6 +403,25 @@ fn a_routing_table_without_the_route() -> Result<()> {
     })
 }
 
+/// Without an agent, which adds the rule for the network's table, the doctor borrows one for as long as it looks.
+#[test]
+fn a_routing_table_of_the_configuration_without_the_route() -> Result<()> {
+    if !can_run() {
+        return Ok(());
+    }
+    let site = Site::cross_region(Lifetime::Process, Extras::default())?;
+    let text = site.web_configuration().to_string();
+    let text = text.replace("[network.vpc2]", "[network.vpc2]\ntable = 42");
+    site.gateway.run("ip route del 192.168.0.0/16")?;
+    let mut patient = Patient::new(site, &Configuration::from_text(text))?;
+    let rules = patient.site.gateway.run("ip rule")?;
+    let finding = patient.expect("table-without-route")?;
+    patient.paste(&finding)?;
+    patient.is_well()?;
+    assert_eq!(patient.site.gateway.run("ip rule")?, rules);
+    Ok(())
+}
+
 #[test]
 fn a_sound_gateway_is_left_as_it_was() -> Result<()> {
     if !can_run() {

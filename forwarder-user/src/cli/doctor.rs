@@ -207,7 +207,10 @@ fn backends(report: &Report) -> Vec<String> {
         let slowest = backend.probes.iter().filter_map(|probe| probe.micros).max();
         [
             format!("{}/{}", backend.group, backend.name),
-            format!("{}:{}", backend.address, backend.port),
+            match backend.port {
+                Some(port) => format!("{}:{port}", backend.address),
+                None => backend.address.to_string(),
+            },
             backend.interface.clone().unwrap_or_else(|| "no route".to_owned()),
             backend
                 .router

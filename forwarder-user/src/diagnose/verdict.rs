@@ -672,6 +672,7 @@ mod tests {
             kind,
             controller: None,
             remote: None,
+            vrf_table: None,
             driver: None,
         }
     }
@@ -990,6 +991,65 @@ mod tests {
             });
             assert_eq!(diagnosis.cause, expected, "{backend_own} {backend_probe}");
         }
+    }
+
+    #[test]
+    fn a_rejection_is_told_from_a_closed_port() {
+        let refused = |backend_from_probe, admitted| {
+            from_refusal(
+                &subject(),
+                &Refusal {
+                    backend_from_probe,
+                    admitted,
+                },
+            )
+        };
+        assert_eq!(refused(Echo::Answered, None), None);
+        assert_eq!(refused(Echo::Silent, None), None);
+        // The server's firewall rejects all that the pool sends, or only this port; a router's does.
+        let rule = |by| Echo::Rejected {
+            by,
+            why: Rejection::Prohibited,
+        };
+        for (diagnosis, host) in [
+            (refused(rule(SERVER), None), Host::Server(SERVER)),
+            (refused(Echo::Answered, Some(OWN)), Host::Server(SERVER)),
+            (refused(rule(ROUTER), None), Host::Router(ROUTER)),
+        ] {
+            let diagnosis = diagnosis.unwrap();
+            assert_eq!(
+                (diagnosis.cause, diagnosis.fixes[0].host),
+                (Cause::Rejected, host)
+            );
+        }
+    }
+
+    #[test]
+    fn what_can_be_mended_from_here_has_its_command() {
+        let commands = |diagnosis: Diagnosis| -> Vec<String> {
+            diagnosis.fixes.into_iter().map(|fix| fix.command).collect()
+        };
+        let route = "ip route replace 192.168.0.0/16 via 10.255.0.2 dev vx-peer";
+        let no_route = |evidence: &mut Evidence| evidence.route = Err(RouteError::NoRoute);
+        assert_eq!(commands(judged(no_route)), [route]);
+        let down = judged(|evidence| {
+            no_route(evidence);
+            evidence
+                .tunnel
+                .as_mut()
+                .unwrap()
+                .interface
+                .as_mut()
+                .unwrap()
+                .is_up = false;
+        });
+        assert_eq!(commands(down), ["ip link set dev vx-peer up", route]);
+        // A command with a blank in it could not be pasted.
+        let unknown = judged(|evidence| {
+            no_route(evidence);
+            evidence.tunnel.as_mut().unwrap().likely_router = None;
+        });
+        assert_eq!(commands(unknown), [""; 0]);
     }
 
     #[test]

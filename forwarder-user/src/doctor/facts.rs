@@ -23,6 +23,8 @@ pub struct Facts {
     pub devices: Vec<Device>,
     /// Routing rules and tables, as written down.
     pub policy: Policy,
+    /// Numbers of the routing tables that networks of the configuration have of their own, by the network's name.
+    pub tables: BTreeMap<String, u32>,
     /// For each VIP: the link address of another host that answers ARP for it.
     pub vips: BTreeMap<Ipv4Addr, Option<[u8; 6]>>,
     pub backends: Vec<Backend>,
@@ -68,7 +70,8 @@ pub struct Backend {
     pub group: String,
     pub name: String,
     pub address: Ipv4Addr,
-    pub port: u16,
+    /// `None`: the one that the client asked for.
+    pub port: Option<u16>,
     /// Where it was asked; `None`: it serves no TCP, so an echo request was sent instead.
     pub probed_port: Option<u16>,
     /// For packets from the probe address.
@@ -91,6 +94,16 @@ pub struct Attempt {
     pub outcome: Result<Duration, ProbeFailure>,
     /// Why it failed; `None`: it did not, or there were too many to find out.
     pub diagnosis: Option<Diagnosis>,
+}
+
+/// The network that holds an address, as the configuration has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Remote<'a> {
+    pub name: &'a str,
+    pub cidr: Ipv4Net,
+    pub tunnel: Option<&'a str>,
+    /// Number of the routing table of its own.
+    pub table: Option<u32>,
 }
 
 /// A path that loses large packets.
@@ -116,11 +129,16 @@ impl Facts {
         self.config.interfaces.contains_key(name) || self.config.tunnels.contains_key(name)
     }
 
-    /// The network that holds an address: its CIDR and its tunnel.
-    pub fn network_of(&self, address: Ipv4Addr) -> Option<(Ipv4Net, Option<&str>)> {
-        self.config.networks.values().find_map(|network| {
+    /// The network that holds an address.
+    pub fn network_of(&self, address: Ipv4Addr) -> Option<Remote<'_>> {
+        self.config.networks.iter().find_map(|(name, network)| {
             let cidr = network.cidrs.iter().find(|cidr| cidr.contains(&address))?;
-            Some((*cidr, network.tunnel.as_deref()))
+            Some(Remote {
+                name,
+                cidr: cidr.trunc(),
+                tunnel: network.tunnel.as_deref(),
+                table: self.tables.get(name).copied(),
+            })
         })
     }
 }

@@ -15,7 +15,7 @@ use super::{
     facts::{Attempt, Backend, Device, Facts, Host, Narrow},
 };
 use crate::{
-    config::{Config, Group, HealthCheck, Probe, Protocol},
+    config::{Config, Group, HealthCheck, Probe, Protocol, RoutingTable},
     diagnose::{self, Diagnosis, Subject},
     error::Error,
     health::{self, ProbeFailure, Stage, Target, tcp},
@@ -38,43 +38,86 @@ const LEAST_MTU_BYTES: u32 = 576;
 /// Sizes tried at once when a path is narrow.
 const SIZES_AT_ONCE: u32 = 15;
 
-/// Addresses that probes leave from, one per prefix of the SNAT pool.
-pub(super) struct Sources {
-    /// The probe address comes first.
-    all: Vec<(Ipv4Net, Ipv4Addr)>,
+/// What is there for the time of the check: probe addresses, and where no agent sees to it, rules for routing tables.
+pub(super) struct Loan {
+    /// Addresses that probes leave from, one per prefix of the SNAT pool; the probe address comes first.
+    sources: Vec<(Ipv4Net, Ipv4Addr)>,
     /// Those that were not local before.
-    borrowed: Vec<Ipv4Addr>,
+    addresses: Vec<Ipv4Addr>,
+    /// By name of the network.
+    tables: BTreeMap<String, u32>,
+    /// Those that were not there before.
+    rules: Vec<(Ipv4Net, u32)>,
 }
 
-impl Sources {
-    /// Makes them local.
-    pub(super) async fn borrow(network: &Network, question: &Question) -> Result<Self, Error> {
-        let mut sources = Self {
-            all: sources(&question.config, question.agent.is_some()),
-            borrowed: Vec::new(),
+impl Loan {
+    pub(super) async fn take(network: &Network, question: &Question) -> Result<Self, Error> {
+        let mut loan = Self {
+            sources: sources(&question.config, question.agent.is_some()),
+            addresses: Vec::new(),
+            tables: tables(network, &question.config).await?,
+            rules: Vec::new(),
         };
-        for (_, address) in &sources.all {
-            match network.add_address(PROBE_INTERFACE, *address).await {
-                Ok(true) => sources.borrowed.push(*address),
-                Ok(false) => {}
-                Err(error) => {
-                    sources.give_back(network).await?;
-                    return Err(error);
+        match loan.fill(network, question).await {
+            Ok(()) => Ok(loan),
+            Err(error) => {
+                loan.give_back(network).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn fill(&mut self, network: &Network, question: &Question) -> Result<(), Error> {
+        for (_, address) in &self.sources {
+            if network.add_address(PROBE_INTERFACE, *address).await? {
+                self.addresses.push(*address);
+            }
+        }
+        if question.agent.is_some() {
+            return Ok(());
+        }
+        for (name, table) in &self.tables {
+            for cidr in &question.config.networks[name].cidrs {
+                if network.add_rule(*cidr, *table).await? {
+                    self.rules.push((*cidr, *table));
                 }
             }
         }
-        Ok(sources)
+        Ok(())
     }
 
-    /// Undoes that.
+    /// Undoes all that; goes on where something cannot be undone.
     pub(super) async fn give_back(&self, network: &Network) -> Result<(), Error> {
         let mut outcome = Ok(());
-        for address in &self.borrowed {
+        for address in &self.addresses {
             let removed = network.remove_address(PROBE_INTERFACE, *address).await;
+            outcome = outcome.and(removed.map(drop));
+        }
+        for (cidr, table) in &self.rules {
+            let removed = network.remove_rule(*cidr, *table).await;
             outcome = outcome.and(removed.map(drop));
         }
         outcome
     }
+}
+
+/// The numbers of the routing tables that networks have. A VRF device that does not exist has none.
+async fn tables(network: &Network, config: &Config) -> Result<BTreeMap<String, u32>, Error> {
+    let mut tables = BTreeMap::new();
+    for (name, wanted) in &config.networks {
+        let number = match &wanted.table {
+            None => None,
+            Some(RoutingTable::Number(number)) => Some(*number),
+            Some(RoutingTable::Vrf(device)) => network
+                .interface(device)
+                .await?
+                .and_then(|device| device.vrf_table),
+        };
+        if let Some(number) = number {
+            tables.insert(name.clone(), number);
+        }
+    }
+    Ok(tables)
 }
 
 /// The probe address, and for every other prefix one that no flow uses: its network address. A prefix of one or
@@ -93,7 +136,7 @@ fn sources(config: &Config, has_agent: bool) -> Vec<(Ipv4Net, Ipv4Addr)> {
     first
 }
 
-pub(super) async fn gather(network: &Network, question: Question, sources: &Sources) -> Result<Facts, Error> {
+pub(super) async fn gather(network: &Network, question: Question, loan: &Loan) -> Result<Facts, Error> {
     let config = narrowed(question.config, question.group.as_deref());
     let mut devices = Vec::new();
     for link in network.interfaces().await? {
@@ -107,12 +150,13 @@ pub(super) async fn gather(network: &Network, question: Question, sources: &Sour
         file: question.file,
         host: host(network, &config, question.agent).await?,
         policy: network.policy().await?,
+        tables: loan.tables.clone(),
         vips: BTreeMap::new(),
         backends: Vec::new(),
         devices,
         config,
     };
-    facts.backends = probe_all(network, &facts, &sources.all).await;
+    facts.backends = probe_all(network, &facts, &loan.sources).await;
     explain(network, &mut facts).await;
     look_for_ports(&mut facts).await;
     measure_paths(&mut facts).await;
@@ -229,8 +273,10 @@ async fn probe_all(network: &Network, facts: &Facts, sources: &[(Ipv4Net, Ipv4Ad
     for (group_name, group) in &facts.config.groups {
         let check = check(&facts.config, group_name, group);
         for (name, backend) in &group.backends {
+            // Without a port of its own it can be asked where the check says only.
             let target = check
                 .as_ref()
+                .filter(|check| check.port.or(backend.port).is_some())
                 .map(|check| Target::new(group_name, name, backend, check));
             probes.push(async move {
                 let route = network
@@ -328,9 +374,9 @@ async fn explain(network: &Network, facts: &mut Facts) {
             let all = &facts.config.snat.prefixes;
             let remote = facts
                 .network_of(backend.address)
-                .map(|(cidr, tunnel)| (cidr, tunnel.map(str::to_owned)));
+                .map(|remote| (remote.cidr, remote.tunnel.map(str::to_owned)));
             let subject = Subject {
-                backend: SocketAddrV4::new(backend.address, backend.probed_port.unwrap_or(backend.port)),
+                backend: SocketAddrV4::new(backend.address, backend.probed_port.unwrap_or(0)),
                 probe_source: asked.source,
                 snat_prefixes: if gets_through {
                     vec![asked.prefix]
@@ -360,10 +406,10 @@ async fn look_for_ports(facts: &mut Facts) {
         .config
         .listeners
         .values()
-        .map(|listener| listener.port)
+        .filter_map(|listener| listener.ports.single())
         .collect();
     for group in facts.config.groups.values() {
-        ports.extend(group.backends.values().map(|backend| backend.port));
+        ports.extend(group.backends.values().filter_map(|backend| backend.port));
     }
     let refused = facts.backends.iter_mut().filter(|backend| {
         let mut outcomes = backend.attempts.iter().map(|attempt| &attempt.outcome);

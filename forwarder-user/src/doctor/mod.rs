@@ -9,7 +9,8 @@
 //!
 //! It works beside a running agent and without one. It changes nothing that stays: probe addresses that are
 //! not there are added to `lo` and removed at the end, also after a failure or a Ctrl-C; the kernel resolves
-//! neighbours, as it does for any packet.
+//! neighbours, as it does for any packet. The same goes for the rules of networks with a routing table of their own,
+//! where no agent has added them.
 
 mod checks;
 pub mod facts;
@@ -48,12 +49,12 @@ pub async fn examine(question: Question) -> Result<Facts, Error> {
         |kind| signal(kind).map_err(|error| Error::failed(format!("cannot listen for signals: {error}")));
     let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
     let network = Network::open()?;
-    let sources = gather::Sources::borrow(&network, &question).await?;
+    let loan = gather::Loan::take(&network, &question).await?;
     let outcome = tokio::select! {
-        facts = gather::gather(&network, question, &sources) => facts,
+        facts = gather::gather(&network, question, &loan) => facts,
         _ = interrupt.recv() => Err(Error::failed("interrupted")),
         _ = terminate.recv() => Err(Error::failed("terminated")),
     };
-    sources.give_back(&network).await?;
+    loan.give_back(&network).await?;
     outcome
 }

@@ -60,7 +60,8 @@ pub struct InterfaceReport {
 pub struct ListenerReport {
     pub name: String,
     pub vip: Ipv4Addr,
-    pub port: u16,
+    /// One port, a range, or `any`.
+    pub port: String,
     pub protocol: &'static str,
     pub group: String,
     /// The interface on whose network the VIP lies.
@@ -72,7 +73,8 @@ pub struct BackendReport {
     pub group: String,
     pub name: String,
     pub address: Ipv4Addr,
-    pub port: u16,
+    /// `None`: the one that the client asked for.
+    pub port: Option<u16>,
     /// Where the route to it leaves.
     pub interface: Option<String>,
     /// The router on the way; `None`: it is on the link, or there is no route.
@@ -180,7 +182,7 @@ fn listeners(facts: &Facts) -> Vec<ListenerReport> {
     let report = |(name, listener): (&String, &crate::config::Listener)| ListenerReport {
         name: name.clone(),
         vip: listener.vip,
-        port: listener.port,
+        port: listener.ports.to_string(),
         protocol: match listener.protocol {
             Protocol::Tcp => "tcp",
             Protocol::Udp => "udp",

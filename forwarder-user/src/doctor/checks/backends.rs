@@ -4,7 +4,7 @@ use ipnet::Ipv4Net;
 
 use super::networks::{captures, in_table};
 use crate::{
-    config::Probe,
+    config::{Ports, Probe},
     diagnose::{
         self, Diagnosis,
         fix::{Fix, Host, device_of},
@@ -66,11 +66,11 @@ fn silence(facts: &Facts, backend: &Backend) -> Vec<Finding> {
 
 fn explained(facts: &Facts, backend: &Backend, attempt: &Attempt, diagnosis: &Diagnosis) -> Finding {
     use diagnose::Cause as Path;
-    let network = facts.network_of(backend.address);
-    let destination = network.map_or_else(|| Ipv4Net::from(backend.address), |(cidr, _)| cidr.trunc());
-    let tunnel = network.and_then(|(_, tunnel)| tunnel);
+    let tunnel = facts
+        .network_of(backend.address)
+        .and_then(|network| network.tunnel);
     let mut finding = match diagnosis.cause {
-        Path::NoRoute | Path::Blackholed => return no_route(facts, backend, attempt, diagnosis, destination),
+        Path::NoRoute | Path::Blackholed => return no_route(facts, backend, attempt, diagnosis),
         Path::Refused => refused(facts, backend),
         cause => {
             let server = || backend.address.to_string();
@@ -103,27 +103,28 @@ fn explained(facts: &Facts, backend: &Backend, attempt: &Attempt, diagnosis: &Di
 }
 
 /// Is it the route, or the table that was asked for it?
-fn no_route(
-    facts: &Facts,
-    backend: &Backend,
-    attempt: &Attempt,
-    diagnosis: &Diagnosis,
-    destination: Ipv4Net,
-) -> Finding {
+fn no_route(facts: &Facts, backend: &Backend, attempt: &Attempt, diagnosis: &Diagnosis) -> Finding {
+    let network = facts.network_of(backend.address);
+    let destination = network.map_or_else(|| Ipv4Net::from(backend.address), |network| network.cidr);
     let decision = facts.policy.decide(attempt.source, backend.address);
-    let table = decision
-        .as_ref()
-        .and_then(|decision| decision.rule.table)
-        .unwrap_or(TABLE_MAIN);
-    if let Some(decision) = &decision
-        && table != TABLE_MAIN
-    {
-        let rule = decision.rule;
-        let what = format!(
-            "rule {} (from {} to {}) sends packets from {} to {} to routing table {table}, which has no route to \
-             {destination}",
-            rule.priority, rule.from, rule.to, attempt.source, backend.address
-        );
+    let decided = decision.as_ref().map(|decision| decision.rule);
+    let configured = network.and_then(|network| Some((network.name, network.table?)));
+    let other = decided.filter(|rule| rule.table.is_some_and(|table| table != TABLE_MAIN));
+    let (table, why) = match (configured, other) {
+        (Some((name, table)), _) => (
+            table,
+            format!("network \"{name}\" has routing table {table} of its own"),
+        ),
+        (None, Some(rule)) => {
+            let table = rule.table.unwrap_or(TABLE_MAIN);
+            let packets = format!("packets from {} to {}", attempt.source, backend.address);
+            let rule = format!("rule {} (from {} to {})", rule.priority, rule.from, rule.to);
+            (table, format!("{rule} sends {packets} to routing table {table}"))
+        }
+        (None, None) => (TABLE_MAIN, String::new()),
+    };
+    if table != TABLE_MAIN {
+        let what = format!("{why}, which has no route to {destination}");
         let fixes = diagnosis.fixes.iter().map(|fix| {
             let is_route = fix.command.starts_with("ip route");
             let suffix = if is_route { in_table(table) } else { String::new() };
@@ -150,7 +151,7 @@ fn no_route(
 
 /// The server runs, but nothing listens there. Somewhere else, perhaps?
 fn refused(facts: &Facts, backend: &Backend) -> Finding {
-    let port = backend.probed_port.unwrap_or(backend.port);
+    let port = backend.probed_port.or(backend.port).unwrap_or(0);
     let server = Host::Server(backend.address);
     let place = format!("{}:{port}", backend.address);
     let is_http = facts.config.groups[&backend.group]
@@ -175,7 +176,7 @@ fn refused(facts: &Facts, backend: &Backend) -> Finding {
             ))
         };
     };
-    let table = if port == backend.port {
+    let table = if backend.port == Some(port) {
         format!("group.{}.backend.{}", backend.group, backend.name)
     } else {
         format!("group.{}.health", backend.group)
@@ -197,12 +198,13 @@ fn refused(facts: &Facts, backend: &Backend) -> Finding {
 
 /// The open port that was most likely meant: one that clients know the group by.
 fn likely_port(facts: &Facts, backend: &Backend) -> Option<u16> {
-    let mut listeners = facts.config.listeners.values();
-    let of_listener = listeners
-        .find(|listener| listener.group == backend.group && backend.open_ports.contains(&listener.port));
-    of_listener
-        .map(|listener| listener.port)
-        .or_else(|| backend.open_ports.first().copied())
+    let is_of_listener = |port: &&u16| {
+        let mut listeners = facts.config.listeners.values();
+        listeners
+            .any(|listener| listener.group == backend.group && listener.ports.overlaps(Ports::one(**port)))
+    };
+    let mut ports = backend.open_ports.iter();
+    ports.find(is_of_listener).or(backend.open_ports.first()).copied()
 }
 
 /// A backend that answers probes through an interface where nobody translates its replies to clients.
@@ -343,6 +345,12 @@ mod tests {
             (Cause::TableWithoutRoute, "table 42")
         );
         assert_eq!(finding.fixes, [Fix::here(format!("{} table 42", fix.command))]);
+        // The network has one of its own.
+        facts.tables.insert("vpc2".to_owned(), 7);
+        assert_eq!(
+            only(&facts).fixes,
+            [Fix::here(format!("{} table 7", fix.command))]
+        );
     }
 
     #[test]
@@ -358,7 +366,7 @@ mod tests {
         let finding = only(&facts);
         assert_eq!(finding.place, "192.168.1.10:80");
         assert_eq!(finding.fixes[0].command, "systemctl start nginx");
-        facts.backends[1].port = 8081;
+        facts.backends[1].port = Some(8081);
         facts.backends[1].probed_port = Some(8081);
         facts.backends[1].open_ports = vec![22, 80];
         let finding = only(&facts);

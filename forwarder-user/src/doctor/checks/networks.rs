@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 
 use crate::{
+    config::RoutingTable,
     diagnose::fix::Fix,
     doctor::{
         facts::Facts,
@@ -16,6 +17,25 @@ use crate::{
 pub(super) fn check(facts: &Facts) -> Vec<Finding> {
     let mut findings = addresses(facts);
     findings.extend(routes(facts));
+    findings.extend(vrfs(facts));
+    findings
+}
+
+/// VRF devices that networks name.
+fn vrfs(facts: &Facts) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (name, network) in &facts.config.networks {
+        if let Some(RoutingTable::Vrf(device)) = &network.table
+            && !facts.tables.contains_key(name)
+        {
+            let what =
+                format!("network \"{name}\" is in VRF {device}, but there is no VRF device of that name");
+            findings.push(
+                Finding::broken(Cause::InterfaceMissing, device, what)
+                    .advice("create it, or correct the name in the configuration; `ip link show type vrf` lists those that exist"),
+            );
+        }
+    }
     findings
 }
 

@@ -64,6 +64,7 @@ pub(super) fn device(name: &str, index: u32, kind: InterfaceKind, addresses: &[&
             kind,
             controller: None,
             remote: None,
+            vrf_table: None,
             driver: None,
         },
     }
@@ -74,7 +75,7 @@ fn backend(name: &str, address: [u8; 4], egress: &str, interface: u32, gateway: 
         group: "web".to_owned(),
         name: name.to_owned(),
         address: address.into(),
-        port: 80,
+        port: Some(80),
         probed_port: Some(80),
         route: Ok(Route {
             interface,
@@ -142,6 +143,7 @@ pub(super) fn sound() -> Facts {
             ],
         },
         vips: BTreeMap::from([(Ipv4Addr::new(172, 16, 0, 100), None)]),
+        tables: BTreeMap::new(),
         backends: vec![
             backend("ecs01", [172, 16, 1, 10], "eth1", 2, None),
             backend("ecs02", [192, 168, 1, 10], "cen", 3, Some([169, 254, 42, 2])),
