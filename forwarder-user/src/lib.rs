@@ -1,6 +1,7 @@
 //! The agent and its command line as a library, so that tests can reach every part.
 //!
 //! ```text
+//! cli -> doctor -> diagnose              facts of the host and of every path, judged by pure checks
 //! cli -> agent -> state -> config        names and wishes become tables; pure
 //!          |  \-> health, network, diagnose   what is going on out there
 //!          \---> datapath                     the kernel's objects; the only place that knows aya

@@ -403,6 +403,17 @@ fn a_routing_table_without_the_route() -> Result<()> {
     })
 }
 
+#[test]
+fn a_rule_for_forwarded_packets_only() -> Result<()> {
+    heal_host("forwarded-elsewhere", |site| {
+        site.gateway
+            .run("ip rule add priority 500 iif eth0 to 192.168.0.0/16 lookup 77")?;
+        site.gateway
+            .run("ip route add unreachable default table 77")
+            .map(drop)
+    })
+}
+
 /// Without an agent, which adds the rule for the network's table, the doctor borrows one for as long as it looks.
 #[test]
 fn a_routing_table_of_the_configuration_without_the_route() -> Result<()> {

@@ -76,6 +76,9 @@ pub struct Backend {
     pub probed_port: Option<u16>,
     /// For packets from the probe address.
     pub route: Result<Route, RouteError>,
+    /// Interfaces of the configuration that packets from the pool come in by and are not forwarded the same way:
+    /// where they leave instead; `None`: nowhere.
+    pub astray: Vec<(String, Option<String>)>,
     /// Name of the interface that route leaves by.
     pub egress: Option<String>,
     /// One per prefix of the SNAT pool that can be asked from; the probe address's comes first.

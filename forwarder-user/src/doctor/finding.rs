@@ -39,6 +39,8 @@ pub enum Cause {
     TableWithoutRoute,
     /// The network's route leads elsewhere than into its tunnel.
     WrongRoute,
+    /// Packets that are forwarded go another way than those that this host sends.
+    ForwardedElsewhere,
     /// Source validation drops rewritten requests.
     RpFilter,
     /// Replies come in where the data path is not attached.
@@ -75,6 +77,7 @@ impl Cause {
             Self::OverlappingNetwork => "overlapping-network",
             Self::TableWithoutRoute => "table-without-route",
             Self::WrongRoute => "wrong-route",
+            Self::ForwardedElsewhere => "forwarded-elsewhere",
             Self::RpFilter => "rp-filter",
             Self::EgressNotAttached => "egress-not-attached",
             Self::VipNotAttached => "vip-not-attached",
@@ -103,7 +106,7 @@ impl Cause {
             | Self::Path(Path::NoRoute | Path::Blackholed | Path::ProbeSourceNotLocal | Path::GatewayFault) => {
                 5
             }
-            Self::RpFilter | Self::EgressNotAttached => 6,
+            Self::ForwardedElsewhere | Self::RpFilter | Self::EgressNotAttached => 6,
             Self::VipNotAttached | Self::VipUnrouted | Self::VipTaken => 7,
             Self::Path(Path::NoNeighbour | Path::NextHopSilent) => 8,
             Self::Path(Path::NoReturnRoute | Path::NoRouteBeyond) => 9,

@@ -19,7 +19,7 @@ use crate::{
     diagnose::{self, Diagnosis, Subject},
     error::Error,
     health::{self, ProbeFailure, Stage, Target, tcp},
-    network::{self, Network},
+    network::{self, Network, RouteError},
 };
 
 /// Where probe addresses are local.
@@ -289,6 +289,7 @@ async fn probe_all(network: &Network, facts: &Facts, sources: &[(Ipv4Net, Ipv4Ad
                     port: backend.port,
                     probed_port: target.as_ref().map(|target| target.address.port()),
                     egress: None,
+                    astray: Vec::new(),
                     attempts: Vec::new(),
                     open_ports: Vec::new(),
                     narrow: None,
@@ -303,6 +304,7 @@ async fn probe_all(network: &Network, facts: &Facts, sources: &[(Ipv4Net, Ipv4Ad
                         .resolve_neighbour(route.interface, route.next_hop(backend.address))
                         .await;
                 }
+                found.astray = astray(network, facts, &found).await;
                 for (prefix, source) in sources {
                     let outcome = match &target {
                         Some(target) => health::probe(target, *source).await,
@@ -320,6 +322,35 @@ async fn probe_all(network: &Network, facts: &Facts, sources: &[(Ipv4Net, Ipv4Ad
         }
     }
     stream::iter(probes).buffered(MAX_PROBES).collect().await
+}
+
+/// Rules and VRFs may send packets that are forwarded elsewhere than those that this host sends.
+async fn astray(network: &Network, facts: &Facts, backend: &Backend) -> Vec<(String, Option<String>)> {
+    let mut astray = Vec::new();
+    let (Ok(route), Some((source, _))) = (&backend.route, facts.config.snat.ranges.first()) else {
+        return astray;
+    };
+    let interfaces = facts
+        .config
+        .interfaces
+        .keys()
+        .filter_map(|name| facts.device(name));
+    for device in interfaces.filter(|device| device.link.is_running() && device.forwards == Some(true)) {
+        let forwarded = network
+            .forwarded_route(backend.address, *source, device.link.index)
+            .await;
+        let leaves_by = match forwarded {
+            Ok(forwarded) if forwarded.interface == route.interface => continue,
+            Ok(forwarded) => facts
+                .device_by_index(forwarded.interface)
+                .map(|device| device.link.name.clone()),
+            // Source validation is looked at elsewhere.
+            Err(RouteError::Failed(_)) => continue,
+            Err(_) => None,
+        };
+        astray.push((device.link.name.clone(), leaves_by));
+    }
+    astray
 }
 
 /// How a group's backends are asked: as its health check does, patiently; without one by a handshake, if they serve

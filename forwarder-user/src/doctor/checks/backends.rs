@@ -25,7 +25,9 @@ pub(super) fn check(facts: &Facts, networks: &[Finding]) -> Vec<Finding> {
         let found: Vec<_> = if captures(networks, backend.address) {
             Vec::new()
         } else if backend.attempts.iter().all(|attempt| attempt.outcome.is_ok()) {
-            wrong_egress(facts, backend).into_iter().collect()
+            let mut findings = forwarded_elsewhere(facts, backend);
+            findings.extend(wrong_egress(facts, backend));
+            findings
         } else {
             silence(facts, backend)
         };
@@ -207,6 +209,47 @@ fn likely_port(facts: &Facts, backend: &Backend) -> Option<u16> {
     ports.find(is_of_listener).or(backend.open_ports.first()).copied()
 }
 
+/// The backend answers this host, but what comes in by an interface takes another way.
+fn forwarded_elsewhere(facts: &Facts, backend: &Backend) -> Vec<Finding> {
+    let Ok(route) = &backend.route else {
+        return Vec::new();
+    };
+    let egress = backend.egress.as_deref().unwrap_or("-");
+    let network = facts.network_of(backend.address);
+    let destination = network.map_or_else(|| Ipv4Net::from(backend.address), |network| network.cidr);
+    let lost = backend.astray.iter().filter(|(_, leaves_by)| {
+        // Several ways may be meant, as long as replies pass the data path.
+        leaves_by.as_ref().is_none_or(|name| !facts.is_attached(name))
+    });
+    lost.map(|(name, leaves_by)| {
+        let instead = leaves_by
+            .as_ref()
+            .map_or_else(|| "find no route".to_owned(), |name| format!("leave by {name}"));
+        let what = format!(
+            "packets to {destination} that come in by {name} {instead}, those of this host leave by {egress}: a VRF or \
+             a routing rule sends them elsewhere"
+        );
+        let vrf_table = facts
+            .device(name)
+            .and_then(|device| facts.device_by_index(device.link.controller?)?.link.vrf_table);
+        let via = route.gateway.map_or_else(String::new, |router| format!(" via {router}"));
+        let conditional = facts.policy.rules.iter().filter(|rule| rule.is_conditional);
+        let before = conditional.map(|rule| rule.priority).min().unwrap_or(TABLE_MAIN);
+        let command = match vrf_table {
+            Some(table) => format!("ip route replace {destination}{via} dev {egress} table {table}"),
+            None => format!(
+                "ip rule add priority {} iif {name} to {destination} lookup main",
+                before.saturating_sub(1)
+            ),
+        };
+        Finding::broken(Cause::ForwardedElsewhere, name, what)
+            .affects([backend.label()])
+            .fixes([Fix::here(command)])
+            .advice("`ip rule` shows the rule that decides; better than to overrule it is to correct it")
+    })
+    .collect()
+}
+
 /// A backend that answers probes through an interface where nobody translates its replies to clients.
 fn wrong_egress(facts: &Facts, backend: &Backend) -> Option<Finding> {
     let route = backend.route.as_ref().ok()?;
@@ -280,8 +323,11 @@ pub(in crate::doctor) fn answer(backend: &Backend) -> String {
 mod tests {
     use super::*;
     use crate::{
-        doctor::{checks::testing::sound, facts::Narrow},
-        network::{Entry, Rule},
+        doctor::{
+            checks::testing::{device, sound},
+            facts::Narrow,
+        },
+        network::{Entry, InterfaceKind, Rule},
     };
 
     fn only(facts: &Facts) -> Finding {
@@ -407,6 +453,24 @@ mod tests {
             (Cause::EgressNotAttached, "cen")
         );
         assert_eq!(finding.affects, ["web/ecs02"]);
+    }
+
+    #[test]
+    fn what_is_forwarded_may_go_elsewhere() {
+        let mut facts = sound();
+        facts.backends[1].astray = vec![("eth0".to_owned(), Some("eth1".to_owned()))];
+        assert_eq!(check(&facts, &[]), []);
+        facts.backends[1].astray = vec![("eth0".to_owned(), None)];
+        facts.policy.rules[0].is_conditional = true;
+        let rule = "ip rule add priority 32765 iif eth0 to 192.168.0.0/16 lookup main";
+        assert_eq!(only(&facts).fixes, [Fix::here(rule)]);
+        // In a VRF the route belongs into its table.
+        let mut vrf = device("blue", 9, InterfaceKind::Other("vrf".to_owned()), &[]);
+        vrf.link.vrf_table = Some(10);
+        facts.devices.push(vrf);
+        facts.devices[0].link.controller = Some(9);
+        let route = "ip route replace 192.168.0.0/16 via 169.254.42.2 dev cen table 10";
+        assert_eq!(only(&facts).fixes, [Fix::here(route)]);
     }
 
     #[test]

@@ -84,6 +84,7 @@ fn backend(name: &str, address: [u8; 4], egress: &str, interface: u32, gateway: 
             is_local: false,
         }),
         egress: Some(egress.to_owned()),
+        astray: Vec::new(),
         attempts: vec![Attempt {
             prefix: "100.64.0.0/26".parse().unwrap(),
             source: Ipv4Addr::new(100, 64, 0, 1),
