@@ -359,10 +359,10 @@ mod tests {
     #[test]
     fn a_route_is_missing_wrong_or_in_another_table() {
         let fix = Fix::here("ip route replace 192.168.0.0/16 via 169.254.42.2 dev cen");
-        let mut facts = failing(diagnose::Cause::NoRoute, &[fix.clone()]);
+        let mut facts = failing(diagnose::Cause::NoRoute, std::slice::from_ref(&fix));
         // Its own route leads elsewhere.
         assert_eq!(only(&facts).cause, Cause::WrongRoute);
-        assert_eq!(only(&facts).fixes, [fix.clone()]);
+        assert_eq!(only(&facts).fixes, std::slice::from_ref(&fix));
         // There is none, or just a default route.
         facts.policy.entries.retain(|entry| entry.interface != Some(3));
         assert_eq!(only(&facts).cause, Cause::Path(diagnose::Cause::NoRoute));

@@ -4,7 +4,7 @@ use crate::{
     config::NatMode,
     diagnose::fix::Fix,
     doctor::{
-        facts::Facts,
+        facts::{Backend, Facts},
         finding::{Cause, Finding, Severity},
     },
 };
@@ -74,7 +74,7 @@ fn source_validation(facts: &Facts) -> Vec<Finding> {
         let egress = backend.egress.as_ref();
         is_full && egress.is_some_and(|egress| !facts.config.interfaces.contains_key(egress))
     });
-    let affected: Vec<_> = through_stack.map(|backend| backend.label()).collect();
+    let affected: Vec<_> = through_stack.map(Backend::label).collect();
     let severity = if affected.is_empty() {
         Severity::Warning
     } else {

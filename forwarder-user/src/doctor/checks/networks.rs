@@ -8,7 +8,7 @@ use crate::{
     config::RoutingTable,
     diagnose::fix::Fix,
     doctor::{
-        facts::Facts,
+        facts::{Backend, Facts},
         finding::{Cause, Finding, Severity},
     },
     network::{InterfaceKind, TABLE_MAIN},
@@ -123,7 +123,7 @@ fn finding(facts: &Facts, prefix: Ipv4Net, what: String, is_pool: bool) -> Findi
         .backends
         .iter()
         .filter(|backend| prefix.contains(&backend.address));
-    let affected: Vec<_> = inside.map(|backend| backend.label()).collect();
+    let affected: Vec<_> = inside.map(Backend::label).collect();
     let severity = if is_pool || !affected.is_empty() {
         Severity::Broken
     } else {
