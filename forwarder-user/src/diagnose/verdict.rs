@@ -672,7 +672,6 @@ mod tests {
             kind,
             controller: None,
             remote: None,
-            vrf_table: None,
             driver: None,
         }
     }

@@ -62,6 +62,8 @@ pub struct Device {
     pub takes_redirects: Option<bool>,
     /// For a tunnel with one far end: the interface that carries its packets, and that one's MTU in bytes.
     pub underlay: Option<(String, u32)>,
+    /// For a VRF device: its routing table.
+    pub vrf_table: Option<u32>,
 }
 
 /// A backend and the way to it.

@@ -19,7 +19,7 @@ use crate::{
     diagnose::{self, Diagnosis, Subject},
     error::Error,
     health::{self, ProbeFailure, Stage, Target, tcp},
-    network::{self, Network, RouteError},
+    network::{self, Network, PolicyRule, RouteError, Rule, Selector},
 };
 
 /// Where probe addresses are local.
@@ -47,7 +47,7 @@ pub(super) struct Loan {
     /// By name of the network.
     tables: BTreeMap<String, u32>,
     /// Those that were not there before.
-    rules: Vec<(Ipv4Net, u32)>,
+    rules: Vec<PolicyRule>,
 }
 
 impl Loan {
@@ -55,7 +55,7 @@ impl Loan {
         let mut loan = Self {
             sources: sources(&question.config, question.agent.is_some()),
             addresses: Vec::new(),
-            tables: tables(network, &question.config).await?,
+            tables: tables(network, &question.config).await,
             rules: Vec::new(),
         };
         match loan.fill(network, question).await {
@@ -76,10 +76,17 @@ impl Loan {
         if question.agent.is_some() {
             return Ok(());
         }
+        let present = network.policy().await?.rules;
         for (name, table) in &self.tables {
             for cidr in &question.config.networks[name].cidrs {
-                if network.add_rule(*cidr, *table).await? {
-                    self.rules.push((*cidr, *table));
+                let is_same = |rule: &Rule| rule.to == cidr.trunc() && rule.table == Some(*table);
+                if !present.iter().any(is_same) {
+                    let rule = PolicyRule {
+                        packets: Selector::To(*cidr),
+                        table: *table,
+                    };
+                    network.add_rule(&rule).await?;
+                    self.rules.push(rule);
                 }
             }
         }
@@ -93,31 +100,28 @@ impl Loan {
             let removed = network.remove_address(PROBE_INTERFACE, *address).await;
             outcome = outcome.and(removed.map(drop));
         }
-        for (cidr, table) in &self.rules {
-            let removed = network.remove_rule(*cidr, *table).await;
-            outcome = outcome.and(removed.map(drop));
+        for rule in &self.rules {
+            outcome = outcome.and(network.remove_rule(rule).await);
         }
         outcome
     }
 }
 
 /// The numbers of the routing tables that networks have. A VRF device that does not exist has none.
-async fn tables(network: &Network, config: &Config) -> Result<BTreeMap<String, u32>, Error> {
+async fn tables(network: &Network, config: &Config) -> BTreeMap<String, u32> {
     let mut tables = BTreeMap::new();
     for (name, wanted) in &config.networks {
         let number = match &wanted.table {
             None => None,
             Some(RoutingTable::Number(number)) => Some(*number),
-            Some(RoutingTable::Vrf(device)) => network
-                .interface(device)
-                .await?
-                .and_then(|device| device.vrf_table),
+            // What is wrong with it is a finding, not an error.
+            Some(RoutingTable::Vrf(device)) => network.vrf_table(device).await.ok(),
         };
         if let Some(number) = number {
             tables.insert(name.clone(), number);
         }
     }
-    Ok(tables)
+    tables
 }
 
 /// The probe address, and for every other prefix one that no flow uses: its network address. A prefix of one or
@@ -214,8 +218,12 @@ async fn device(network: &Network, link: network::Interface, is_ours: bool) -> R
         runs_programs: None,
         takes_redirects: None,
         underlay: None,
+        vrf_table: None,
         link,
     };
+    if device.link.kind.to_string() == "vrf" {
+        device.vrf_table = network.vrf_table(&device.link.name).await.ok();
+    }
     if is_ours {
         let link = &device.link;
         device.rp_filter = network.rp_filter(&link.name).ok();

@@ -6,23 +6,17 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use futures_util::TryStreamExt as _;
 use ipnet::Ipv4Net;
-use nix::errno::Errno;
 use rtnetlink::{
     IpVersion, RouteMessageBuilder,
     packet_route::{
-        AddressFamily,
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
 
-use super::{Network, errno, failed};
+use super::{Network, failed};
 use crate::error::Error;
 
-/// Priority of the rules that send networks of the configuration to their tables: before the main table's.
-const RULE_PRIORITY: u32 = 9469;
-/// The table of routes that nobody put elsewhere.
-pub const TABLE_MAIN: u32 = 254;
 /// The table of this host's own addresses.
 const TABLE_LOCAL: u32 = 255;
 
@@ -119,57 +113,6 @@ impl Network {
     }
 }
 
-impl Network {
-    /// Sends packets to `destination` to the routing table numbered `table`. True if this call added the rule, false
-    /// if it was there before.
-    ///
-    /// # Errors
-    /// No CAP_NET_ADMIN.
-    pub async fn add_rule(&self, destination: Ipv4Net, table: u32) -> Result<bool, Error> {
-        let request = self
-            .handle
-            .rule()
-            .add()
-            .v4()
-            .destination_prefix(destination.network(), destination.prefix_len())
-            .table_id(table)
-            .priority(RULE_PRIORITY)
-            .action(RuleAction::ToTable);
-        match request.execute().await {
-            Ok(()) => Ok(true),
-            Err(error) if errno(&error) == Some(Errno::EEXIST) => Ok(false),
-            Err(error) => Err(failed(
-                format_args!("add a rule for {destination} to table {table}"),
-                &error,
-            )),
-        }
-    }
-
-    /// Removes what [`Self::add_rule`] added. True if it was there.
-    ///
-    /// # Errors
-    /// No CAP_NET_ADMIN.
-    pub async fn remove_rule(&self, destination: Ipv4Net, table: u32) -> Result<bool, Error> {
-        let mut message = RuleMessage::default();
-        message.header.family = AddressFamily::Inet;
-        message.header.action = RuleAction::ToTable;
-        message.header.dst_len = destination.prefix_len();
-        message.attributes = vec![
-            RuleAttribute::Destination(destination.network().into()),
-            RuleAttribute::Priority(RULE_PRIORITY),
-            RuleAttribute::Table(table),
-        ];
-        match self.handle.rule().del(message).execute().await {
-            Ok(()) => Ok(true),
-            Err(error) if errno(&error) == Some(Errno::ENOENT) => Ok(false),
-            Err(error) => Err(failed(
-                format_args!("remove the rule for {destination} to table {table}"),
-                &error,
-            )),
-        }
-    }
-}
-
 fn rule(message: &RuleMessage) -> Option<Rule> {
     let header = &message.header;
     let mut rule = Rule {
@@ -232,23 +175,10 @@ fn entry(message: &RouteMessage) -> Option<Entry> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::testing::{in_namespace, ip};
-
-    #[test]
-    fn rules_come_and_go() {
-        in_namespace(async {
-            let network = Network::open().unwrap();
-            let remote: Ipv4Net = "192.168.0.0/16".parse().unwrap();
-            assert!(!network.remove_rule(remote, 4711).await.unwrap());
-            assert!(network.add_rule(remote, 4711).await.unwrap());
-            assert!(!network.add_rule(remote, 4711).await.unwrap());
-            let policy = network.policy().await.unwrap();
-            let ours = policy.rules.iter().find(|rule| rule.table == Some(4711)).unwrap();
-            assert_eq!((ours.priority, ours.to), (RULE_PRIORITY, remote));
-            assert!(network.remove_rule(remote, 4711).await.unwrap());
-            assert_eq!(network.policy().await.unwrap().rules.len(), 3);
-        });
-    }
+    use crate::network::{
+        MAIN_TABLE,
+        testing::{in_namespace, ip},
+    };
 
     #[test]
     fn names_the_line_that_decides() {
@@ -275,7 +205,7 @@ mod tests {
 
             // Table 44 is empty and decides nothing.
             let local = policy.decide(pool, Ipv4Addr::new(10, 7, 0, 9)).unwrap();
-            assert_eq!(local.rule.table, Some(TABLE_MAIN));
+            assert_eq!(local.rule.table, Some(MAIN_TABLE));
             let entry = local.entry.unwrap();
             assert_eq!((entry.interface, entry.is_of_address), (Some(fa), true));
             assert_eq!(entry.prefix, "10.7.0.0/24".parse().unwrap());

@@ -5,8 +5,7 @@ use std::{fmt, net::Ipv4Addr};
 use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
 use rtnetlink::packet_route::link::{
-    InfoData, InfoGeneve, InfoKind, InfoVrf, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
-    LinkMessage,
+    InfoData, InfoGeneve, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 
 use super::{Network, failed, one};
@@ -35,8 +34,6 @@ pub struct Interface {
     pub controller: Option<u32>,
     /// The far end of a tunnel, in the network that carries it; `None` where it has none or several.
     pub remote: Option<Ipv4Addr>,
-    /// The routing table of a VRF device.
-    pub vrf_table: Option<u32>,
     /// The kernel driver of a physical interface; `None` where sysfs does not tell.
     pub driver: Option<String>,
 }
@@ -68,7 +65,6 @@ impl Interface {
             },
             controller: None,
             remote: None,
-            vrf_table: None,
             driver: None,
         };
         for attribute in &message.attributes {
@@ -85,12 +81,6 @@ impl Interface {
                     for info in infos {
                         match info {
                             LinkInfo::Kind(kind) => interface.kind = InterfaceKind::from(kind),
-                            LinkInfo::Data(InfoData::Vrf(infos)) => {
-                                interface.vrf_table = infos.iter().find_map(|info| match info {
-                                    InfoVrf::TableId(table) => Some(*table),
-                                    _ => None,
-                                });
-                            }
                             LinkInfo::Data(data) => interface.remote = remote(data),
                             _ => {}
                         }

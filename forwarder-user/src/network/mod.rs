@@ -34,7 +34,7 @@ mod watch;
 mod xdp_features;
 
 pub use ethtool::{Offloads, Queues, offloads, queues};
-pub use fib::{Decision, Entry, Policy, Rule, TABLE_MAIN};
+pub use fib::{Decision, Entry, Policy, Rule};
 pub use interface::{Interface, InterfaceKind};
 pub use neighbour::{Neighbour, NeighbourState};
 pub use route::{Route, RouteError};

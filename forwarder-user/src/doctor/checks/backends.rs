@@ -15,7 +15,7 @@ use crate::{
         finding::{Cause, Finding, Severity},
     },
     health::ProbeFailure,
-    network::TABLE_MAIN,
+    network::MAIN_TABLE,
 };
 
 /// `networks` is what is known of overlapping networks: whatever they capture needs no other explanation.
@@ -111,21 +111,21 @@ fn no_route(facts: &Facts, backend: &Backend, attempt: &Attempt, diagnosis: &Dia
     let decision = facts.policy.decide(attempt.source, backend.address);
     let decided = decision.as_ref().map(|decision| decision.rule);
     let configured = network.and_then(|network| Some((network.name, network.table?)));
-    let other = decided.filter(|rule| rule.table.is_some_and(|table| table != TABLE_MAIN));
+    let other = decided.filter(|rule| rule.table.is_some_and(|table| table != MAIN_TABLE));
     let (table, why) = match (configured, other) {
         (Some((name, table)), _) => (
             table,
             format!("network \"{name}\" has routing table {table} of its own"),
         ),
         (None, Some(rule)) => {
-            let table = rule.table.unwrap_or(TABLE_MAIN);
+            let table = rule.table.unwrap_or(MAIN_TABLE);
             let packets = format!("packets from {} to {}", attempt.source, backend.address);
             let rule = format!("rule {} (from {} to {})", rule.priority, rule.from, rule.to);
             (table, format!("{rule} sends {packets} to routing table {table}"))
         }
-        (None, None) => (TABLE_MAIN, String::new()),
+        (None, None) => (MAIN_TABLE, String::new()),
     };
-    if table != TABLE_MAIN {
+    if table != MAIN_TABLE {
         let what = format!("{why}, which has no route to {destination}");
         let fixes = diagnosis.fixes.iter().map(|fix| {
             let is_route = fix.command.starts_with("ip route");
@@ -231,10 +231,10 @@ fn forwarded_elsewhere(facts: &Facts, backend: &Backend) -> Vec<Finding> {
         );
         let vrf_table = facts
             .device(name)
-            .and_then(|device| facts.device_by_index(device.link.controller?)?.link.vrf_table);
+            .and_then(|device| facts.device_by_index(device.link.controller?)?.vrf_table);
         let via = route.gateway.map_or_else(String::new, |router| format!(" via {router}"));
         let conditional = facts.policy.rules.iter().filter(|rule| rule.is_conditional);
-        let before = conditional.map(|rule| rule.priority).min().unwrap_or(TABLE_MAIN);
+        let before = conditional.map(|rule| rule.priority).min().unwrap_or(MAIN_TABLE);
         let command = match vrf_table {
             Some(table) => format!("ip route replace {destination}{via} dev {egress} table {table}"),
             None => format!(
@@ -466,7 +466,7 @@ mod tests {
         assert_eq!(only(&facts).fixes, [Fix::here(rule)]);
         // In a VRF the route belongs into its table.
         let mut vrf = device("blue", 9, InterfaceKind::Other("vrf".to_owned()), &[]);
-        vrf.link.vrf_table = Some(10);
+        vrf.vrf_table = Some(10);
         facts.devices.push(vrf);
         facts.devices[0].link.controller = Some(9);
         let route = "ip route replace 192.168.0.0/16 via 169.254.42.2 dev cen table 10";

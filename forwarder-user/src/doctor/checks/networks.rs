@@ -11,7 +11,7 @@ use crate::{
         facts::{Backend, Facts},
         finding::{Cause, Finding, Severity},
     },
-    network::{InterfaceKind, TABLE_MAIN},
+    network::{InterfaceKind, MAIN_TABLE},
 };
 
 pub(super) fn check(facts: &Facts) -> Vec<Finding> {
@@ -134,7 +134,7 @@ fn finding(facts: &Facts, prefix: Ipv4Net, what: String, is_pool: bool) -> Findi
 
 /// Words that name a routing table in a command.
 pub(super) fn in_table(table: u32) -> String {
-    if table == TABLE_MAIN {
+    if table == MAIN_TABLE {
         String::new()
     } else {
         format!(" table {table}")

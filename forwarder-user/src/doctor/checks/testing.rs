@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr, path::Path, time::Duration};
 use crate::{
     config,
     doctor::facts::{Attempt, Backend, Device, Facts, Host},
-    network::{Entry, Interface, InterfaceKind, Offloads, Policy, Route, Rule, TABLE_MAIN},
+    network::{Entry, Interface, InterfaceKind, MAIN_TABLE, Offloads, Policy, Route, Rule},
 };
 
 const CONFIG: &str = r#"
@@ -52,6 +52,7 @@ pub(super) fn device(name: &str, index: u32, kind: InterfaceKind, addresses: &[&
         runs_programs: Some(true),
         takes_redirects: Some(true),
         underlay: None,
+        vrf_table: None,
         link: Interface {
             name: name.to_owned(),
             index,
@@ -64,7 +65,6 @@ pub(super) fn device(name: &str, index: u32, kind: InterfaceKind, addresses: &[&
             kind,
             controller: None,
             remote: None,
-            vrf_table: None,
             driver: None,
         },
     }
@@ -98,7 +98,7 @@ fn backend(name: &str, address: [u8; 4], egress: &str, interface: u32, gateway: 
 
 fn entry(prefix: &str, interface: u32, is_of_address: bool) -> Entry {
     Entry {
-        table: TABLE_MAIN,
+        table: MAIN_TABLE,
         prefix: prefix.parse().unwrap(),
         interface: Some(interface),
         is_of_address,
@@ -134,7 +134,7 @@ pub(super) fn sound() -> Facts {
                 priority: 32766,
                 from: "0.0.0.0/0".parse().unwrap(),
                 to: "0.0.0.0/0".parse().unwrap(),
-                table: Some(TABLE_MAIN),
+                table: Some(MAIN_TABLE),
                 is_conditional: false,
             }],
             entries: vec![
