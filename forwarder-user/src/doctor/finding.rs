@@ -212,13 +212,16 @@ pub fn arrange(findings: Vec<Finding>) -> Vec<Finding> {
             None => arranged.push(finding),
             Some(known) => {
                 // The worse one tells more.
-                let (mut kept, other) = if finding.severity > known.severity {
+                let is_worse = finding.severity > known.severity;
+                let (mut kept, other) = if is_worse {
                     (finding, known.clone())
                 } else {
                     (known.clone(), finding)
                 };
-                if kept.fixes.len() < other.fixes.len() {
-                    kept.fixes = other.fixes;
+                if kept.severity == other.severity || kept.fixes.is_empty() {
+                    let new = other.fixes.into_iter().filter(|fix| !kept.fixes.contains(fix));
+                    let new: Vec<_> = new.collect();
+                    kept.fixes.extend(new);
                 }
                 kept.affects.extend(other.affects);
                 *known = kept;
@@ -242,13 +245,18 @@ mod tests {
         let refused = Cause::Path(diagnose::Cause::Refused);
         let arranged = arrange(vec![
             Finding::warning(Cause::KernelTooOld, "host", ""),
-            Finding::broken(refused, "192.168.1.10:80", "").affects(["web/b".to_owned()]),
+            Finding::broken(refused, "192.168.1.10:80", "")
+                .affects(["web/b".to_owned()])
+                .fixes([Fix::here("a")]),
             Finding::broken(Cause::ForwardingOff, "host", ""),
-            Finding::broken(refused, "192.168.1.10:80", "").affects(["web/a".to_owned()]),
+            Finding::broken(refused, "192.168.1.10:80", "")
+                .affects(["web/a".to_owned()])
+                .fixes([Fix::here("a"), Fix::here("b")]),
         ]);
         let causes: Vec<_> = arranged.iter().map(|finding| finding.cause).collect();
         assert_eq!(causes, [Cause::ForwardingOff, refused, Cause::KernelTooOld]);
         assert_eq!(arranged[1].affects, ["web/a", "web/b"]);
+        assert_eq!(arranged[1].fixes, [Fix::here("a"), Fix::here("b")]);
     }
 
     #[test]

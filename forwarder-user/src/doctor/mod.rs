@@ -18,7 +18,7 @@ pub mod finding;
 mod gather;
 pub mod report;
 
-use std::path::PathBuf;
+use std::{os::unix::net::UnixStream, path::PathBuf};
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -49,12 +49,17 @@ pub async fn examine(question: Question) -> Result<Facts, Error> {
         |kind| signal(kind).map_err(|error| Error::failed(format!("cannot listen for signals: {error}")));
     let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
     let network = Network::open()?;
+    // One that comes up while we look finds our addresses there, and counts on them from then on.
+    let socket = question.config.agent.control_socket.clone();
+    let had_agent = question.agent.is_some() || UnixStream::connect(&socket).is_ok();
     let loan = gather::Loan::take(&network, &question).await?;
     let outcome = tokio::select! {
         facts = gather::gather(&network, question, &loan) => facts,
         _ = interrupt.recv() => Err(Error::failed("interrupted")),
         _ = terminate.recv() => Err(Error::failed("terminated")),
     };
-    loan.give_back(&network).await?;
+    if had_agent || UnixStream::connect(&socket).is_err() {
+        loan.give_back(&network).await?;
+    }
     outcome
 }

@@ -34,9 +34,6 @@ pub(super) fn check(facts: &Facts, networks: &[Finding]) -> Vec<Finding> {
         findings.extend(found);
         findings.extend(narrow(facts, backend));
     }
-    for finding in &mut findings {
-        finding.affects.sort();
-    }
     findings
 }
 
