@@ -224,3 +224,48 @@ fn backends(report: &Report) -> Vec<String> {
     };
     lines(columns, report.backends.iter().map(row).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use anstream::adapter::strip_str;
+
+    use super::*;
+    use crate::{
+        diagnose::fix::{Fix, Host},
+        doctor::finding::Cause,
+    };
+
+    #[test]
+    fn a_command_stands_alone_on_its_line_below_its_machine() {
+        let router = Host::Router(Ipv4Addr::new(169, 254, 42, 2));
+        let finding = Finding::broken(Cause::MtuTooSmall, "cen", "large packets get lost")
+            .affects(["web/ecs02".to_owned()])
+            .fixes([
+                Fix::here("ip link set dev cen mtu 1350"),
+                Fix::here("systemctl restart forwarder"),
+                Fix::new(router, "ip link set dev cen mtu 1350"),
+            ])
+            .advice("or raise the MTU");
+        let text = draw_finding(1, &finding).join("\n");
+        assert_eq!(
+            strip_str(&text).to_string(),
+            "1. broken: mtu-too-small (cen)\n   large packets get lost\n   affects: web/ecs02\n   on this gateway:\n     \
+             ip link set dev cen mtu 1350\n     systemctl restart forwarder\n   on router 169.254.42.2:\n     \
+             ip link set dev cen mtu 1350\n   or raise the MTU"
+        );
+    }
+
+    #[test]
+    fn a_group_that_does_not_exist_is_a_matter_of_usage() {
+        let text = "[snat]\nprefixes = [\"100.64.0.0/26\"]\n[interface.eth0]\n[group.web.backend.a]\n\
+                    address = \"10.0.0.9\"\nport = 80\n[listener.web]\nvip = \"10.0.0.100\"\nport = 80\ngroup = \"web\"\n";
+        let config = crate::config::load::parse(text, std::path::Path::new("test.toml")).unwrap();
+        assert_eq!(known(&config, None), Ok(()));
+        assert_eq!(known(&config, Some("web")), Ok(()));
+        let error = known(&config, Some("wbe")).unwrap_err();
+        assert_eq!(error.exit_code, crate::error::EXIT_USAGE);
+        assert!(error.hint.unwrap().ends_with(": web"));
+    }
+}

@@ -219,3 +219,55 @@ impl ProbeReport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs};
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::doctor::checks::testing::sound;
+
+    fn keys(value: &Value, found: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(fields) => {
+                for (name, value) in fields {
+                    found.insert(name.clone());
+                    keys(value, found);
+                }
+            }
+            Value::Array(values) => values.iter().for_each(|value| keys(value, found)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn a_sound_gateway_is_well() {
+        let report = Report::of(&sound());
+        assert!(report.well, "{:?}", report.findings);
+        assert_eq!(report.interfaces.len(), 3);
+        assert_eq!(report.listeners[0].interface.as_deref(), Some("eth0"));
+    }
+
+    #[test]
+    fn every_field_is_documented() {
+        let mut facts = sound();
+        facts.host.forwards = false;
+        facts.devices[2].underlay = Some(("wan".to_owned(), 1400));
+        let mut found = BTreeSet::new();
+        keys(&serde_json::to_value(Report::of(&facts)).unwrap(), &mut found);
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/doctor.md");
+        let page = fs::read_to_string(page).unwrap();
+        let (_, json) = page.split_once("## JSON").unwrap();
+        for key in found {
+            let spellings = [
+                format!("`{key}`"),
+                format!("`{key}[]`"),
+                format!("`….{key}`"),
+                format!("`….{key}[]`"),
+            ];
+            assert!(spellings.iter().any(|text| json.contains(text)), "{key}");
+        }
+    }
+}

@@ -6,7 +6,7 @@ mod interfaces;
 mod listeners;
 mod networks;
 #[cfg(test)]
-mod testing;
+pub(super) mod testing;
 
 pub(super) use backends::answer;
 pub(super) use interfaces::mode;

@@ -34,7 +34,7 @@ port = 80
 group = "web"
 "#;
 
-pub(super) fn offloads(active: &[&str], switchable: &[&str]) -> Offloads {
+pub(in crate::doctor) fn offloads(active: &[&str], switchable: &[&str]) -> Offloads {
     let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
     Offloads {
         active: set(active),
@@ -42,7 +42,7 @@ pub(super) fn offloads(active: &[&str], switchable: &[&str]) -> Offloads {
     }
 }
 
-pub(super) fn device(name: &str, index: u32, kind: InterfaceKind, addresses: &[&str]) -> Device {
+pub(in crate::doctor) fn device(name: &str, index: u32, kind: InterfaceKind, addresses: &[&str]) -> Device {
     Device {
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
         rp_filter: Some(crate::network::RpFilter::Off),
@@ -106,7 +106,7 @@ fn entry(prefix: &str, interface: u32, is_of_address: bool) -> Entry {
     }
 }
 
-pub(super) fn sound() -> Facts {
+pub(in crate::doctor) fn sound() -> Facts {
     let config =
         config::load::parse(CONFIG, Path::new("test.toml")).unwrap_or_else(|errors| panic!("{errors}"));
     let mut cen = device("cen", 3, InterfaceKind::Vxlan, &["169.254.42.1/30"]);
