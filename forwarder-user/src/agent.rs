@@ -765,13 +765,9 @@ async fn warnings(network: &Network, config: &Config, down: &HashSet<String>) ->
         None => true,
     };
     for name in config.interfaces.keys() {
-        let drops = match network.rp_filter(name) {
-            Ok(RpFilter::Strict) => true,
-            Ok(RpFilter::Loose) => !is_pool_routed,
-            // An interface that is gone has no setting; that it is gone is said elsewhere.
-            Ok(RpFilter::Off) | Err(_) => false,
-        };
-        if drops {
+        // An interface that is gone has no setting; that it is gone is said elsewhere.
+        let filter = network.rp_filter(name).unwrap_or(RpFilter::Off);
+        if filter.drops_rewritten(is_pool_routed) {
             warnings.push(format!(
                 "{name}: source validation drops rewritten requests on their way to a tunnel; \
                  sysctl -w net.ipv4.conf.{name}.rp_filter=0 net.ipv4.conf.all.rp_filter=0"

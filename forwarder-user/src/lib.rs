@@ -1,6 +1,7 @@
 //! The agent and its command line as a library, so that tests can reach every part.
 //!
 //! ```text
+//! cli -> doctor -> diagnose              facts of the host and of every path, judged by pure checks
 //! cli -> agent -> state -> config        names and wishes become tables; pure
 //!          |  \-> health, network, diagnose   what is going on out there
 //!          \---> datapath                     the kernel's objects; the only place that knows aya
@@ -14,6 +15,7 @@ pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod diagnose;
+pub mod doctor;
 pub mod error;
 pub mod explain;
 pub mod flows;

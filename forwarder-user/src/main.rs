@@ -8,6 +8,7 @@ use clap::Parser;
 use forwarder_user::cli::{
     args::{Cli, Verb},
     check::check,
+    doctor::doctor,
     explain::explain,
     flows::flows,
     output,
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         Verb::Status(args) => status(&args),
         Verb::Explain(args) => explain(&args),
         Verb::Flows(args) => flows(&args),
+        Verb::Doctor(args) => doctor(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

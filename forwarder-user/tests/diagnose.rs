@@ -227,7 +227,7 @@ fn the_missing_one_of_the_three_is_named() {
         assert_diagnosis(
             &explain(network).await,
             Cause::NoRoute,
-            &format!("`ip route add {route}`"),
+            &format!("`ip route replace {route}`"),
         );
         ip(&lab.gateway, &format!("route add {route}"));
         expect_answer().await;
@@ -235,7 +235,7 @@ fn the_missing_one_of_the_three_is_named() {
         // The back-to-origin route, on the transit router.
         let back = format!("{POOL} via 10.255.0.1");
         ip(&lab.transit, &format!("route delete {back}"));
-        let hint = format!("on 10.255.0.2: `ip route add {back}`");
+        let hint = format!("on 10.255.0.2: `ip route replace {back}`");
         assert_diagnosis(&explain(network).await, Cause::NoReturnRoute, &hint);
         ip(&lab.transit, &format!("route add {back}"));
         expect_answer().await;
@@ -264,7 +264,7 @@ fn other_faults_on_the_path_are_told_apart() {
         ip(&lab.gateway, "address add 172.31.1.1/24 dev wan");
         ip(&lab.gateway, "route add default via 172.31.1.2");
         let said = explain(network).await;
-        assert_diagnosis(&said, Cause::NoRoute, &format!("ip route add {route}"));
+        assert_diagnosis(&said, Cause::NoRoute, &format!("ip route replace {route}"));
         assert!(said.1.text.contains("leave through wan"), "{}", said.1.text);
         ip(&lab.gateway, "route delete default");
         ip(&lab.gateway, "route add blackhole 192.168.0.0/16");
@@ -288,7 +288,7 @@ fn other_faults_on_the_path_are_told_apart() {
             "ip saddr 100.64.0.0/10 accept",
             "ip saddr 100.64.0.0/10 reject with icmp admin-prohibited",
         ));
-        assert_diagnosis(&explain(network).await, Cause::Filtered, "admit 100.64.0.0/26");
+        assert_diagnosis(&explain(network).await, Cause::Rejected, "admit 100.64.0.0/26");
         lab.filter(ADMITTING);
 
         // The router knows no way on.

@@ -718,7 +718,10 @@ fn a_backend_that_stops_is_taken_out_and_comes_back() -> Result<()> {
                 Ok(())
             })?;
             if !start {
-                let diagnosis = agent.backend(GROUP, name)?.diagnosis.context("a diagnosis")?;
+                // It takes a second: others are asked whether the port is closed or filtered.
+                let (diagnosis, _) = wait_until("a diagnosis", COUNTER_DEADLINE, || {
+                    agent.backend(GROUP, name)?.diagnosis.context("none yet")
+                })?;
                 assert_eq!(diagnosis.cause, "refused");
             }
             let load = wrk(

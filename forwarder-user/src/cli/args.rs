@@ -28,6 +28,7 @@ pub enum Verb {
     Status(StatusArgs),
     Explain(ExplainArgs),
     Flows(FlowsArgs),
+    Doctor(DoctorArgs),
 }
 
 /// Which configuration file is meant.
@@ -190,6 +191,21 @@ pub struct FlowsArgs {
     pub all: bool,
     #[command(flatten)]
     pub agent: AgentArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Check this host and the path to every backend; name what is wrong and the command that mends it
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exits with 1 if something breaks traffic; warnings alone are no failure. Needs root."
+)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Check only this backend group and its listeners
+    #[arg(long, value_name = "NAME")]
+    pub group: Option<String>,
     #[command(flatten)]
     pub output: OutputArgs,
 }

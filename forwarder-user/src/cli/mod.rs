@@ -6,6 +6,7 @@
 pub mod args;
 pub mod ask;
 pub mod check;
+pub mod doctor;
 pub mod explain;
 pub mod flows;
 pub mod output;

@@ -17,6 +17,11 @@ use tokio::time::sleep;
 /// How long an answer may take. More than a round trip around the Earth; the bound of a whole diagnosis.
 pub(super) const PATIENCE: Duration = Duration::from_millis(900);
 
+/// Size of an echo request that no path is too narrow for, in bytes with its IP header.
+const SMALL_BYTES: usize = 40;
+/// IP and ICMP headers of an echo request, in bytes.
+const HEADERS_BYTES: usize = 28;
+
 /// When a second request follows, in case the first was lost.
 const SECOND_AFTER: Duration = Duration::from_millis(300);
 
@@ -77,6 +82,13 @@ impl Pinger {
 
     /// Asks `target` twice, [`SECOND_AFTER`] apart; the first answer counts. Takes [`PATIENCE`] at most.
     pub(super) async fn ask(&self, target: Option<Ipv4Addr>) -> Echo {
+        self.ask_sized(target, SMALL_BYTES).await
+    }
+
+    /// As [`Self::ask`], with packets of `packet_bytes`. The kernel sets "don't fragment" in them as long as they
+    /// fit what it knows of the path.
+    pub(super) async fn ask_sized(&self, target: Option<Ipv4Addr>, packet_bytes: usize) -> Echo {
+        let payload = vec![0x5a; packet_bytes.saturating_sub(HEADERS_BYTES)];
         let Some(target) = target else {
             return Echo::NotTried;
         };
@@ -86,9 +98,9 @@ impl Pinger {
         };
         let second = async {
             sleep(SECOND_AFTER).await;
-            request(client, target, 1, PATIENCE - SECOND_AFTER).await
+            request(client, target, 1, &payload, PATIENCE - SECOND_AFTER).await
         };
-        let first = request(client, target, 0, PATIENCE);
+        let first = request(client, target, 0, &payload, PATIENCE);
         tokio::pin!(first, second);
         tokio::select! {
             echo = &mut first => match echo {
@@ -103,7 +115,13 @@ impl Pinger {
     }
 }
 
-async fn request(client: &Client, target: Ipv4Addr, sequence: u16, patience: Duration) -> Echo {
+async fn request(
+    client: &Client,
+    target: Ipv4Addr,
+    sequence: u16,
+    payload: &[u8],
+    patience: Duration,
+) -> Echo {
     // Diagnoses that run at once must not take each other's answers.
     static NEXT_IDENTIFIER: AtomicU16 = AtomicU16::new(0);
     let identifier = NEXT_IDENTIFIER.fetch_add(1, Ordering::Relaxed);
@@ -111,7 +129,7 @@ async fn request(client: &Client, target: Ipv4Addr, sequence: u16, patience: Dur
         .pinger(IpAddr::V4(target), PingIdentifier(identifier))
         .await;
     pinger.timeout(patience);
-    match pinger.ping(PingSequence(sequence), b"forwarder").await {
+    match pinger.ping(PingSequence(sequence), payload).await {
         Ok((IcmpPacket::V4(packet), _)) => meaning(&packet),
         Err(SurgeError::IOError(error)) => Echo::NotSent(errno_of(&error)),
         Ok((IcmpPacket::V6(_), _)) | Err(_) => Echo::Silent,

@@ -15,14 +15,15 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use ipnet::Ipv4Net;
 
 use crate::{
-    health::ProbeFailure,
+    health::{ProbeFailure, tcp},
     network::{Interface, Network, Route},
 };
 
 mod echo;
+pub mod fix;
 mod verdict;
 
-use echo::{Echo, Pinger};
+use echo::{Echo, PATIENCE, Pinger};
 pub use verdict::{Cause, Diagnosis};
 use verdict::{Evidence, TunnelEvidence};
 
@@ -56,18 +57,56 @@ impl Subject {
 
 /// Explains why the probe of `subject` ended in `failure`.
 ///
-/// Failures that explain themselves (refused, wrong status) return at once. For the others it takes up to one
+/// Failures that explain themselves (wrong status) return at once. For the others it takes up to one
 /// second and sends up to eight echo requests, so callers with many silent backends should ask about a few.
 /// Never fails: what cannot be found out makes the answer less precise.
 ///
 /// Runs in the network namespace of the calling thread, which must be that of `network`. Needs CAP_NET_RAW.
 pub async fn diagnose(network: &Network, subject: &Subject, failure: &ProbeFailure) -> Diagnosis {
+    if *failure == ProbeFailure::Refused
+        && let Some(diagnosis) = verdict::from_refusal(subject, &ask_again(network, subject).await)
+    {
+        return diagnosis;
+    }
     if let Some(diagnosis) = verdict::from_failure(subject, failure) {
         return diagnosis;
     }
     let evidence = gather(network, subject, failure).await;
     tracing::debug!(backend = %subject.backend, ?evidence, "evidence");
     verdict::from_evidence(subject, &evidence)
+}
+
+/// Whether `target` answers an echo request of `packet_bytes` (with the IP header, at least 28) from `source`, sent
+/// with "don't fragment". Takes up to a second. Needs CAP_NET_RAW.
+pub async fn answers_echo(source: Ipv4Addr, target: Ipv4Addr, packet_bytes: usize) -> bool {
+    Pinger::new(source)
+        .ask_sized(Some(target), packet_bytes)
+        .await
+        .is_answered()
+}
+
+/// What a backend that refused says to others.
+struct Refusal {
+    backend_from_probe: Echo,
+    /// Our own address on the way, if the backend accepts that one.
+    admitted: Option<Ipv4Addr>,
+}
+
+/// Asks a backend that refused the probe address in another way, and from another address.
+async fn ask_again(network: &Network, subject: &Subject) -> Refusal {
+    let backend = *subject.backend.ip();
+    let admitted = async {
+        let route = network.route_to(backend, Some(subject.probe_source)).await.ok()?;
+        let own = own_address(network, subject, &route).await?;
+        let outcome = tcp::probe(subject.backend, own, PATIENCE).await;
+        outcome.is_ok().then_some(own)
+    };
+    let pinger = Pinger::new(subject.probe_source);
+    let (backend_from_probe, admitted) = tokio::join!(pinger.ask(Some(backend)), admitted);
+    Refusal {
+        backend_from_probe,
+        admitted,
+    }
 }
 
 async fn gather(network: &Network, subject: &Subject, failure: &ProbeFailure) -> Evidence {

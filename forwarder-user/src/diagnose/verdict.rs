@@ -20,7 +20,11 @@ use std::{fmt, net::Ipv4Addr};
 use ipnet::Ipv4Net;
 use nix::errno::Errno;
 
-use super::{Subject, echo::Echo, echo::Rejection};
+use super::{
+    Refusal, Subject,
+    echo::{Echo, Rejection},
+    fix::{Fix, Host},
+};
 use crate::{
     health::{ProbeFailure, Stage},
     network::{Interface, NeighbourState, Route, RouteError},
@@ -47,6 +51,8 @@ pub enum Cause {
     NoReturnRouteOrFiltered,
     /// Packets from the SNAT pool are dropped behind the router.
     Filtered,
+    /// A firewall answers packets from the SNAT pool with a rejection.
+    Rejected,
     /// The server answers the pool, only not on this port.
     PortFiltered,
     /// The last router finds no server at this address.
@@ -87,6 +93,7 @@ impl Cause {
             Self::NoReturnRoute => "no-return-route",
             Self::NoReturnRouteOrFiltered => "no-return-route-or-filtered",
             Self::Filtered => "filtered",
+            Self::Rejected => "rejected",
             Self::PortFiltered => "port-filtered",
             Self::ServerDown => "server-down",
             Self::ServerDownOrFiltered => "server-down-or-filtered",
@@ -117,6 +124,8 @@ pub struct Diagnosis {
     pub text: String,
     /// What to do about it, with the command where there is one.
     pub hint: Option<String>,
+    /// The commands that mend it, in this order; empty where none can be known from here.
+    pub fixes: Vec<Fix>,
 }
 
 impl Diagnosis {
@@ -125,7 +134,13 @@ impl Diagnosis {
             cause,
             text: text.into(),
             hint: None,
+            fixes: Vec::new(),
         }
+    }
+
+    fn fixes(mut self, fixes: impl IntoIterator<Item = Fix>) -> Self {
+        self.fixes.extend(fixes);
+        self
     }
 
     fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -259,13 +274,16 @@ fn tunnel_down(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis> {
         Some(interface) if !interface.is_running() => {
             let (state, cure) = down(interface);
             Some(
-                Diagnosis::new(Cause::TunnelDown, format!("the tunnel interface {name} {state}")).hint(
-                    // A link that was set down has lost its routes.
-                    format!(
-                        "{cure}; if its route is gone then: `{}`",
-                        add_route(subject, evidence)
-                    ),
-                ),
+                Diagnosis::new(Cause::TunnelDown, format!("the tunnel interface {name} {state}"))
+                    .hint(
+                        // A link that was set down has lost its routes.
+                        format!(
+                            "{cure}; if its route is gone then: `{}`",
+                            add_route(subject, evidence)
+                        ),
+                    )
+                    .fixes(raise(interface))
+                    .fixes(route_fix(subject, evidence)),
             )
         }
         Some(_) => None,
@@ -283,13 +301,22 @@ fn down(interface: &Interface) -> (&'static str, String) {
     }
 }
 
+/// The command that sets an interface up, if that is what it lacks.
+fn raise(interface: &Interface) -> Option<Fix> {
+    (!interface.is_up).then(|| Fix::here(format!("ip link set dev {} up", interface.name)))
+}
+
 fn route_wrong(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis> {
     let address = subject.backend.ip();
     let no_route = |text| Diagnosis::new(Cause::NoRoute, text);
     match &evidence.route {
         Err(RouteError::NoRoute) => {
             let text = format!("this gateway has no route to {}", subject.destination());
-            Some(no_route(text).hint(format!("`{}`", add_route(subject, evidence))))
+            Some(
+                no_route(text)
+                    .hint(format!("`{}`", add_route(subject, evidence)))
+                    .fixes(route_fix(subject, evidence)),
+            )
         }
         Err(RouteError::SourceNotLocal(source)) => Some(not_local(*source)),
         Err(error @ (RouteError::Unreachable | RouteError::Prohibited | RouteError::Blackhole)) => Some(
@@ -300,7 +327,8 @@ fn route_wrong(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis> {
             .hint(format!(
                 "`ip route get {address}` fails because of it; `ip route` shows it, delete it, then `{}`",
                 add_route(subject, evidence)
-            )),
+            ))
+            .fixes(route_fix(subject, evidence)),
         ),
         Err(RouteError::Failed(error)) => Some(Diagnosis::new(Cause::Unknown, error.what.clone())),
         Ok(_) => {
@@ -314,6 +342,7 @@ fn route_wrong(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis> {
                     egress.name
                 ))
                 .hint(format!("`{}`", add_route(subject, evidence)))
+                .fixes(route_fix(subject, evidence))
             })
         }
     }
@@ -323,7 +352,7 @@ fn route_wrong(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis> {
 fn add_route(subject: &Subject, evidence: &Evidence) -> String {
     let destination = subject.destination();
     let Some(name) = subject.tunnel() else {
-        return format!("ip route add {destination} via <next hop>");
+        return format!("ip route replace {destination} via <next hop>");
     };
     let tunnel = evidence.tunnel.as_ref();
     let likely_router = tunnel.and_then(|tunnel| tunnel.likely_router);
@@ -331,16 +360,28 @@ fn add_route(subject: &Subject, evidence: &Evidence) -> String {
         .and_then(|tunnel| tunnel.interface.as_ref())
         .is_some_and(|link| link.has_neighbours);
     match likely_router {
-        Some(router) => format!("ip route add {destination} via {router} dev {name}"),
-        None if needs_router => format!("ip route add {destination} via <router behind {name}> dev {name}"),
-        None => format!("ip route add {destination} dev {name}"),
+        Some(router) => format!("ip route replace {destination} via {router} dev {name}"),
+        None if needs_router => {
+            format!("ip route replace {destination} via <router behind {name}> dev {name}")
+        }
+        None => format!("ip route replace {destination} dev {name}"),
     }
+}
+
+/// The same as a fix, where nothing in it has to be filled in.
+fn route_fix(subject: &Subject, evidence: &Evidence) -> Option<Fix> {
+    let command = add_route(subject, evidence);
+    (!command.contains('<')).then(|| Fix::here(command))
 }
 
 fn egress_down(evidence: &Evidence) -> Option<Diagnosis> {
     let egress = evidence.egress.as_ref().filter(|egress| !egress.is_running())?;
     let (state, cure) = down(egress);
-    Some(Diagnosis::new(Cause::InterfaceDown, format!("interface {} {state}", egress.name)).hint(cure))
+    Some(
+        Diagnosis::new(Cause::InterfaceDown, format!("interface {} {state}", egress.name))
+            .hint(cure)
+            .fixes(raise(egress)),
+    )
 }
 
 fn neighbour_missing(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis> {
@@ -366,7 +407,8 @@ fn neighbour_missing(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis
             format!("check that the far end of {name} runs and that the underlay between the two ends works")
         } else {
             format!("check that {router} runs and is connected to {name}")
-        }),
+        })
+        .fixes([Fix::wake(Host::Router(router), router)]),
         None => {
             let server = subject.backend.ip();
             Diagnosis::new(
@@ -376,6 +418,7 @@ fn neighbour_missing(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis
             .hint(format!(
                 "check that {server} runs and is connected to the network of {name}"
             ))
+            .fixes([Fix::wake(Host::Server(*server), *server)])
         }
     })
 }
@@ -393,7 +436,8 @@ fn backend_said_something(subject: &Subject, evidence: &Evidence) -> Option<Diag
                 .hint(format!(
                     "admit {} to TCP port {port} in the server's inbound rule (security group, host firewall)",
                     prefixes(&subject.snat_prefixes)
-                )),
+                ))
+                .fixes([admit_fix(subject)]),
             );
         }
         Echo::Rejected { by, why } => (by, why),
@@ -417,15 +461,47 @@ fn backend_said_something(subject: &Subject, evidence: &Evidence) -> Option<Diag
             Cause::ServerDown,
             format!("router {by} finds no host {server} on its network (it answers \"host unreachable\")"),
         )
-        .hint(format!("start {server}, or correct the backend's address")),
-        Rejection::Prohibited => Diagnosis::new(
-            Cause::Filtered,
-            format!(
-                "{by} rejects packets from {} to {server} by a rule",
-                subject.probe_source
-            ),
-        )
-        .hint(admit(subject)),
+        .hint(format!("start {server}, or correct the backend's address"))
+        .fixes([Fix::wake(Host::Server(*server), *server)]),
+        Rejection::Prohibited => rejected(subject, by),
+    })
+}
+
+/// A rule that says no instead of saying nothing.
+fn rejected(subject: &Subject, by: Ipv4Addr) -> Diagnosis {
+    let server = *subject.backend.ip();
+    let host = if by == server {
+        Host::Server(server)
+    } else {
+        Host::Router(by)
+    };
+    Diagnosis::new(
+        Cause::Rejected,
+        format!(
+            "{by} rejects packets from {} to {server} by a rule",
+            subject.probe_source
+        ),
+    )
+    .hint(admit(subject))
+    .fixes([Fix::admit(host, &subject.snat_prefixes)])
+}
+
+/// Refused: does nobody listen, or does a firewall say so?
+pub(super) fn from_refusal(subject: &Subject, refusal: &Refusal) -> Option<Diagnosis> {
+    if let Echo::Rejected {
+        by,
+        why: Rejection::Prohibited,
+    } = refusal.backend_from_probe
+    {
+        return Some(rejected(subject, by));
+    }
+    refusal.admitted.map(|own| {
+        let mut diagnosis = rejected(subject, *subject.backend.ip());
+        diagnosis.text = format!(
+            "{} accepts {own}, but refuses {}: a rule rejects it",
+            subject.backend, subject.probe_source
+        );
+        diagnosis
     })
 }
 
@@ -459,12 +535,15 @@ fn from_silence(subject: &Subject, evidence: &Evidence) -> Diagnosis {
                 return_routes(subject, own),
                 admit(subject)
             ))
+            .fixes(return_fixes(subject, Host::Server(*server), own))
+            .fixes([admit_fix(subject)])
         } else {
             Diagnosis::new(
                 Cause::ServerDownOrFiltered,
                 format!("server {server} answers nothing, neither {own_text} nor {probe} of the SNAT pool"),
             )
             .hint(format!("check that {server} runs; then {}", admit(subject)))
+            .fixes([admit_fix(subject)])
         };
     };
 
@@ -479,12 +558,14 @@ fn from_silence(subject: &Subject, evidence: &Evidence) -> Diagnosis {
         .hint(format!(
             "on {router}: `{}`; the remote network's route table needs the same prefix",
             return_routes(subject, own)
-        )),
+        ))
+        .fixes(return_fixes(subject, Host::Router(router), own)),
         (_, true, true) => Diagnosis::new(
             Cause::Filtered,
             format!("server {server} answers {own_text}, but not {probe}: packets from {pool} are dropped"),
         )
-        .hint(admit(subject)),
+        .hint(admit(subject))
+        .fixes([admit_fix(subject)]),
         (_, true, false) => Diagnosis::new(
             Cause::Filtered,
             format!(
@@ -492,12 +573,15 @@ fn from_silence(subject: &Subject, evidence: &Evidence) -> Diagnosis {
                  dropped behind it, or the server is down"
             ),
         )
-        .hint(admit(subject)),
+        .hint(admit(subject))
+        .fixes([admit_fix(subject)]),
         (false, false, true) => Diagnosis::new(
             Cause::NoReturnRouteOrFiltered,
             format!("server {server} answers {own_text}, but not {probe} of the SNAT pool"),
         )
-        .hint(format!("on {router}: `{}`; and {}", return_routes(subject, own), admit(subject))),
+        .hint(format!("on {router}: `{}`; and {}", return_routes(subject, own), admit(subject)))
+        .fixes(return_fixes(subject, Host::Router(router), own))
+        .fixes([admit_fix(subject)]),
         (false, false, false) => Diagnosis::new(
             Cause::NextHopSilent,
             match own {
@@ -511,7 +595,8 @@ fn from_silence(subject: &Subject, evidence: &Evidence) -> Diagnosis {
                 egress.name
             ),
             _ => format!("check that {router} runs and that it routes {pool} back"),
-        }),
+        })
+        .fixes(return_fixes(subject, Host::Router(router), own)),
     }
 }
 
@@ -523,13 +608,27 @@ fn admit(subject: &Subject) -> String {
     )
 }
 
+fn admit_fix(subject: &Subject) -> Fix {
+    Fix::admit(Host::Server(*subject.backend.ip()), &subject.snat_prefixes)
+}
+
+fn return_fixes(subject: &Subject, host: Host, own: Option<Ipv4Addr>) -> Vec<Fix> {
+    let route = |own| {
+        let prefixes = subject.snat_prefixes.iter();
+        prefixes
+            .map(|prefix| Fix::return_route(host, prefix, own))
+            .collect()
+    };
+    own.map(route).unwrap_or_default()
+}
+
 /// The commands that route the SNAT pool back to us.
 fn return_routes(subject: &Subject, own: Option<Ipv4Addr>) -> String {
     let gateway = own.map_or_else(|| "<this gateway>".to_owned(), |own| own.to_string());
     let commands: Vec<String> = subject
         .snat_prefixes
         .iter()
-        .map(|prefix| format!("ip route add {} via {gateway}", prefix.trunc()))
+        .map(|prefix| format!("ip route replace {} via {gateway}", prefix.trunc()))
         .collect();
     commands.join("; ")
 }
@@ -571,6 +670,8 @@ mod tests {
             is_ethernet: true,
             has_neighbours: true,
             kind,
+            controller: None,
+            remote: None,
             driver: None,
         }
     }
@@ -671,7 +772,7 @@ mod tests {
         assert_hint(
             &diagnosis,
             Cause::NoRoute,
-            "`ip route add 192.168.0.0/16 via 10.255.0.2 dev vx-peer`",
+            "`ip route replace 192.168.0.0/16 via 10.255.0.2 dev vx-peer`",
         );
         assert_eq!(diagnosis.text, "this gateway has no route to 192.168.0.0/16");
 
@@ -685,7 +786,7 @@ mod tests {
         assert_hint(
             &diagnosis,
             Cause::NoRoute,
-            "`ip route add 192.168.0.0/16 dev vx-peer`",
+            "`ip route replace 192.168.0.0/16 dev vx-peer`",
         );
         let diagnosis = judged(|evidence| {
             gone(evidence);
@@ -709,7 +810,7 @@ mod tests {
         assert_hint(
             &diagnosis,
             Cause::NoRoute,
-            "`ip route add 192.168.1.10/32 via <next hop>`",
+            "`ip route replace 192.168.1.10/32 via <next hop>`",
         );
     }
 
@@ -719,7 +820,7 @@ mod tests {
         assert_hint(
             &diagnosis,
             Cause::NoRoute,
-            "ip route add 192.168.0.0/16 via 10.255.0.2 dev vx-peer",
+            "ip route replace 192.168.0.0/16 via 10.255.0.2 dev vx-peer",
         );
         assert!(
             diagnosis.text.contains("packets leave through eth0"),
@@ -837,7 +938,7 @@ mod tests {
             (Rejection::NetworkUnreachable, Cause::NoRouteBeyond),
             (Rejection::Loop, Cause::NoRouteBeyond),
             (Rejection::HostUnreachable, Cause::ServerDown),
-            (Rejection::Prohibited, Cause::Filtered),
+            (Rejection::Prohibited, Cause::Rejected),
         ];
         for (why, cause) in table {
             let diagnosis = judged(|evidence| {
@@ -892,12 +993,71 @@ mod tests {
     }
 
     #[test]
+    fn a_rejection_is_told_from_a_closed_port() {
+        let refused = |backend_from_probe, admitted| {
+            from_refusal(
+                &subject(),
+                &Refusal {
+                    backend_from_probe,
+                    admitted,
+                },
+            )
+        };
+        assert_eq!(refused(Echo::Answered, None), None);
+        assert_eq!(refused(Echo::Silent, None), None);
+        // The server's firewall rejects all that the pool sends, or only this port; a router's does.
+        let rule = |by| Echo::Rejected {
+            by,
+            why: Rejection::Prohibited,
+        };
+        for (diagnosis, host) in [
+            (refused(rule(SERVER), None), Host::Server(SERVER)),
+            (refused(Echo::Answered, Some(OWN)), Host::Server(SERVER)),
+            (refused(rule(ROUTER), None), Host::Router(ROUTER)),
+        ] {
+            let diagnosis = diagnosis.unwrap();
+            assert_eq!(
+                (diagnosis.cause, diagnosis.fixes[0].host),
+                (Cause::Rejected, host)
+            );
+        }
+    }
+
+    #[test]
+    fn what_can_be_mended_from_here_has_its_command() {
+        let commands = |diagnosis: Diagnosis| -> Vec<String> {
+            diagnosis.fixes.into_iter().map(|fix| fix.command).collect()
+        };
+        let route = "ip route replace 192.168.0.0/16 via 10.255.0.2 dev vx-peer";
+        let no_route = |evidence: &mut Evidence| evidence.route = Err(RouteError::NoRoute);
+        assert_eq!(commands(judged(no_route)), [route]);
+        let down = judged(|evidence| {
+            no_route(evidence);
+            evidence
+                .tunnel
+                .as_mut()
+                .unwrap()
+                .interface
+                .as_mut()
+                .unwrap()
+                .is_up = false;
+        });
+        assert_eq!(commands(down), ["ip link set dev vx-peer up", route]);
+        // A command with a blank in it could not be pasted.
+        let unknown = judged(|evidence| {
+            no_route(evidence);
+            evidence.tunnel.as_mut().unwrap().likely_router = None;
+        });
+        assert_eq!(commands(unknown), [""; 0]);
+    }
+
+    #[test]
     fn hints_name_every_prefix_of_the_pool() {
         let diagnosis = judged(|evidence| evidence.router_from_own = Echo::Answered);
         assert_hint(
             &diagnosis,
             Cause::NoReturnRoute,
-            "on 10.255.0.2: `ip route add 100.64.0.0/26 via 10.255.0.1; ip route add 100.64.1.0/25 via 10.255.0.1`",
+            "on 10.255.0.2: `ip route replace 100.64.0.0/26 via 10.255.0.1; ip route replace 100.64.1.0/25 via 10.255.0.1`",
         );
         let diagnosis = judged(|evidence| evidence.router_from_probe = Echo::Answered);
         assert_hint(

@@ -1,11 +1,11 @@
 //! Interfaces: what they are called, what they are, whether they carry traffic.
 
-use std::fmt;
+use std::{fmt, net::Ipv4Addr};
 
 use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
 use rtnetlink::packet_route::link::{
-    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    InfoData, InfoGeneve, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 
 use super::{Network, failed, one};
@@ -30,6 +30,10 @@ pub struct Interface {
     /// Next hops have to be resolved here (`false`: flag NOARP).
     pub has_neighbours: bool,
     pub kind: InterfaceKind,
+    /// Number of the bond, bridge or VRF that it is a port of.
+    pub controller: Option<u32>,
+    /// The far end of a tunnel, in the network that carries it; `None` where it has none or several.
+    pub remote: Option<Ipv4Addr>,
     /// The kernel driver of a physical interface; `None` where sysfs does not tell.
     pub driver: Option<String>,
 }
@@ -59,6 +63,8 @@ impl Interface {
             } else {
                 InterfaceKind::Physical
             },
+            controller: None,
+            remote: None,
             driver: None,
         };
         for attribute in &message.attributes {
@@ -68,10 +74,15 @@ impl Interface {
                 LinkAttribute::Address(mac) if is_ethernet => {
                     interface.mac = mac.as_slice().try_into().ok();
                 }
+                LinkAttribute::Controller(index) => {
+                    interface.controller = Some(*index).filter(|index| *index > 0);
+                }
                 LinkAttribute::LinkInfo(infos) => {
                     for info in infos {
-                        if let LinkInfo::Kind(kind) = info {
-                            interface.kind = InterfaceKind::from(kind);
+                        match info {
+                            LinkInfo::Kind(kind) => interface.kind = InterfaceKind::from(kind),
+                            LinkInfo::Data(data) => interface.remote = remote(data),
+                            _ => {}
                         }
                     }
                 }
@@ -92,6 +103,22 @@ impl Interface {
                 .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
         }
     }
+}
+
+/// The far end that a tunnel device was made with.
+fn remote(data: &InfoData) -> Option<Ipv4Addr> {
+    let address = match data {
+        InfoData::Vxlan(infos) => infos.iter().find_map(|info| match info {
+            InfoVxlan::Group(address) => Some(*address),
+            _ => None,
+        }),
+        InfoData::Geneve(infos) => infos.iter().find_map(|info| match info {
+            InfoGeneve::Remote(address) => Some(*address),
+            _ => None,
+        }),
+        _ => None,
+    };
+    address.filter(|address| !address.is_unspecified() && !address.is_multicast())
 }
 
 /// What an interface is. Displays as `ip -details link` calls it.
@@ -143,6 +170,24 @@ impl InterfaceKind {
                     | "gtp"
             ),
             Self::Physical | Self::Loopback | Self::Veth | Self::Bond | Self::Bridge | Self::Vlan => false,
+        }
+    }
+}
+
+impl InterfaceKind {
+    /// What the tunnel adds to an inner IP packet, in bytes: outer IPv4 header without options, the tunnel's own
+    /// headers, the inner Ethernet header where there is one. `None` for what is not a tunnel or varies.
+    #[must_use]
+    pub fn overhead_bytes(&self) -> Option<u32> {
+        match self {
+            // IPv4 20, UDP 8, VXLAN or Geneve without options 8, Ethernet 14.
+            Self::Vxlan | Self::Geneve => Some(50),
+            Self::Ipip => Some(20),
+            Self::Gre => Some(24),
+            Self::Gretap => Some(38),
+            // IPv4 20, UDP 8, message header 16, tag 16.
+            Self::Wireguard => Some(60),
+            _ => None,
         }
     }
 }

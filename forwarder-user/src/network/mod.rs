@@ -20,6 +20,9 @@ use tokio::task::AbortHandle;
 use crate::error::Error;
 
 mod address;
+mod ethtool;
+mod fib;
+mod genetlink;
 mod interface;
 mod neighbour;
 mod route;
@@ -30,13 +33,15 @@ mod testing;
 mod watch;
 mod xdp_features;
 
+pub use ethtool::{Offloads, Queues, offloads, queues};
+pub use fib::{Decision, Entry, Policy, Rule};
 pub use interface::{Interface, InterfaceKind};
 pub use neighbour::{Neighbour, NeighbourState};
 pub use route::{Route, RouteError};
 pub use rule::{MAIN_TABLE, PolicyRule, Selector};
 pub use sysctl::RpFilter;
 pub use watch::{Changes, LinkChange, LinkState, Watch};
-pub use xdp_features::takes_redirects;
+pub use xdp_features::{runs_programs, takes_redirects};
 
 /// A connection to the kernel's routing tables. Cheap to clone; the last clone closes it.
 #[derive(Clone, Debug)]

@@ -62,11 +62,11 @@ impl Network {
     /// `from` is the source address that the packet has, which must be one of this host's; `None` lets the kernel
     /// choose. With several next hops for one route the kernel names one of them.
     pub async fn route_to(&self, destination: Ipv4Addr, from: Option<Ipv4Addr>) -> Result<Route, RouteError> {
-        let outcome = self.look_up(destination, from).await;
+        let outcome = self.look_up(destination, from, None).await;
         // A source that is not ours gives ENETUNREACH (EINVAL on older kernels), as does a missing route.
         if let (Err(RouteError::NoRoute | RouteError::Blackhole), Some(source)) = (&outcome, from) {
             let source_is_local = self
-                .look_up(source, None)
+                .look_up(source, None, None)
                 .await
                 .is_ok_and(|route: Route| route.is_local);
             if !source_is_local {
@@ -76,10 +76,32 @@ impl Network {
         outcome
     }
 
-    async fn look_up(&self, destination: Ipv4Addr, from: Option<Ipv4Addr>) -> Result<Route, RouteError> {
+    /// Asks the kernel which way it forwards a packet from `source` to `destination` that comes in by the interface
+    /// with number `interface`.
+    ///
+    /// Where the kernel does not forward, or validates sources and finds this one wrong, the answer is an error of
+    /// its own: [`RouteError::Unreachable`], [`RouteError::Failed`].
+    pub async fn forwarded_route(
+        &self,
+        destination: Ipv4Addr,
+        source: Ipv4Addr,
+        interface: u32,
+    ) -> Result<Route, RouteError> {
+        self.look_up(destination, Some(source), Some(interface)).await
+    }
+
+    async fn look_up(
+        &self,
+        destination: Ipv4Addr,
+        from: Option<Ipv4Addr>,
+        by: Option<u32>,
+    ) -> Result<Route, RouteError> {
         let mut builder = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(destination, 32);
         if let Some(from) = from {
             builder = builder.source_prefix(from, 32);
+        }
+        if let Some(by) = by {
+            builder = builder.input_interface(by);
         }
         let what = format_args!("look up the route to {destination}").to_string();
         let answers = self.handle.route().get(builder.build()).execute();
@@ -128,7 +150,7 @@ fn parse(message: &RouteMessage, destination: Ipv4Addr) -> Result<Route, Error> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::testing::{in_namespace, ip};
+    use crate::network::testing::{in_namespace, ip, set_sysctl};
 
     #[test]
     fn tells_every_kind_of_route() {
@@ -188,6 +210,17 @@ mod tests {
                 assert_eq!(network.route_to(destination, None).await, Err(expected.clone()));
                 assert_eq!(network.route_to(destination, Some(pool)).await, Err(expected));
             }
+            ip("rule add iif fb to 192.168.1.0/24 lookup 77");
+            ip("route add unreachable default table 77");
+            set_sysctl("ip_forward", "1");
+            let fb = network.interface("fb").await.unwrap().unwrap().index;
+            let client = Ipv4Addr::new(100, 64, 0, 7);
+            let forwarded = network.forwarded_route(remote(1, 9), client, fa).await.unwrap();
+            assert_eq!((forwarded.interface, forwarded.gateway), (fa, Some(router)));
+            assert_eq!(
+                network.forwarded_route(remote(1, 9), client, fb).await,
+                Err(RouteError::Unreachable)
+            );
             let foreign = Ipv4Addr::new(100, 64, 0, 99);
             assert_eq!(
                 network.route_to(remote(1, 9), Some(foreign)).await,

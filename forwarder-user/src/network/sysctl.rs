@@ -1,4 +1,4 @@
-//! The two kernel settings that decide whether a gateway forwards. Read only: setting them is the operator's.
+//! The kernel settings that decide whether a gateway forwards. Read only: setting them is the operator's.
 //!
 //! `/proc/sys/net` shows the network namespace of the thread that reads it.
 
@@ -28,10 +28,28 @@ impl fmt::Display for RpFilter {
     }
 }
 
+impl RpFilter {
+    /// Whether it drops rewritten requests, whose source is of the SNAT pool, on their way up: that source is never
+    /// routed back to the interface they came in on, and often not at all.
+    #[must_use]
+    pub fn drops_rewritten(self, is_pool_routed: bool) -> bool {
+        match self {
+            Self::Off => false,
+            Self::Strict => true,
+            Self::Loose => !is_pool_routed,
+        }
+    }
+}
+
 impl Network {
     /// Whether this host forwards IPv4 packets at all.
     pub fn ip_forward(&self) -> Result<bool, Error> {
         Ok(read("ip_forward")? != 0)
+    }
+
+    /// Whether packets that come in by the interface called `interface` are forwarded.
+    pub fn forwards(&self, interface: &str) -> Result<bool, Error> {
+        Ok(read(&format!("conf/{interface}/forwarding"))? != 0)
     }
 
     /// The source validation in force on the interface called `interface`: the higher of its own setting and that

@@ -18,6 +18,12 @@ impl Configuration {
         Self::default().table("agent", &[("control_socket", &quoted(&control_socket.display()))])
     }
 
+    /// A file that was written before, and perhaps changed since.
+    #[must_use]
+    pub fn from_text(text: String) -> Self {
+        Self { text }
+    }
+
     /// Adds `[name]` with `keys`, whose values are TOML.
     #[must_use]
     pub fn table(mut self, name: &str, keys: &[(&str, &str)]) -> Self {

@@ -1,0 +1,217 @@
+//! The routing policy: rules and tables as they are written down, to find out which line of them decides.
+//!
+//! What the kernel decides is asked of the kernel (`route`); this says why.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use futures_util::TryStreamExt as _;
+use ipnet::Ipv4Net;
+use rtnetlink::{
+    IpVersion, RouteMessageBuilder,
+    packet_route::{
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
+        rule::{RuleAction, RuleAttribute, RuleMessage},
+    },
+};
+
+use super::{Network, failed};
+use crate::error::Error;
+
+/// The table of this host's own addresses.
+const TABLE_LOCAL: u32 = 255;
+
+/// A line of `ip rule`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    pub priority: u32,
+    pub from: Ipv4Net,
+    pub to: Ipv4Net,
+    /// Where it sends packets; `None` for rules that do something else.
+    pub table: Option<u32>,
+    /// It looks at more than addresses (interfaces, marks, ports).
+    pub is_conditional: bool,
+}
+
+/// A line of `ip route`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub table: u32,
+    pub prefix: Ipv4Net,
+    /// Number of the interface; `None` for routes that discard, or have several next hops.
+    pub interface: Option<u32>,
+    /// The kernel made it because of an address.
+    pub is_of_address: bool,
+    /// It discards (blackhole, unreachable, prohibit).
+    pub discards: bool,
+}
+
+/// Rules in their order, and the routes of all tables.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    pub rules: Vec<Rule>,
+    pub entries: Vec<Entry>,
+}
+
+/// The line that decides over a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decision<'a> {
+    pub rule: &'a Rule,
+    /// `None`: every table it was sent to had nothing; `rule` is then the last of them.
+    pub entry: Option<&'a Entry>,
+}
+
+impl Policy {
+    /// Which line decides over packets from `source` to `destination`, as far as addresses tell. `None` without
+    /// rules.
+    #[must_use]
+    pub fn decide(&self, source: Ipv4Addr, destination: Ipv4Addr) -> Option<Decision<'_>> {
+        let mut last = None;
+        let matching = self.rules.iter().filter(|rule| {
+            !rule.is_conditional && rule.from.contains(&source) && rule.to.contains(&destination)
+        });
+        for rule in matching {
+            let Some(table) = rule.table else { continue };
+            let entry = self
+                .entries
+                .iter()
+                .filter(|entry| entry.table == table && entry.prefix.contains(&destination))
+                .max_by_key(|entry| entry.prefix.prefix_len());
+            if entry.is_some() {
+                return Some(Decision { rule, entry });
+            }
+            if last.is_none() && table != TABLE_LOCAL {
+                last = Some(Decision { rule, entry: None });
+            }
+        }
+        last
+    }
+}
+
+impl Network {
+    /// All rules and all IPv4 routes.
+    pub async fn policy(&self) -> Result<Policy, Error> {
+        let rules = self.handle.rule().get(IpVersion::V4).execute();
+        let rules: Vec<RuleMessage> = rules
+            .try_collect()
+            .await
+            .map_err(|error| failed("list the routing rules", &error))?;
+        let routes = self
+            .handle
+            .route()
+            .get(RouteMessageBuilder::<Ipv4Addr>::new().build())
+            .execute();
+        let routes: Vec<RouteMessage> = routes
+            .try_collect()
+            .await
+            .map_err(|error| failed("list the routes", &error))?;
+        let mut rules: Vec<_> = rules.iter().filter_map(rule).collect();
+        rules.sort_by_key(|rule| rule.priority);
+        Ok(Policy {
+            rules,
+            entries: routes.iter().filter_map(entry).collect(),
+        })
+    }
+}
+
+fn rule(message: &RuleMessage) -> Option<Rule> {
+    let header = &message.header;
+    let mut rule = Rule {
+        priority: 0,
+        from: Ipv4Net::default(),
+        to: Ipv4Net::default(),
+        table: (header.action == RuleAction::ToTable).then_some(header.table.into()),
+        is_conditional: header.tos != 0,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Table(table) if rule.table.is_some() => rule.table = Some(*table),
+            RuleAttribute::Source(IpAddr::V4(address)) => {
+                rule.from = Ipv4Net::new(*address, header.src_len).ok()?;
+            }
+            RuleAttribute::Destination(IpAddr::V4(address)) => {
+                rule.to = Ipv4Net::new(*address, header.dst_len).ok()?;
+            }
+            RuleAttribute::Iifname(_)
+            | RuleAttribute::Oifname(_)
+            | RuleAttribute::FwMark(_)
+            | RuleAttribute::TunId(_)
+            | RuleAttribute::L3MDev(true)
+            | RuleAttribute::UidRange(_)
+            | RuleAttribute::IpProtocol(_)
+            | RuleAttribute::SourcePortRange(_)
+            | RuleAttribute::DestinationPortRange(_) => rule.is_conditional = true,
+            _ => {}
+        }
+    }
+    Some(rule)
+}
+
+fn entry(message: &RouteMessage) -> Option<Entry> {
+    let header = &message.header;
+    let mut entry = Entry {
+        table: header.table.into(),
+        prefix: Ipv4Net::default(),
+        interface: None,
+        is_of_address: header.protocol == RouteProtocol::Kernel,
+        discards: matches!(
+            header.kind,
+            RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit
+        ),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(table) => entry.table = *table,
+            RouteAttribute::Oif(interface) => entry.interface = Some(*interface),
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+                entry.prefix = Ipv4Net::new(*address, header.destination_prefix_length).ok()?;
+            }
+            _ => {}
+        }
+    }
+    Some(entry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::{
+        MAIN_TABLE,
+        testing::{in_namespace, ip},
+    };
+
+    #[test]
+    fn names_the_line_that_decides() {
+        in_namespace(async {
+            ip("link set lo up");
+            ip("link add fa type veth peer name fb");
+            ip("link set fa up");
+            ip("link set fb up");
+            ip("address add 10.7.0.1/24 dev fa");
+            ip("route add 192.168.0.0/16 via 10.7.0.2");
+            ip("route add unreachable default metric 4278198272 table 42");
+            ip("rule add to 192.168.0.0/16 lookup 42");
+            ip("rule add fwmark 1 lookup 43 priority 7");
+            ip("rule add from 100.64.0.0/26 lookup 44 priority 9");
+            let network = Network::open().unwrap();
+            let fa = network.interface("fa").await.unwrap().unwrap().index;
+            let policy = network.policy().await.unwrap();
+            let pool = Ipv4Addr::new(100, 64, 0, 1);
+
+            let remote = policy.decide(pool, Ipv4Addr::new(192, 168, 1, 10)).unwrap();
+            assert_eq!(remote.rule.table, Some(42));
+            let entry = remote.entry.unwrap();
+            assert!(entry.discards && entry.prefix.prefix_len() == 0, "{entry:?}");
+
+            // Table 44 is empty and decides nothing.
+            let local = policy.decide(pool, Ipv4Addr::new(10, 7, 0, 9)).unwrap();
+            assert_eq!(local.rule.table, Some(MAIN_TABLE));
+            let entry = local.entry.unwrap();
+            assert_eq!((entry.interface, entry.is_of_address), (Some(fa), true));
+            assert_eq!(entry.prefix, "10.7.0.0/24".parse().unwrap());
+
+            let nowhere = policy.decide(pool, Ipv4Addr::new(172, 16, 0, 1)).unwrap();
+            assert_eq!((nowhere.rule.table, nowhere.entry), (Some(44), None));
+        });
+    }
+}
