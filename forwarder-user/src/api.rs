@@ -4,11 +4,13 @@
 //! GET http://<metrics_address>/metrics        Prometheus text, see `metrics`
 //! GET http://<metrics_address>/               which way to go, for people
 //! GET /v1/status on the control socket        `Status` as JSON, for `forwarder status`
+//! POST /v1/plan                               a configuration; what it would change, for `forwarder plan`
+//! POST /v1/apply                              the same, and changes it, for `forwarder apply`
 //! /v1/explain, /v1/flows there                see `inspect`
 //! ```
 //!
 //! The agent's loop owns what there is to tell, so handlers ask it ([`StatusSource`]) and share no state with it.
-//! Nothing here changes anything, but for the deletion of flows. The control socket belongs to the agent's user (mode 0600); the metrics have no
+//! The control socket belongs to the agent's user (mode 0600); the metrics have no
 //! access control, so their address is a loopback one unless the operator says otherwise.
 
 use std::{
@@ -29,10 +31,10 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::State,
+    extract::{DefaultBodyLimit, State},
     http::{Method, StatusCode, Uri, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
     serve::Listener,
 };
 use futures_util::FutureExt;
@@ -44,10 +46,19 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{error::Error, metrics, status::Status};
+use crate::{
+    change::{ChangeAnswer, Submission},
+    error::{EXIT_FAILED, Error, Errors, Location},
+    metrics,
+    status::Status,
+};
 
 /// Where the status is, on the control socket.
 pub const STATUS_PATH: &str = "/v1/status";
+/// Where to ask what a configuration would change.
+pub const PLAN_PATH: &str = "/v1/plan";
+/// Where to have a configuration applied.
+pub const APPLY_PATH: &str = "/v1/apply";
 
 /// Where packets are explained.
 pub const EXPLAIN_PATH: &str = "/v1/explain";
@@ -58,6 +69,10 @@ pub const FLOWS_PATH: &str = "/v1/flows";
 const QUEUE: usize = 16;
 /// How long the agent's loop may take to answer: it may be building a table.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// As for [`ANSWER_TIMEOUT`], where many tables may have to be built.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of the longest configuration: 10 000 backends take about 1 MB.
+const MAX_SUBMISSION: usize = 64 << 20;
 /// How long open connections may take to end once the agent stops.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 /// Connections that wait to be accepted on the control socket.
@@ -69,15 +84,33 @@ const DIRECTORY_MODE: u32 = 0o755;
 
 /// Where servers get a status from: the other end is the agent's loop.
 #[derive(Clone, Debug)]
-pub struct StatusSource(mpsc::Sender<oneshot::Sender<Status>>);
+pub struct StatusSource(mpsc::Sender<Request>);
 
 /// The agent's end: questions to answer.
 #[derive(Debug)]
-pub struct Requests(mpsc::Receiver<oneshot::Sender<Status>>);
+pub struct Requests(mpsc::Receiver<Request>);
 
 /// One question.
 #[derive(Debug)]
-pub struct Request(oneshot::Sender<Status>);
+pub enum Request {
+    Status(Reply<Status>),
+    /// What this configuration would change; and change it, if `apply`.
+    Change {
+        submission: Submission,
+        apply: bool,
+        reply: Reply<Result<ChangeAnswer, Errors>>,
+    },
+}
+
+/// Where an answer goes. Whoever asked may have gone, which is as well.
+#[derive(Debug)]
+pub struct Reply<T>(oneshot::Sender<T>);
+
+impl<T> Reply<T> {
+    pub fn send(self, answer: T) {
+        let _ = self.0.send(answer);
+    }
+}
 
 /// The agent's loop has no time, or has ended.
 #[derive(Debug, thiserror::Error)]
@@ -98,9 +131,20 @@ impl StatusSource {
 
     /// The agent's status, if its loop answers within `patience`.
     async fn ask(&self, patience: Duration) -> Result<Status, NoAnswer> {
+        self.ask_for(patience, Request::Status).await
+    }
+
+    async fn ask_for<T>(
+        &self,
+        patience: Duration,
+        request: impl FnOnce(Reply<T>) -> Request,
+    ) -> Result<T, NoAnswer> {
         let asked = async {
             let (sender, receiver) = oneshot::channel();
-            self.0.send(sender).await.map_err(|_| NoAnswer::Stopping)?;
+            self.0
+                .send(request(Reply(sender)))
+                .await
+                .map_err(|_| NoAnswer::Stopping)?;
             receiver.await.map_err(|_| NoAnswer::Stopping)
         };
         timeout(patience, asked)
@@ -113,29 +157,72 @@ impl Requests {
     /// The next question; `None` when every [`StatusSource`] is gone. May be used in `select!`: a question is
     /// never lost.
     pub async fn next(&mut self) -> Option<Request> {
-        self.0.recv().await.map(Request)
-    }
-}
-
-impl Request {
-    /// Answers. Whoever asked may have gone, which is as well.
-    pub fn answer(self, status: Status) {
-        let _ = self.0.send(status);
+        self.0.recv().await
     }
 }
 
 /// An error as JSON: `{"error": {"what": …, "hint": …}}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
+    /// The first, or only one.
     pub error: ErrorText,
+    /// All of them where there may be several: what is wrong with a configuration.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<ErrorText>,
 }
 
 /// What is wrong and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorText {
     pub what: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// From 1; absent when the whole file is meant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<usize>,
+    /// What a command that meets this error exits with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<u8>,
+}
+
+impl ErrorText {
+    fn new(what: String, hint: Option<String>) -> Self {
+        Self {
+            what,
+            hint,
+            file: None,
+            line: None,
+            exit_code: None,
+        }
+    }
+}
+
+impl From<&Error> for ErrorText {
+    fn from(error: &Error) -> Self {
+        let location = error.location.as_ref();
+        Self {
+            file: location.map(|location| location.file.clone()),
+            line: location.map(|location| location.line).filter(|line| *line > 0),
+            exit_code: Some(error.exit_code),
+            ..Self::new(error.what.clone(), error.hint.clone())
+        }
+    }
+}
+
+impl From<ErrorText> for Error {
+    fn from(text: ErrorText) -> Self {
+        Self {
+            what: text.what,
+            location: text.file.map(|file| Location {
+                file,
+                line: text.line.unwrap_or(0),
+            }),
+            hint: text.hint,
+            exit_code: text.exit_code.unwrap_or(EXIT_FAILED),
+        }
+    }
 }
 
 /// Takes the address that Prometheus scrapes. Call it within a Tokio runtime.
@@ -299,6 +386,9 @@ pub async fn serve_control(
     let ControlSocket { listener, file } = socket;
     let app = Router::new()
         .route(STATUS_PATH, get(answer_status))
+        .route(PLAN_PATH, post(answer_plan))
+        .route(APPLY_PATH, post(answer_apply))
+        .layer(DefaultBodyLimit::max(MAX_SUBMISSION))
         .with_state(source)
         .merge(inspection)
         .fallback(answer_not_found)
@@ -347,17 +437,52 @@ async fn answer_front_page() -> String {
 async fn answer_status(State(source): State<StatusSource>) -> Response {
     match source.ask(ANSWER_TIMEOUT).await {
         Ok(status) => Json(status).into_response(),
-        Err(why @ NoAnswer::TooLate(_)) => refuse(
+        Err(why) => no_answer(&why),
+    }
+}
+
+async fn answer_plan(State(source): State<StatusSource>, Json(submission): Json<Submission>) -> Response {
+    answer_change(&source, submission, false).await
+}
+
+async fn answer_apply(State(source): State<StatusSource>, Json(submission): Json<Submission>) -> Response {
+    answer_change(&source, submission, true).await
+}
+
+async fn answer_change(source: &StatusSource, submission: Submission, apply: bool) -> Response {
+    let request = |reply| Request::Change {
+        submission,
+        apply,
+        reply,
+    };
+    match source.ask_for(CHANGE_TIMEOUT, request).await {
+        Ok(Ok(answer)) => Json(answer).into_response(),
+        Ok(Err(errors)) => {
+            let errors: Vec<_> = errors.0.iter().map(ErrorText::from).collect();
+            let first = errors
+                .first()
+                .cloned()
+                .unwrap_or_else(|| ErrorText::new("refused".to_owned(), None));
+            let body = ErrorBody { error: first, errors };
+            (StatusCode::UNPROCESSABLE_ENTITY, Json(body)).into_response()
+        }
+        Err(why) => no_answer(&why),
+    }
+}
+
+fn no_answer(why: &NoAnswer) -> Response {
+    match why {
+        NoAnswer::TooLate(_) => refuse(
             StatusCode::SERVICE_UNAVAILABLE,
             why.to_string(),
             Some("try again; if that stays so, see the agent's log"),
         ),
-        Err(why @ NoAnswer::Stopping) => refuse(StatusCode::SERVICE_UNAVAILABLE, why.to_string(), None),
+        NoAnswer::Stopping => refuse(StatusCode::SERVICE_UNAVAILABLE, why.to_string(), None),
     }
 }
 
 async fn answer_not_found(uri: Uri) -> Response {
-    let hint = format!("there are {STATUS_PATH}, {EXPLAIN_PATH} and {FLOWS_PATH}");
+    let hint = format!("there are {STATUS_PATH}, {PLAN_PATH}, {APPLY_PATH}, {EXPLAIN_PATH} and {FLOWS_PATH}");
     refuse(
         StatusCode::NOT_FOUND,
         format!("nothing is at {}", uri.path()),
@@ -370,17 +495,17 @@ async fn answer_wrong_method(method: Method) -> Response {
     refuse(
         StatusCode::METHOD_NOT_ALLOWED,
         what,
-        Some("GET reads; POST asks to explain packets, DELETE deletes flows"),
+        Some("GET reads; POST explains packets, plans and applies; DELETE deletes flows"),
     )
 }
 
 /// An error as an answer.
 pub fn refuse(code: StatusCode, what: String, hint: Option<&str>) -> Response {
-    let error = ErrorText {
-        what,
-        hint: hint.map(str::to_owned),
+    let body = ErrorBody {
+        error: ErrorText::new(what, hint.map(str::to_owned)),
+        errors: Vec::new(),
     };
-    (code, Json(ErrorBody { error })).into_response()
+    (code, Json(body)).into_response()
 }
 
 #[cfg(test)]
@@ -400,7 +525,9 @@ mod tests {
     fn answer_all(mut requests: Requests) -> JoinHandle<()> {
         tokio::spawn(async move {
             while let Some(request) = requests.next().await {
-                request.answer(sample());
+                if let Request::Status(reply) = request {
+                    reply.send(sample());
+                }
             }
         })
     }
@@ -478,7 +605,7 @@ mod tests {
         assert!(head.starts_with("http/1.1 404"), "{head}");
         assert_eq!(
             body,
-            r#"{"error":{"what":"nothing is at /v2/status","hint":"there are /v1/status, /v1/explain and /v1/flows"}}"#
+            r#"{"error":{"what":"nothing is at /v2/status","hint":"there are /v1/status, /v1/plan, /v1/apply, /v1/explain and /v1/flows"}}"#
         );
         let (head, body) = exchange(connect().await.unwrap(), "DELETE /v1/status").await;
         assert!(head.starts_with("http/1.1 405"), "{head}");

@@ -11,6 +11,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod change;
 pub mod cli;
 pub mod config;
 pub mod datapath;
@@ -24,6 +25,7 @@ pub mod inspect;
 pub mod metrics;
 pub mod network;
 pub mod pool_watch;
+pub mod requirements;
 pub mod reset;
 pub mod state;
 pub mod status;

@@ -6,12 +6,15 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use forwarder_user::cli::{
+    apply::apply,
     args::{Cli, Verb},
     check::check,
+    detach::detach,
     doctor::doctor,
     explain::explain,
     flows::flows,
     output,
+    plan::plan,
     run::run,
     status::status,
 };
@@ -25,6 +28,9 @@ fn main() -> ExitCode {
         Verb::Explain(args) => explain(&args),
         Verb::Flows(args) => flows(&args),
         Verb::Doctor(args) => doctor(&args),
+        Verb::Plan(args) => plan(&args),
+        Verb::Apply(args) => apply(&args),
+        Verb::Detach(args) => detach(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -109,7 +109,8 @@ impl SweepThread {
         let shared = (latest.clone(), timeouts.clone(), resets.clone());
         let thread = thread::spawn(move || {
             let started_at = Instant::now();
-            let mut next_sweep = started_at + INTERVAL;
+            // At once for the first time: there may be flows of an earlier agent.
+            let mut next_sweep = started_at;
             loop {
                 match ordered.recv_timeout(next_sweep.saturating_duration_since(Instant::now())) {
                     Ok(Order::Delete(flows, done)) => {

@@ -526,8 +526,10 @@ impl FlowStore for MemoryTables {
         self.insert_flow_reference(key, reference);
     }
 
-    fn remove_key(&mut self, key: &FlowKey) {
-        self.flow_index.remove(key);
+    fn remove_key(&mut self, key: &FlowKey, id: FlowId) {
+        if self.flow_index.get(key).is_some_and(|found| found.id == id) {
+            self.flow_index.remove(key);
+        }
     }
 
     fn leave(&mut self, listener: ListenerId, backend: BackendId) {

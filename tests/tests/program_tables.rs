@@ -17,7 +17,7 @@ fn slots_written_through_memory_are_where_the_program_reads_them() {
         };
         let slots: Array<MapData, AsPod<BackendId>> =
             Map::Array(MapData::from_id(id).unwrap()).try_into().unwrap();
-        let (control, _flows, _counters) = maps::take(&mut ebpf, &SIZES).unwrap();
+        let (control, _flows, _counters) = maps::take(&mut ebpf, &SIZES, None).unwrap();
         let table = [7, 8, 9].map(BackendId);
         control.slots.write(3, &table);
         let read: Vec<_> = (2..7).map(|index| slots.get(&index, 0).unwrap().0.0).collect();

@@ -29,6 +29,9 @@ pub enum Verb {
     Explain(ExplainArgs),
     Flows(FlowsArgs),
     Doctor(DoctorArgs),
+    Plan(PlanArgs),
+    Apply(ApplyArgs),
+    Detach(DetachArgs),
 }
 
 /// Which configuration file is meant.
@@ -208,6 +211,44 @@ pub struct DoctorArgs {
     pub group: Option<String>,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Say what a configuration needs (addresses, memory, routes and rules on the far side) and what it would change
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Concurrent flows that each backend is to carry [default: all together what max_flows allows]
+    #[arg(long, value_name = "N")]
+    pub flows_per_backend: Option<u64>,
+    /// The agent's control socket [default: `control_socket` of the configuration]
+    #[arg(long, value_name = "PATH", env = "FORWARDER_SOCKET")]
+    pub socket: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Have the running agent take a configuration over, all or nothing; flows and counters stay
+#[derive(Debug, Args)]
+pub struct ApplyArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The agent's control socket [default: `control_socket` of the configuration]
+    #[arg(long, value_name = "PATH", env = "FORWARDER_SOCKET")]
+    pub socket: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Remove everything that an agent has left in the kernel; traffic stops, flows end
+#[derive(Debug, Args)]
+pub struct DetachArgs {
+    /// The configuration file whose `agent.pin_directory` is meant
+    #[arg(short, long, value_name = "FILE", env = "FORWARDER_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// The directory itself
+    #[arg(long, value_name = "PATH")]
+    pub pin_directory: Option<PathBuf>,
 }
 
 /// How an answer is written.

@@ -13,10 +13,13 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, time::timeout};
 
-use crate::{api::ErrorBody, error::Error};
+use crate::{
+    api::ErrorBody,
+    error::{Error, Errors},
+};
 
 /// Longer than the agent itself waits for its loop, so that its own words arrive.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(70);
 /// Bytes of the longest answer that is read: 10 000 backends take about 8 MB, a million flows about 300.
 const MAX_ANSWER: usize = 512 << 20;
 
@@ -46,7 +49,39 @@ pub fn post<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl Serializ
     ask(socket, Method::POST, path, &body)
 }
 
+/// As [`post`], for requests that may have several things wrong.
+///
+/// # Errors
+/// As for [`get`], all at once.
+pub fn submit<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl Serialize) -> Result<T, Errors> {
+    let body = serde_json::to_vec(body)
+        .map_err(|error| Error::failed(format!("cannot write the request as JSON: {error}")))?;
+    ask_for_all(socket, Method::POST, path, &body)
+}
+
+/// Does an agent listen there?
+pub fn is_running(socket: &Path) -> bool {
+    std::os::unix::net::UnixStream::connect(socket).is_ok()
+}
+
 fn ask<T: DeserializeOwned>(socket: &Path, method: Method, path: &str, body: &[u8]) -> Result<T, Error> {
+    ask_for_all(socket, method, path, body).map_err(first)
+}
+
+/// The one error of answers that have one.
+fn first(errors: Errors) -> Error {
+    let mut errors = errors.0.into_iter();
+    errors
+        .next()
+        .unwrap_or_else(|| Error::failed("the agent refuses without a reason"))
+}
+
+fn ask_for_all<T: DeserializeOwned>(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: &[u8],
+) -> Result<T, Errors> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Error::host(format!("cannot wait for an answer: {error}")))?;
     runtime.block_on(async {
@@ -54,7 +89,9 @@ fn ask<T: DeserializeOwned>(socket: &Path, method: Method, path: &str, body: &[u
             .await
             .unwrap_or_else(|_| {
                 let what = format!("the agent on {} does not answer", socket.display());
-                Err(Error::failed(what).hint("see its log: `journalctl -u forwarder`"))
+                Err(Error::failed(what)
+                    .hint("see its log: `journalctl -u forwarder`")
+                    .into())
             })
     })
 }
@@ -64,7 +101,7 @@ async fn exchange<T: DeserializeOwned>(
     method: Method,
     path: &str,
     body: &[u8],
-) -> Result<T, Error> {
+) -> Result<T, Errors> {
     let stream = UnixStream::connect(socket)
         .await
         .map_err(|error| not_connected(socket, &error))?;
@@ -73,24 +110,29 @@ async fn exchange<T: DeserializeOwned>(
         .map_err(|error| Error::failed(format!("the agent on {} broke off: {error}", socket.display())))?;
     if code != StatusCode::OK {
         return Err(match serde_json::from_slice::<ErrorBody>(&body) {
-            Ok(ErrorBody { error }) => {
+            Ok(ErrorBody { errors, .. }) if !errors.is_empty() => {
+                Errors(errors.into_iter().map(Error::from).collect())
+            }
+            Ok(ErrorBody { error, .. }) => {
                 let refused = if code == StatusCode::BAD_REQUEST {
                     Error::usage(error.what)
                 } else {
                     Error::failed(error.what)
                 };
                 match error.hint {
-                    Some(hint) => refused.hint(hint),
-                    None => refused,
+                    Some(hint) => refused.hint(hint).into(),
+                    None => refused.into(),
                 }
             }
             Err(_) => Error::failed(format!("{} answers HTTP status {code}", socket.display()))
-                .hint("is this the control socket of an agent?"),
+                .hint("is this the control socket of an agent?")
+                .into(),
         });
     }
     serde_json::from_slice(&body).map_err(|error| {
         Error::failed(format!("the agent's answer is of another shape: {error}"))
             .hint("the agent is of another version: use its own binary, or restart it")
+            .into()
     })
 }
 
@@ -142,7 +184,7 @@ async fn send(
 mod tests {
     use super::*;
     use crate::{
-        api::{STATUS_PATH, StatusSource, bind_control, serve_control},
+        api::{Request as Asked, STATUS_PATH, StatusSource, bind_control, serve_control},
         status::{Status, testing::sample},
     };
 
@@ -158,7 +200,10 @@ mod tests {
             std::future::pending(),
         ));
         let (answer, ()) = tokio::join!(exchange::<Status>(&path, Method::GET, STATUS_PATH, &[]), async {
-            requests.next().await.unwrap().answer(sample());
+            match requests.next().await.unwrap() {
+                Asked::Status(reply) => reply.send(sample()),
+                other => panic!("{other:?}"),
+            }
         });
         assert_eq!(answer.unwrap(), sample());
 
@@ -167,6 +212,7 @@ mod tests {
         assert_eq!(
             exchange::<Status>(&path, Method::GET, STATUS_PATH, &[])
                 .await
+                .map_err(first)
                 .unwrap_err()
                 .what,
             "the agent is stopping"
@@ -180,6 +226,7 @@ mod tests {
         let path = directory.path().join("control.sock");
         let missing = exchange::<Status>(&path, Method::GET, STATUS_PATH, &[])
             .await
+            .map_err(first)
             .unwrap_err();
         assert_eq!(missing.what, format!("no agent answers on {}", path.display()));
         assert!(missing.hint.as_ref().unwrap().contains("forwarder run"));
@@ -187,6 +234,7 @@ mod tests {
         assert_eq!(
             exchange::<Status>(&path, Method::GET, STATUS_PATH, &[])
                 .await
+                .map_err(first)
                 .unwrap_err(),
             missing
         );

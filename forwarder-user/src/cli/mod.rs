@@ -3,13 +3,16 @@
 //! A verb returns `Result<(), Errors>`; `main` prints the errors and turns them into the exit code. Data goes
 //! to stdout, talk and errors to stderr.
 
+pub mod apply;
 pub mod args;
 pub mod ask;
 pub mod check;
+pub mod detach;
 pub mod doctor;
 pub mod explain;
 pub mod flows;
 pub mod output;
+pub mod plan;
 pub mod run;
 pub mod status;
 pub mod table;

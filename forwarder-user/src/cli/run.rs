@@ -22,7 +22,7 @@ pub fn run(args: &RunArgs) -> Result<(), Errors> {
         .enable_all()
         .build()
         .map_err(|error| Error::failed(format!("cannot start the runtime: {error}")))?;
-    Ok(runtime.block_on(agent::run(config))?)
+    Ok(runtime.block_on(agent::run(config, &args.config.config))?)
 }
 
 fn log(args: &RunArgs) -> Result<(), Error> {

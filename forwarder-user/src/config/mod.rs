@@ -50,6 +50,20 @@ pub struct Agent {
     /// Slots of all Maglev tables together, counted twice as a new table is built beside the old one;
     /// default 4 194 304.
     pub max_slots: u32,
+    /// Directory of a BPF file system that holds maps and links, so that they outlive the agent; default
+    /// `/sys/fs/bpf/forwarder`. Fixed while the agent runs.
+    pub pin_directory: PathBuf,
+    /// What remains when the agent is told to stop.
+    pub on_stop: OnStop,
+}
+
+/// What remains when the agent is told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnStop {
+    /// Nothing: programs are detached, flows end.
+    Detach,
+    /// Everything: the data path goes on until another agent takes it over.
+    Keep,
 }
 
 /// How the XDP program is attached.

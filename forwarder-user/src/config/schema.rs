@@ -18,7 +18,7 @@ use ipnet::Ipv4Net;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    NatMode, Ports, Protocol, Redirect, StatusRange, TunnelMode, XdpMode,
+    NatMode, OnStop, Ports, Protocol, Redirect, StatusRange, TunnelMode, XdpMode,
     reader::{Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, number, one_of},
 };
 
@@ -79,6 +79,8 @@ const AGENT: Shape = Shape {
         "control_socket",
         "max_flows",
         "max_slots",
+        "pin_directory",
+        "on_stop",
         "allowed_backend_ranges",
     ],
 };
@@ -152,6 +154,8 @@ pub struct Agent {
     pub control_socket: OptionalField<PathBuf>,
     pub max_flows: OptionalField<u32>,
     pub max_slots: OptionalField<u32>,
+    pub pin_directory: OptionalField<PathBuf>,
+    pub on_stop: OptionalField<OnStop>,
     pub allowed_backend_ranges: OptionalField<Vec<Field<Ipv4Net>>>,
 }
 
@@ -251,6 +255,11 @@ impl Document {
                 control_socket: table.optional("control_socket", socket_path),
                 max_flows: table.optional("max_flows", integer(MAX_FLOWS)),
                 max_slots: table.optional("max_slots", integer(MAX_SLOTS)),
+                pin_directory: table.optional("pin_directory", pin_directory),
+                on_stop: table.optional(
+                    "on_stop",
+                    one_of(&[("detach", OnStop::Detach), ("keep", OnStop::Keep)]),
+                ),
                 allowed_backend_ranges: table.optional_list("allowed_backend_ranges", CIDRS, prefix),
             }),
             snat: file.required_table("snat", &SNAT, |table| Snat {
@@ -449,6 +458,18 @@ fn socket_path(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
         Ok(path.to_owned())
     } else {
         Err(wrong())
+    }
+}
+
+/// A directory of a BPF file system, which reserves names with a dot for itself (bpf_lookup, kernel/bpf/inode.c).
+fn pin_directory(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
+    let wrong = || Wrong::must_be("an absolute path without dots");
+    let path = Path::new(value.as_str().ok_or_else(wrong)?);
+    let text = path.to_string_lossy();
+    if path.is_absolute() && path.parent().is_some() && !text.contains(|c: char| c == '.' || c.is_control()) {
+        Ok(path.to_owned())
+    } else {
+        Err(wrong().hint("a directory of its own in a BPF file system, such as \"/sys/fs/bpf/forwarder\""))
     }
 }
 

@@ -17,7 +17,7 @@ use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
 use ipnet::Ipv4Net;
 
 use super::{
-    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, Ports, Probe,
+    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, Ports, Probe,
     Protocol, Redirect, RoutingTable, SnatPool, StatusRange, Tunnel, TunnelMode, XdpMode,
     reader::{At, Entry, Field, Named, OptionalField, Report, Reported, did_you_mean},
     schema::{self, Document, HealthKind, SNAT_PREFIXES},
@@ -32,6 +32,8 @@ const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/forwarder/control.sock";
 const DEFAULT_MAX_FLOWS: u32 = 262_144;
 const DEFAULT_MAX_SLOTS: u32 = 4_194_304;
+/// Where the agent's pins are.
+pub const DEFAULT_PIN_DIRECTORY: &str = "/sys/fs/bpf/forwarder";
 const DEFAULT_WEIGHT: u16 = 1;
 /// Idle flows live this long unless the listener says otherwise.
 pub const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
@@ -392,6 +394,8 @@ impl<'d> Check<'d> {
             control_socket: or(&agent.control_socket, PathBuf::from(DEFAULT_CONTROL_SOCKET))?,
             max_flows: or(&agent.max_flows, DEFAULT_MAX_FLOWS)?,
             max_slots: or(&agent.max_slots, DEFAULT_MAX_SLOTS)?,
+            pin_directory: or(&agent.pin_directory, PathBuf::from(DEFAULT_PIN_DIRECTORY))?,
+            on_stop: or(&agent.on_stop, OnStop::Detach)?,
         })
     }
 
@@ -974,6 +978,8 @@ mod tests {
                 control_socket: "/run/forwarder/control.sock".into(),
                 max_flows: 262_144,
                 max_slots: 4_194_304,
+                pin_directory: "/sys/fs/bpf/forwarder".into(),
+                on_stop: OnStop::Detach,
             }
         );
         assert_eq!(

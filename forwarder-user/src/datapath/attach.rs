@@ -1,12 +1,20 @@
-//! Hooks the programs to interfaces.
+//! Hooks the programs to interfaces, by links that are pinned: they stay when the agent goes. A link that an earlier
+//! agent has pinned gets the new program in one step, so no frame passes in between.
 //!
 //! XDP goes on in native mode where the driver can *and* frames can leave again: an answer to ARP, a redirect.
 //! On a veth they can only if the other end polls: it has an XDP program, or GRO is on. Else generic mode, which
 //! works everywhere and is slower.
 
+use std::path::Path;
+
 use aya::{
     Ebpf,
-    programs::{SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
+    programs::{
+        SchedClassifier, TcAttachType, Xdp, XdpMode,
+        links::{FdLink, PinnedLink},
+        tc::{self, SchedClassifierLink},
+        xdp::XdpLink,
+    },
     util::KernelVersion,
 };
 use forwarder_common::{
@@ -17,12 +25,18 @@ use forwarder_common::{
     datapath::Hook,
 };
 
-use super::object::{kernel_error, program};
+use super::{
+    object::{kernel_error, program},
+    pin::PinDirectory,
+};
 use crate::{
     config,
     error::Error,
     network::{self, InterfaceKind},
 };
+
+/// Why the kernel, or aya, does not attach or replace.
+type Refused = Box<dyn std::error::Error>;
 
 /// What was attached where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +76,13 @@ impl AttachmentKind {
             Self::Tcx => Hook::Tcx,
         }
     }
+
+    /// The kind with this [`Self::name`].
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::XdpNative, Self::XdpGeneric, Self::Tcx]
+            .into_iter()
+            .find(|kind| kind.name() == name)
+    }
 }
 
 /// Attaches XDP to an interface; also says, in words, why it is not in native mode.
@@ -70,6 +91,7 @@ impl AttachmentKind {
 /// When the kernel refuses the mode that the configuration demands.
 pub fn attach_xdp(
     ebpf: &mut Ebpf,
+    pins: &PinDirectory,
     link: &network::Interface,
     wanted: &config::Interface,
 ) -> Result<(Attachment, Option<String>), Error> {
@@ -80,38 +102,105 @@ pub fn attach_xdp(
         ))
         .hint("name it under [tunnel] instead of [interface]"));
     }
-    if wanted.mode == config::XdpMode::Generic {
-        return Ok((attach_generic(ebpf, link, wanted)?, None));
+    // The kernel takes one mode at a time. What is there stays where the configuration leaves the choice.
+    let (native, generic) = (
+        pins.link(AttachmentKind::XdpNative, link.index),
+        pins.link(AttachmentKind::XdpGeneric, link.index),
+    );
+    match wanted.mode {
+        config::XdpMode::Native => pins.unpin(&generic)?,
+        config::XdpMode::Generic => pins.unpin(&native)?,
+        config::XdpMode::Auto => {}
     }
-    match try_native(ebpf, link, wanted) {
+    if wanted.mode == config::XdpMode::Generic || generic.exists() {
+        return Ok((attach_generic(ebpf, pins, link, wanted)?, None));
+    }
+    match try_native(ebpf, pins, link, wanted) {
         Ok(attachment) => Ok((attachment, None)),
         Err(error) if wanted.mode == config::XdpMode::Native => Err(error),
-        Err(error) => Ok((attach_generic(ebpf, link, wanted)?, Some(error.what))),
+        Err(error) => Ok((attach_generic(ebpf, pins, link, wanted)?, Some(error.what))),
     }
+}
+
+/// Replaces the program of the link that is pinned at `path`. False: there is none, or its interface is gone.
+fn replace(
+    pins: &PinDirectory,
+    path: &Path,
+    update: impl FnOnce(FdLink) -> Result<(), Refused>,
+) -> Result<bool, Error> {
+    let Ok(pinned) = PinnedLink::from_pin(path) else {
+        return Ok(false);
+    };
+    match update(pinned.into()) {
+        Ok(()) => Ok(true),
+        // The link is dead (its interface was removed), or of another kind: it is of no use to anybody.
+        Err(error) => {
+            tracing::debug!(%error, "the pinned link {} is not taken over", path.display());
+            pins.unpin(path)?;
+            Ok(false)
+        }
+    }
+}
+
+/// Attaches an XDP program, or replaces the one of the pinned link.
+fn attach_or_replace_xdp(
+    ebpf: &mut Ebpf,
+    name: &str,
+    pins: &PinDirectory,
+    kind: AttachmentKind,
+    ifindex: u32,
+    mode: XdpMode,
+) -> Result<(), Error> {
+    let path = pins.link(kind, ifindex);
+    let xdp: &mut Xdp = program(ebpf, name)?;
+    let is_replaced = replace(pins, &path, |link| {
+        let id = xdp.attach_to_link(XdpLink::try_from(link)?)?;
+        // Out of the program's hands, or its end would be the link's; the pin keeps it.
+        xdp.take_link(id).map(drop).map_err(Refused::from)
+    })?;
+    if is_replaced {
+        return Ok(());
+    }
+    let attach = |xdp: &mut Xdp| {
+        let id = xdp.attach_to_if_index(ifindex, mode)?;
+        FdLink::try_from(xdp.take_link(id)?).map_err(Refused::from)
+    };
+    let link = attach(xdp).map_err(|error| kernel_error("attach XDP", error.as_ref()))?;
+    pin(link, &path)
+}
+
+fn pin(link: FdLink, path: &Path) -> Result<(), Error> {
+    link.pin(path)
+        .map(drop)
+        .map_err(|error| kernel_error(&format!("pin the link {}", path.display()), &error))
 }
 
 fn try_native(
     ebpf: &mut Ebpf,
+    pins: &PinDirectory,
     link: &network::Interface,
     wanted: &config::Interface,
 ) -> Result<Attachment, Error> {
-    let xdp: &mut Xdp = program(ebpf, map_name::PROGRAM_XDP)?;
-    let id = xdp
-        .attach_to_if_index(link.index, XdpMode::Driver)
-        .map_err(|error| {
-            kernel_error(&format!("attach XDP to \"{}\" in native mode", link.name), &error).hint(
-                "set mode = \"auto\" or \"generic\" for this interface, or use a driver with native XDP",
-            )
-        })?;
+    let kind = AttachmentKind::XdpNative;
+    attach_or_replace_xdp(
+        ebpf,
+        map_name::PROGRAM_XDP,
+        pins,
+        kind,
+        link.index,
+        XdpMode::Driver,
+    )
+    .map_err(|mut error| {
+        error.what = format!("\"{}\" in native mode: {}", link.name, error.what);
+        error.hint("set mode = \"auto\" or \"generic\" for this interface, or use a driver with native XDP")
+    })?;
     let sends = match wanted.redirect {
         config::Redirect::On => true,
         config::Redirect::Off => false,
         config::Redirect::Auto => can_send(link),
     };
     if !sends && wanted.redirect == config::Redirect::Auto {
-        let xdp: &mut Xdp = program(ebpf, map_name::PROGRAM_XDP)?;
-        xdp.detach(id)
-            .map_err(|error| kernel_error("detach XDP", &error))?;
+        pins.unpin(&pins.link(kind, link.index))?;
         return Err(Error::host(format!(
             "frames cannot leave \"{}\" ({}) straight from native XDP",
             link.name, link.kind
@@ -128,23 +217,27 @@ fn try_native(
     } else {
         0
     };
-    Ok(attachment(link, AttachmentKind::XdpNative, flags, redirects))
+    Ok(attachment(link, kind, flags, redirects))
 }
 
 fn attach_generic(
     ebpf: &mut Ebpf,
+    pins: &PinDirectory,
     link: &network::Interface,
     wanted: &config::Interface,
 ) -> Result<Attachment, Error> {
-    let xdp: &mut Xdp = program(ebpf, map_name::PROGRAM_XDP_GENERIC)?;
-    xdp.attach_to_if_index(link.index, XdpMode::Skb)
-        .map_err(|error| {
-            kernel_error(
-                &format!("attach XDP to \"{}\" in generic mode", link.name),
-                &error,
-            )
-            .hint("see `ip link show` for a program that is attached already, and remove it")
-        })?;
+    attach_or_replace_xdp(
+        ebpf,
+        map_name::PROGRAM_XDP_GENERIC,
+        pins,
+        AttachmentKind::XdpGeneric,
+        link.index,
+        XdpMode::Skb,
+    )
+    .map_err(|mut error| {
+        error.what = format!("\"{}\" in generic mode: {}", link.name, error.what);
+        error.hint("see `ip link show` for a program that is attached already, and remove it")
+    })?;
     let flags = if wanted.redirect == config::Redirect::Off {
         0
     } else {
@@ -157,7 +250,11 @@ fn attach_generic(
 ///
 /// # Errors
 /// When the device has no Ethernet header, or the kernel refuses.
-pub fn attach_tunnel(ebpf: &mut Ebpf, link: &network::Interface) -> Result<Attachment, Error> {
+pub fn attach_tunnel(
+    ebpf: &mut Ebpf,
+    pins: &PinDirectory,
+    link: &network::Interface,
+) -> Result<Attachment, Error> {
     if !link.is_ethernet {
         return Err(Error::host(format!(
             "tunnel \"{}\" ({}) carries no Ethernet header, which is not supported yet",
@@ -165,16 +262,54 @@ pub fn attach_tunnel(ebpf: &mut Ebpf, link: &network::Interface) -> Result<Attac
         ))
         .hint("use an Ethernet tunnel such as VXLAN, Geneve or gretap"));
     }
-    // Before Linux 6.6 there is no tcx; the program then needs this queueing discipline. It may be there.
+    let refused = |error: Refused| {
+        kernel_error(
+            &format!("attach to the ingress of \"{}\"", link.name),
+            error.as_ref(),
+        )
+    };
+    let path = pins.link(AttachmentKind::Tcx, link.index);
+    let tunnel: &mut SchedClassifier = program(ebpf, map_name::PROGRAM_TUNNEL)?;
+    // Before Linux 6.6 there is no tcx and no link that could be pinned, but a queueing discipline with a filter that
+    // stays when an agent is killed. It may be there.
     let is_tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
     if !is_tcx {
         let _ = tc::qdisc_add_clsact(&link.name);
+        let _ = tc::qdisc_detach_program(&link.name, TcAttachType::Ingress, map_name::PROGRAM_TUNNEL);
+        tunnel
+            .attach(&link.name, TcAttachType::Ingress)
+            .map_err(|error| refused(error.into()))?;
+        return Ok(attachment(link, AttachmentKind::Tcx, 0, 0));
     }
-    let tunnel: &mut SchedClassifier = program(ebpf, map_name::PROGRAM_TUNNEL)?;
-    tunnel
-        .attach(&link.name, TcAttachType::Ingress)
-        .map_err(|error| kernel_error(&format!("attach to the ingress of \"{}\"", link.name), &error))?;
+    let is_replaced = replace(pins, &path, |found| {
+        let id = tunnel.attach_to_link(SchedClassifierLink::try_from(found)?)?;
+        tunnel.take_link(id).map(drop).map_err(Refused::from)
+    })?;
+    if !is_replaced {
+        let attach = |tunnel: &mut SchedClassifier| {
+            let id = tunnel.attach(&link.name, TcAttachType::Ingress)?;
+            FdLink::try_from(tunnel.take_link(id)?).map_err(Refused::from)
+        };
+        pin(attach(tunnel).map_err(refused)?, &path)?;
+    }
     Ok(attachment(link, AttachmentKind::Tcx, 0, 0))
+}
+
+/// Removes the pinned links that are none of `attachments`: of interfaces that have left the configuration, or the
+/// host.
+///
+/// # Errors
+/// The pin directory cannot be read or written.
+pub fn detach_others(pins: &PinDirectory, attachments: &[Attachment]) -> Result<(), Error> {
+    for link in pins.links()? {
+        let is_ours = attachments
+            .iter()
+            .any(|one| (one.kind, one.ifindex) == (link.kind, link.ifindex));
+        if !is_ours {
+            pins.unpin(&link.path)?;
+        }
+    }
+    Ok(())
 }
 
 fn attachment(

@@ -38,6 +38,8 @@ pub struct Census {
     pub used: u64,
     /// Idle connections that both ends were told to give up, in this sweep.
     pub ended_idle: Vec<FlowEntry>,
+    /// Sweeps before this one.
+    pub number: u64,
 }
 
 /// How long the flows of a listener may be without packets.
@@ -65,7 +67,9 @@ pub trait FlowStore {
     fn take_counted(&mut self, id: FlowId) -> bool;
     fn read(&self, id: FlowId) -> FlowEntry;
     fn insert_key(&mut self, key: &FlowKey, reference: FlowReference);
-    fn remove_key(&mut self, key: &FlowKey);
+    /// Takes a key out of the index if it leads to this flow. Where an agent was killed between two steps, it may be
+    /// gone and belong to another one by now.
+    fn remove_key(&mut self, key: &FlowKey, id: FlowId);
     /// Counts a flow out.
     fn leave(&mut self, listener: ListenerId, backend: BackendId);
     /// Puts a flow at the end of the free list.
@@ -109,9 +113,12 @@ impl FlowStore for FlowMaps {
         let _ = self.index.insert(AsPod(*key), AsPod(reference), NO_EXIST);
     }
 
-    fn remove_key(&mut self, key: &FlowKey) {
-        // Not there: the data path unlinked it itself. Anything else shows as a key that stays.
-        let _ = self.index.remove(&AsPod(*key));
+    fn remove_key(&mut self, key: &FlowKey, id: FlowId) {
+        let key = AsPod(*key);
+        if self.index.get(&key, 0).is_ok_and(|AsPod(found)| found.id == id) {
+            // Not there any more: the data path unlinked it itself. Anything else shows as a key that stays.
+            let _ = self.index.remove(&key);
+        }
     }
 
     fn leave(&mut self, listener: ListenerId, backend: BackendId) {
@@ -130,6 +137,7 @@ impl FlowStore for FlowMaps {
 pub struct Sweeper<S = FlowMaps> {
     store: S,
     times: Arc<FlowTimes>,
+    sweeps: u64,
 }
 
 impl<S: FlowStore> Sweeper<S> {
@@ -144,10 +152,15 @@ impl<S: FlowStore> Sweeper<S> {
         Ok(Self::resume(store))
     }
 
-    /// Takes charge of a flow table in use.
+    /// Takes charge of a flow table in use, whose free list is complete (`free_list`). Its flows count as seen just
+    /// now.
     pub fn resume(store: S) -> Self {
         let times = Arc::new(FlowTimes::new(store.capacity()));
-        Self { store, times }
+        Self {
+            store,
+            times,
+            sweeps: 0,
+        }
     }
 
     /// When flows were opened and used, for others to read.
@@ -164,9 +177,9 @@ impl<S: FlowStore> Sweeper<S> {
         }
         // First, so that a packet under way finds no live flow, whichever key it came by.
         self.store.set_state(id, FlowState::UNLINKED);
-        self.store.remove_key(&binding.request_key());
+        self.store.remove_key(&binding.request_key(), id);
         if binding.is_dnat() {
-            self.store.remove_key(&binding.reply_key());
+            self.store.remove_key(&binding.reply_key(), id);
         }
         self.leave(id, &entry);
         self.times.found_used(id, true);
@@ -188,7 +201,11 @@ impl<S: FlowStore> Sweeper<S> {
         timeouts: impl Fn(ListenerId) -> Timeouts,
     ) -> Result<Census, Error> {
         self.times.set_now(now.as_secs() as u32);
-        let mut census = Census::default();
+        let mut census = Census {
+            number: self.sweeps,
+            ..Census::default()
+        };
+        self.sweeps += 1;
         for number in 0..self.store.capacity() {
             let id = FlowId(number);
             let state = self.store.state(id);
@@ -203,6 +220,9 @@ impl<S: FlowStore> Sweeper<S> {
             if state == FlowState::UNLINKED {
                 // Its connection has ended, so what held its keys back holds the number back as well.
                 if idle >= CLOSED_TIMEOUT {
+                    // Counted out already, unless an agent was killed before it did.
+                    let entry = self.store.read(id);
+                    self.leave(id, &entry);
                     self.free(id)?;
                 }
                 continue;
@@ -244,7 +264,7 @@ impl<S: FlowStore> Sweeper<S> {
     /// Takes the keys of a flow out of the index, unless a packet comes at the same moment: then `false`.
     pub fn unlink(&mut self, id: FlowId, entry: &FlowEntry) -> bool {
         let request_key = entry.binding.request_key();
-        self.store.remove_key(&request_key);
+        self.store.remove_key(&request_key, id);
         if self.store.is_seen(id) {
             let reference = FlowReference {
                 id,
@@ -254,7 +274,7 @@ impl<S: FlowStore> Sweeper<S> {
             return false;
         }
         if entry.binding.is_dnat() {
-            self.store.remove_key(&entry.binding.reply_key());
+            self.store.remove_key(&entry.binding.reply_key(), id);
         }
         self.store.set_state(id, FlowState::UNLINKED);
         self.leave(id, entry);

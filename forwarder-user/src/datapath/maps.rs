@@ -2,7 +2,7 @@
 
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, Queue},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapType, PerCpuArray, Queue},
 };
 use forwarder_common::abi::{
     backend::{Backend, BackendGroup},
@@ -16,10 +16,15 @@ use forwarder_common::abi::{
 
 use super::{
     memory::{FlowMemory, LiveMemory, SlotMemory},
-    object::{Sizes, kernel_error},
+    object::Sizes,
+    object::kernel_error,
+    pin::PinDirectory,
     pod::AsPod,
 };
-use crate::error::Error;
+use crate::{
+    error::Error,
+    state::ids::{NameKey, NameRecord},
+};
 
 pub(super) type Table<V> = Array<MapData, AsPod<V>>;
 /// aya's key holds the number of bits apart from these three words: see `abi::listener`.
@@ -28,6 +33,7 @@ pub(super) type Hash<K, V> = HashMap<MapData, AsPod<K>, AsPod<V>>;
 
 /// What the writer writes.
 pub struct ControlMaps {
+    pub names: Hash<NameKey, NameRecord>,
     pub settings: Table<Settings>,
     pub interfaces: Hash<InterfaceKey, Interface>,
     pub vips: Hash<VipKey, Vip>,
@@ -55,12 +61,22 @@ pub struct CounterMaps {
     pub reasons: PerCpuArray<MapData, AsPod<ReasonCounters>>,
 }
 
+/// The map of names, which no program reads.
+const NAMES: &str = "NAMES";
+/// BPF_F_NO_PREALLOC (linux/bpf.h): memory for the entries there are.
+const NO_PREALLOC: u32 = 1;
+
 /// Takes all maps out of a loaded object.
 ///
 /// # Errors
 /// When the object lacks one or it has another type, which is a fault of the build.
-pub fn take(ebpf: &mut Ebpf, sizes: &Sizes) -> Result<(ControlMaps, FlowMaps, CounterMaps), Error> {
+pub fn take(
+    ebpf: &mut Ebpf,
+    sizes: &Sizes,
+    pins: Option<&PinDirectory>,
+) -> Result<(ControlMaps, FlowMaps, CounterMaps), Error> {
     let control = ControlMaps {
+        names: names(sizes, pins)?,
         settings: typed(ebpf, map_name::SETTINGS)?,
         interfaces: typed(ebpf, map_name::INTERFACES)?,
         vips: typed(ebpf, map_name::VIPS)?,
@@ -92,6 +108,37 @@ pub fn take(ebpf: &mut Ebpf, sizes: &Sizes) -> Result<(ControlMaps, FlowMaps, Co
         reasons: typed(ebpf, map_name::REASON_COUNTERS)?,
     };
     Ok((control, flows, counters))
+}
+
+/// The map of names: the pinned one, or a new one.
+fn names(sizes: &Sizes, pins: Option<&PinDirectory>) -> Result<Hash<NameKey, NameRecord>, Error> {
+    let open = || -> Result<MapData, Box<dyn std::error::Error>> {
+        let pin = pins.map(|pins| pins.map(NAMES));
+        if let Some(path) = pin.as_ref().filter(|path| path.exists()) {
+            return Ok(MapData::from_pin(path)?);
+        }
+        // One that leaves the configuration and one that comes for it may be there together.
+        let entries = sizes
+            .listeners
+            .saturating_add(sizes.groups)
+            .saturating_add(sizes.backends)
+            .saturating_mul(2);
+        let object = aya_obj::Map::new_from_params(
+            MapType::Hash as u32,
+            size_of::<NameKey>() as u32,
+            size_of::<NameRecord>() as u32,
+            entries,
+            NO_PREALLOC,
+        );
+        let data = MapData::create(object, NAMES, None)?;
+        if let Some(path) = pin {
+            data.pin(path)?;
+        }
+        Ok(data)
+    };
+    open()
+        .and_then(|data| Ok(Map::HashMap(data).try_into()?))
+        .map_err(|error| kernel_error(&format!("open the map \"{NAMES}\""), error.as_ref()))
 }
 
 fn take_one(ebpf: &mut Ebpf, name: &str) -> Result<Map, Error> {

@@ -165,6 +165,18 @@ impl SlotMemory {
         })
     }
 
+    /// A copy of `count` slots from index `first` on.
+    pub fn read(&self, first: u32, count: u32) -> Vec<BackendId> {
+        (first..first.saturating_add(count))
+            .map(|index| BackendId(self.memory.word(index as usize * SLOT).load(Relaxed)))
+            .collect()
+    }
+
+    /// Number of slots.
+    pub fn capacity(&self) -> u32 {
+        (self.memory.map.len() / SLOT) as u32
+    }
+
     /// Writes slots from index `first` on.
     pub fn write(&self, first: u32, slots: &[BackendId]) {
         for (index, slot) in slots.iter().enumerate() {

@@ -1,17 +1,21 @@
 //! The agent's side of the kernel's objects: load, attach, write, read. The only place that knows aya.
 //!
 //! `object` loads, `attach` hooks programs to interfaces, `maps` has typed handles, `writer` executes the plan,
-//! `counters` and `flows` read, `memory` maps the two tables that are too large for system calls,
-//! `view` lets the walk read without writing.
+//! `counters` and `flows` read, `memory` maps the two tables that are too large for system calls, `view` lets the walk
+//! read without writing. `pin` makes all of it outlive the agent; `reader` and `free_list` take over what an earlier
+//! agent has left.
 
 pub mod attach;
 pub mod counters;
 pub mod flows;
+pub mod free_list;
 pub mod maps;
 pub mod memory;
 pub mod object;
 pub mod packet;
+pub mod pin;
 pub mod pod;
+pub mod reader;
 pub mod times;
 pub mod view;
 pub mod writer;

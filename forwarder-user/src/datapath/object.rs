@@ -1,11 +1,15 @@
-//! The BPF object: embedded in the binary, sized for a configuration, loaded.
+//! The BPF object: embedded in the binary, sized for a configuration, loaded on new maps or on pinned ones.
+
+use std::path::Path;
 
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
+    maps::{Array, MapData, MapInfo},
     programs::{ProgramError, SchedClassifier, Xdp},
 };
-use forwarder_common::abi::map_name;
+use forwarder_common::abi::{ABI_VERSION, map_name, settings::Settings};
 
+use super::{pin::PinDirectory, pod::AsPod};
 use crate::error::Error;
 
 /// What the build script made of `forwarder-ebpf`.
@@ -29,27 +33,257 @@ pub struct Sizes {
     pub interfaces: u32,
 }
 
-/// Loads maps and programs; nothing is attached yet.
+impl Sizes {
+    /// Each size with the maps that have it.
+    fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 10] {
+        [
+            (&mut self.flows, &[map_name::FLOWS, map_name::FREE_FLOWS]),
+            (&mut self.flow_keys, &[map_name::FLOW_INDEX]),
+            (&mut self.slots, &[map_name::SLOTS]),
+            (&mut self.groups, &[map_name::GROUPS]),
+            (
+                &mut self.backends,
+                &[
+                    map_name::BACKENDS,
+                    map_name::BACKEND_COUNTERS,
+                    map_name::BACKEND_LIVE,
+                ],
+            ),
+            (
+                &mut self.listeners,
+                &[
+                    map_name::LISTENERS,
+                    map_name::LISTENER_COUNTERS,
+                    map_name::LISTENER_LIVE,
+                ],
+            ),
+            (&mut self.listener_ranges, &[map_name::LISTENER_RANGES]),
+            (&mut self.sources, &[map_name::SOURCES]),
+            (&mut self.vips, &[map_name::VIPS]),
+            (&mut self.interfaces, &[map_name::INTERFACES]),
+        ]
+    }
+
+    /// With room for configurations to come, so that a change of the configuration needs no new maps.
+    #[must_use]
+    pub fn with_room(mut self) -> Self {
+        for (size, at_least) in [
+            (&mut self.groups, 1024),
+            (&mut self.backends, 4096),
+            (&mut self.listeners, 1024),
+            // Tries take memory for what is in them.
+            (&mut self.listener_ranges, 8192),
+            (&mut self.sources, 131_072),
+            (&mut self.vips, 1024),
+            (&mut self.interfaces, 64),
+        ] {
+            *size = size.saturating_mul(2).max(at_least);
+        }
+        self
+    }
+
+    /// Number of entries by name of the map.
+    pub fn entries(mut self) -> Vec<(&'static str, u32)> {
+        self.maps()
+            .into_iter()
+            .flat_map(|(size, maps)| maps.iter().map(move |map| (*map, *size)))
+            .collect()
+    }
+}
+
+/// A map as the programs of this binary need it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapLayout {
+    pub name: String,
+    /// `enum bpf_map_type` of the kernel.
+    pub kind: u32,
+    pub key_bytes: u32,
+    pub value_bytes: u32,
+    pub flags: u32,
+    /// Entries unless [`Sizes`] says otherwise.
+    pub entries: u32,
+}
+
+/// Scratch memory and messages of the programs: each load has its own.
+fn is_shared(name: &str) -> bool {
+    !(name == "SCRATCH" || name.starts_with("AYA_LOG") || name.starts_with('.'))
+}
+
+/// The maps of this binary's object that one agent leaves to the next, by name.
+///
+/// # Errors
+/// The object cannot be read, which is a fault of the build.
+pub fn layout() -> Result<Vec<MapLayout>, Error> {
+    let object = aya_obj::Object::parse(OBJECT)
+        .map_err(|error| Error::failed(format!("the BPF object cannot be read: {error}")))?;
+    let mut maps: Vec<_> = object
+        .maps
+        .iter()
+        .filter(|(name, _)| is_shared(name))
+        .map(|(name, map)| MapLayout {
+            name: name.clone(),
+            kind: map.map_type(),
+            key_bytes: map.key_size(),
+            value_bytes: map.value_size(),
+            flags: map.map_flags(),
+            entries: map.max_entries(),
+        })
+        .collect();
+    maps.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(maps)
+}
+
+/// CPUs that per-CPU maps have values for.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn possible_cpus() -> Result<u64, Error> {
+    aya::util::nr_cpus()
+        .map(|cpus| cpus as u64)
+        .map_err(|(path, error)| Error::host(format!("cannot count the CPUs: {path}: {error}")))
+}
+
+/// Checks that the pinned maps are what this binary needs for tables of at least the sizes `needed`, and returns the
+/// sizes they have; what is not pinned gets room to grow.
+///
+/// # Errors
+/// Their layout is another one: all differences, and the way out.
+pub fn adopt(pins: &PinDirectory, needed: &Sizes) -> Result<Sizes, Error> {
+    let mut sizes = needed.with_room();
+    let needed = needed.entries();
+    let mut differences = Vec::new();
+    for map in layout()? {
+        if !pins.has_map(&map.name) {
+            continue;
+        }
+        let info = MapInfo::from_pin(pins.map(&map.name))
+            .map_err(|error| refused(&format!("open the pinned map {}", map.name), &error))?;
+        let kind = info.map_type().map_or(0, |kind| kind as u32);
+        let found = (kind, info.key_size(), info.value_size(), info.map_flags());
+        if found != (map.kind, map.key_bytes, map.value_bytes, map.flags) {
+            differences.push(format!(
+                "{}: keys of {} and values of {} bytes, this version needs {} and {}",
+                map.name,
+                info.key_size(),
+                info.value_size(),
+                map.key_bytes,
+                map.value_bytes
+            ));
+            continue;
+        }
+        let has = info.max_entries();
+        let size = sizes
+            .maps()
+            .into_iter()
+            .find(|(_, maps)| maps.contains(&map.name.as_str()))
+            .map(|(size, _)| size);
+        let wanted = needed
+            .iter()
+            .find(|(name, _)| *name == map.name)
+            .map_or(map.entries, |(_, entries)| *entries);
+        let is_enough = match size {
+            Some(size) => {
+                *size = has;
+                // A flow's number is its binding, and the free list holds all of them.
+                has == wanted || (has > wanted && map.name != map_name::FLOWS)
+            }
+            None => has == wanted,
+        };
+        if !is_enough {
+            let setting = match map.name.as_str() {
+                map_name::FLOWS => " (agent.max_flows)",
+                map_name::SLOTS => " (agent.max_slots)",
+                map_name::FLOW_INDEX => " (agent.max_flows, twice that with a group in DNAT mode)",
+                _ => "",
+            };
+            differences.push(format!(
+                "{}: {has} entries, {wanted} are needed{setting}",
+                map.name
+            ));
+        }
+    }
+    let version = abi_version(pins)?;
+    if version.is_some_and(|version| version != ABI_VERSION) {
+        differences.insert(
+            0,
+            format!(
+                "ABI version {}, this binary has {ABI_VERSION}",
+                version.unwrap_or_default()
+            ),
+        );
+    }
+    if differences.is_empty() {
+        return Ok(sizes);
+    }
+    Err(Error::host(format!(
+        "the tables pinned in {} have another layout, so they cannot be taken over:\n  {}",
+        pins.path().display(),
+        differences.join("\n  ")
+    ))
+    .hint(format!(
+        "either undo that change, or remove them with `forwarder detach --pin-directory {}`: traffic stops and flows \
+         end; then start the agent anew",
+        pins.path().display()
+    )))
+}
+
+/// The version in the pinned settings; `None`: nothing was written to them yet.
+fn abi_version(pins: &PinDirectory) -> Result<Option<u32>, Error> {
+    if !pins.has_map(map_name::SETTINGS) {
+        return Ok(None);
+    }
+    let map = MapData::from_pin(pins.map(map_name::SETTINGS))
+        .map_err(|error| refused("open the pinned settings", &error))?;
+    if map.info().map_or(0, |info| info.value_size()) as usize != size_of::<Settings>() {
+        // Said already, among the differences.
+        return Ok(None);
+    }
+    let settings: Array<_, AsPod<Settings>> = aya::maps::Map::Array(map)
+        .try_into()
+        .map_err(|error: aya::maps::MapError| refused("open the pinned settings", &error))?;
+    match settings.get(&0, 0) {
+        Ok(AsPod(settings)) => Ok(Some(settings.abi_version).filter(|version| *version != 0)),
+        Err(error) => Err(refused("read the pinned settings", &error)),
+    }
+}
+
+/// Loads programs and new maps; nothing is attached yet.
 ///
 /// # Errors
 /// When the kernel refuses: with its own words, and what to do about the usual causes.
 pub fn load(sizes: &Sizes) -> Result<Ebpf, Error> {
-    let mut ebpf = EbpfLoader::new()
-        .map_max_entries(map_name::FLOWS, sizes.flows)
-        .map_max_entries(map_name::FREE_FLOWS, sizes.flows)
-        .map_max_entries(map_name::FLOW_INDEX, sizes.flow_keys)
-        .map_max_entries(map_name::SLOTS, sizes.slots)
-        .map_max_entries(map_name::GROUPS, sizes.groups)
-        .map_max_entries(map_name::BACKENDS, sizes.backends)
-        .map_max_entries(map_name::BACKEND_COUNTERS, sizes.backends)
-        .map_max_entries(map_name::BACKEND_LIVE, sizes.backends)
-        .map_max_entries(map_name::LISTENERS, sizes.listeners)
-        .map_max_entries(map_name::LISTENER_COUNTERS, sizes.listeners)
-        .map_max_entries(map_name::LISTENER_LIVE, sizes.listeners)
-        .map_max_entries(map_name::LISTENER_RANGES, sizes.listener_ranges)
-        .map_max_entries(map_name::SOURCES, sizes.sources)
-        .map_max_entries(map_name::VIPS, sizes.vips)
-        .map_max_entries(map_name::INTERFACES, sizes.interfaces)
+    finish(&mut loader(sizes))
+}
+
+/// As [`load`], on pinned maps; maps that are not there yet are made and pinned. `free_list` is the path of a list
+/// that is to be made.
+///
+/// # Errors
+/// As for [`load`].
+pub fn load_pinned(sizes: &Sizes, pins: &PinDirectory, free_list: &Path) -> Result<Ebpf, Error> {
+    let maps = layout()?;
+    let mut loader = loader(sizes);
+    for map in &maps {
+        let path = if map.name == map_name::FREE_FLOWS {
+            free_list.to_owned()
+        } else {
+            pins.map(&map.name)
+        };
+        loader.map_pin_path(&map.name, path);
+    }
+    finish(&mut loader)
+}
+
+fn loader(sizes: &Sizes) -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    for (name, entries) in sizes.entries() {
+        loader.map_max_entries(name, entries);
+    }
+    loader
+}
+
+fn finish(loader: &mut EbpfLoader<'_>) -> Result<Ebpf, Error> {
+    let mut ebpf = loader
         .load(OBJECT)
         .map_err(|error| refused("create the maps", &error))?;
     for name in [

@@ -1,42 +1,141 @@
-//! The only code that writes the control maps: executes a plan, in order.
+//! The only code that writes the control maps: one write of a plan at a time.
 
-use aya::maps::lpm_trie::Key;
-use forwarder_common::abi::listener::Source;
+use aya::{
+    maps::{Array, HashMap, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie::Key},
+    util::nr_cpus,
+};
+use bytemuck::{Pod, Zeroable as _};
+use forwarder_common::abi::{
+    backend::{Backend, BackendGroup},
+    counter::TrafficCounters,
+    listener::Source,
+};
 
-use super::{maps::ControlMaps, object::kernel_error, pod::AsPod};
-use crate::{error::Error, state::plan::MapWrite};
+use super::{
+    maps::{ControlMaps, CounterMaps, Trie},
+    object::kernel_error,
+    pod::AsPod,
+};
+use crate::{
+    error::Error,
+    state::{apply::Store, plan::MapWrite},
+};
 
-/// Executes the writes in order; stops at the first that fails.
-///
-/// # Errors
-/// Names the write that the kernel refused.
-pub fn apply(maps: &mut ControlMaps, plan: &[MapWrite]) -> Result<(), Error> {
-    for write in plan {
-        let outcome = match write {
-            MapWrite::Settings(value) => maps.settings.set(0, AsPod(**value), 0),
-            MapWrite::Interface(key, value) => maps.interfaces.insert(AsPod(*key), AsPod(*value), 0),
-            MapWrite::Backend(id, value) => maps.backends.set(id.0, AsPod(*value), 0),
+/// All that plans write to.
+pub struct KernelTables<'a> {
+    pub control: &'a mut ControlMaps,
+    pub counters: &'a mut CounterMaps,
+}
+
+impl Store for KernelTables<'_> {
+    fn exchange(&mut self, write: &MapWrite) -> Result<Option<MapWrite>, Error> {
+        let Self { control, counters } = self;
+        let undo = match write {
+            MapWrite::Name(key, value) => exchange(&mut control.names, key, value.as_deref())
+                .map(|old| Some(MapWrite::Name(*key, old.map(Box::new)))),
+            MapWrite::Settings(value) => {
+                replace(&mut control.settings, 0, **value).map(|old| Some(MapWrite::Settings(Box::new(old))))
+            }
+            MapWrite::Interface(key, value) => exchange(&mut control.interfaces, key, value.as_ref())
+                .map(|old| Some(MapWrite::Interface(*key, old))),
+            MapWrite::Backend(id, value) => {
+                replace(&mut control.backends, id.0, value.unwrap_or(Backend::zeroed()))
+                    .map(|old| Some(MapWrite::Backend(*id, Some(old))))
+            }
             MapWrite::Slots { first, slots } => {
-                maps.slots.write(*first, slots);
-                Ok(())
+                // No group points there yet.
+                control.slots.write(*first, slots);
+                Ok(None)
             }
-            MapWrite::Group(id, value) => maps.groups.set(id.0, AsPod(*value), 0),
-            MapWrite::Vip(key, value) => maps.vips.insert(AsPod(*key), AsPod(*value), 0),
-            MapWrite::Source(key) => maps
+            MapWrite::Group(id, value) => {
+                replace(&mut control.groups, id.0, value.unwrap_or(BackendGroup::zeroed()))
+                    .map(|old| Some(MapWrite::Group(*id, Some(old))))
+            }
+            MapWrite::Vip(key, value) => {
+                exchange(&mut control.vips, key, value.as_ref()).map(|old| Some(MapWrite::Vip(*key, old)))
+            }
+            // Plans add what is not there and remove what is.
+            MapWrite::Source(key, Some(value)) => control
                 .sources
-                .insert(&trie_key(key), AsPod(Source { admitted: 1 }), 0),
-            MapWrite::Listener(key, value) => maps.listeners.insert(AsPod(*key), AsPod(*value), 0),
+                .insert(&trie_key(key), AsPod(*value), 0)
+                .map(|()| Some(MapWrite::Source(*key, None))),
+            MapWrite::Source(key, None) => control
+                .sources
+                .remove(&trie_key(key))
+                .map(|()| Some(MapWrite::Source(*key, Some(Source { admitted: 1 })))),
             MapWrite::ListenerRange(key, value) => {
-                maps.listener_ranges.insert(&trie_key(key), AsPod(*value), 0)
+                exchange_prefix(&mut control.listener_ranges, key, value.as_ref())
+                    .map(|old| Some(MapWrite::ListenerRange(*key, old)))
             }
+            MapWrite::Listener(key, value) => exchange(&mut control.listeners, key, value.as_ref())
+                .map(|old| Some(MapWrite::Listener(*key, old))),
+            // Nobody has the number.
+            MapWrite::ListenerCounters(id) => clear(&mut counters.listeners, id.0).map(|()| None),
+            MapWrite::BackendCounters(id) => clear(&mut counters.backends, id.0).map(|()| None),
         };
-        outcome.map_err(|error| kernel_error(&format!("write {write}"), &error))?;
+        undo.map_err(|error| kernel_error(&format!("write {write}"), &error))
     }
-    Ok(())
+}
+
+/// Inserts or removes an entry; returns what was there.
+fn exchange<K: Pod, V: Pod>(
+    map: &mut HashMap<MapData, AsPod<K>, AsPod<V>>,
+    key: &K,
+    value: Option<&V>,
+) -> Result<Option<V>, MapError> {
+    let key = AsPod(*key);
+    let old = match map.get(&key, 0) {
+        Ok(AsPod(old)) => Some(old),
+        Err(MapError::KeyNotFound) => None,
+        Err(error) => return Err(error),
+    };
+    match value {
+        Some(value) => map.insert(key, AsPod(*value), 0)?,
+        None if old.is_some() => map.remove(&key)?,
+        None => {}
+    }
+    Ok(old)
+}
+
+/// As [`exchange`], of a prefix in a trie: a look-up finds a shorter prefix as well, so the keys are looked through.
+fn exchange_prefix<K: Pod, V: Pod>(
+    map: &mut Trie<V>,
+    key: &K,
+    value: Option<&V>,
+) -> Result<Option<V>, MapError> {
+    let key = trie_key(key);
+    let mut old = None;
+    for found in map.keys() {
+        let found = found?;
+        if (found.prefix_len(), found.data()) == (key.prefix_len(), key.data()) {
+            let AsPod(value) = map.get(&key, 0)?;
+            old = Some(value);
+            break;
+        }
+    }
+    match value {
+        Some(value) => map.insert(&key, AsPod(*value), 0)?,
+        None if old.is_some() => map.remove(&key)?,
+        None => {}
+    }
+    Ok(old)
 }
 
 /// A trie's key as aya wants it: the number of bits, then three words.
-fn trie_key<K: bytemuck::Pod>(key: &K) -> Key<[u32; 3]> {
+fn trie_key<K: Pod>(key: &K) -> Key<[u32; 3]> {
     let [bits, words @ ..]: [u32; 4] = bytemuck::cast(*key);
     Key::new(bits, words)
+}
+
+/// Replaces an element; returns what was there.
+fn replace<V: Pod>(map: &mut Array<MapData, AsPod<V>>, index: u32, value: V) -> Result<V, MapError> {
+    let AsPod(old) = map.get(&index, 0)?;
+    map.set(index, AsPod(value), 0)?;
+    Ok(old)
+}
+
+fn clear(map: &mut PerCpuArray<MapData, AsPod<TrafficCounters>>, index: u32) -> Result<(), MapError> {
+    let cpus = nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
+    let zeros = PerCpuValues::try_from(vec![AsPod(TrafficCounters::default()); cpus])?;
+    map.set(index, zeros, 0)
 }

@@ -52,6 +52,15 @@ impl Judge {
         }
     }
 
+    /// A judge that goes on from an earlier one's verdict; see [`Self::new`].
+    #[must_use]
+    pub fn knowing(rise: u32, fall: u32, health: Option<Health>) -> Self {
+        Self {
+            health,
+            ..Self::new(rise, fall)
+        }
+    }
+
     /// The same verdict under new thresholds; the run of contradictions starts over.
     #[must_use]
     pub fn with_thresholds(&self, rise: u32, fall: u32) -> Self {

@@ -114,12 +114,22 @@ impl Drop for Watch {
 /// The first probes start within [`schedule::START_WINDOW`]. Every result is reported; when `reports` is full,
 /// probing waits for the reader, and when its receiver is dropped, probing ends.
 ///
+/// `known` is the health of targets that were probed before, by group and backend name: they need `fall` failures to
+/// become unhealthy, where the first result decides on others.
+///
 /// # Panics
 /// Outside of a tokio runtime.
 #[must_use = "dropping the watch stops the checks"]
-pub fn start(targets: Vec<Target>, source: Ipv4Addr, reports: mpsc::Sender<Report>) -> Watch {
+pub fn start(
+    targets: Vec<Target>,
+    known: HashMap<(String, String), Health>,
+    source: Ipv4Addr,
+    reports: mpsc::Sender<Report>,
+) -> Watch {
     let (sender, receiver) = watch::channel(targets);
-    let scheduler = tokio::spawn(Scheduler::new(source, reports).run(receiver));
+    let mut scheduler = Scheduler::new(source, reports);
+    scheduler.known = known;
+    let scheduler = tokio::spawn(scheduler.run(receiver));
     Watch {
         targets: sender,
         scheduler,
@@ -151,6 +161,8 @@ struct Scheduler {
     epoch: Instant,
     entries: HashMap<EntryId, Entry>,
     by_name: HashMap<(String, String), EntryId>,
+    /// Of targets that have not been seen yet.
+    known: HashMap<(String, String), Health>,
     next_id: EntryId,
     /// What starts when, soonest first. Holds ids of removed entries until their time comes.
     due: BinaryHeap<Reverse<(Instant, EntryId)>>,
@@ -165,6 +177,7 @@ impl Scheduler {
             epoch: Instant::now(),
             entries: HashMap::new(),
             by_name: HashMap::new(),
+            known: HashMap::new(),
             next_id: 0,
             due: BinaryHeap::new(),
             probes: JoinSet::new(),
@@ -227,12 +240,14 @@ impl Scheduler {
     }
 
     fn add(&mut self, name: (String, String), target: Target, old: Option<Entry>) {
+        let known = self.known.remove(&name);
         let check = &target.check;
         let judge = match old {
             Some(old) if old.target.address == target.address => {
                 old.judge.with_thresholds(check.rise, check.fall)
             }
-            _ => Judge::new(check.rise, check.fall),
+            None => Judge::knowing(check.rise, check.fall, known),
+            Some(_) => Judge::new(check.rise, check.fall),
         };
         let cadence = Cadence::new(check.interval, &name);
         let id = self.next_id;
@@ -368,12 +383,37 @@ mod tests {
         }
     }
 
+    fn fresh(targets: Vec<Target>, source: Ipv4Addr, reports: mpsc::Sender<Report>) -> Watch {
+        start(targets, HashMap::new(), source, reports)
+    }
+
+    #[tokio::test]
+    async fn a_known_backend_does_not_fall_at_its_first_failure() {
+        let (sender, mut reports) = mpsc::channel(16);
+        let known = ["web-1", "web-2"].map(|name| target(name, refusing()));
+        let name = (known[0].group.clone(), known[0].backend.clone());
+        let _watch = start(
+            known.to_vec(),
+            HashMap::from([(name.clone(), Health::Healthy)]),
+            LOOPBACK,
+            sender,
+        );
+        let mut seen = HashSet::new();
+        while seen.len() < 2 {
+            let report = reports.recv().await.unwrap();
+            if seen.insert(report.target.backend.clone()) {
+                let expected = (report.target.backend != name.1).then_some(Health::Unhealthy);
+                assert_eq!(report.transition, expected, "{}", report.target.backend);
+            }
+        }
+    }
+
     #[tokio::test]
     async fn the_first_reports_decide_and_come_promptly() {
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
         let begin = Instant::now();
         let (sender, mut reports) = mpsc::channel(16);
-        let _watch = start(
+        let _watch = fresh(
             vec![
                 target("up", v4(listener.local_addr().unwrap())),
                 target("down", refusing()),
@@ -394,7 +434,7 @@ mod tests {
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
         let address = v4(listener.local_addr().unwrap());
         let (sender, mut reports) = mpsc::channel(16);
-        let _watch = start(vec![target("web-1", address)], LOOPBACK, sender);
+        let _watch = fresh(vec![target("web-1", address)], LOOPBACK, sender);
         assert_eq!(next(&mut reports).await.transition, Some(Health::Healthy));
 
         drop(listener);
@@ -441,7 +481,7 @@ mod tests {
             ],
         };
         let (sender, mut reports) = mpsc::channel(16);
-        let _watch = start(vec![target], LOOPBACK, sender);
+        let _watch = fresh(vec![target], LOOPBACK, sender);
         let report = next(&mut reports).await;
         assert_eq!(report.transition, Some(Health::Unhealthy));
         assert_eq!(
@@ -454,7 +494,7 @@ mod tests {
     async fn a_fault_of_the_gateway_changes_no_health() {
         let (sender, mut reports) = mpsc::channel(16);
         // RFC 5737 TEST-NET-1: no host has it.
-        let _watch = start(
+        let _watch = fresh(
             vec![target("web-1", refusing())],
             Ipv4Addr::new(192, 0, 2, 1),
             sender,
@@ -471,7 +511,7 @@ mod tests {
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
         let kept = target("kept", v4(listener.local_addr().unwrap()));
         let (sender, mut reports) = mpsc::channel(16);
-        let watch = start(
+        let watch = fresh(
             vec![kept.clone(), target("removed", refusing())],
             LOOPBACK,
             sender,
@@ -525,7 +565,7 @@ mod tests {
         let targets = (0..8)
             .map(|number| target(&format!("web-{number}"), address))
             .collect();
-        let watch = start(targets, LOOPBACK, sender);
+        let watch = fresh(targets, LOOPBACK, sender);
         next(&mut reports).await;
         drop(watch);
         // What was in the channel comes out, then it is closed.
@@ -541,7 +581,7 @@ mod tests {
         let silent = Server::never_accepting().await;
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
         let (sender, mut reports) = mpsc::channel(16);
-        let _watch = start(
+        let _watch = fresh(
             vec![
                 target("silent", silent.address),
                 target("up", v4(listener.local_addr().unwrap())),

@@ -208,7 +208,8 @@ fn pool_flag(config: &Config) -> u32 {
     }
 }
 
-fn pool(snat: &config::SnatPool) -> SnatPool {
+/// The pool as the data path knows it.
+pub fn pool(snat: &config::SnatPool) -> SnatPool {
     let mut pool = SnatPool::default();
     for (range, (first, count)) in pool.ranges.iter_mut().zip(&snat.ranges) {
         *range = SnatRange {

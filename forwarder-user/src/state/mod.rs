@@ -1,9 +1,13 @@
 //! What should be true, and how to get there: pure functions, no I/O, no aya.
 //!
-//! `ids` gives names their numbers, `desired` turns configuration, health and links into table contents, `plan`
-//! lists the writes that lead from one desired state to the next.
+//! `ids` gives names their numbers and `names` the other way round, `placement` gives groups their slots, `desired`
+//! turns configuration, health and links into table contents, `difference` compares configurations for people, `plan`
+//! lists the writes that lead from one state of the tables to the next, `apply` executes them all or none.
 
+pub mod apply;
 pub mod desired;
+pub mod difference;
 pub mod ids;
 pub mod names;
+pub mod placement;
 pub mod plan;

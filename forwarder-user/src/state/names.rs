@@ -43,22 +43,27 @@ pub struct InterfaceName {
 impl Names {
     /// The names of everything in a configuration.
     pub fn of(config: &Config, ids: &Ids, attachments: &[Attachment]) -> Self {
-        let backends = ids.backends.iter().map(|((group, name), id)| {
-            let found = config
-                .groups
-                .get(group)
-                .and_then(|group| group.backends.get(name));
-            let name = BackendName {
-                group: group.clone(),
-                name: name.clone(),
-                weight: found.map(|backend| backend.weight),
-            };
-            (*id, name)
-        });
+        let backends = ids
+            .backends
+            .iter()
+            .chain(&ids.leaving_backends)
+            .map(|((group, name), id)| {
+                let found = config
+                    .groups
+                    .get(group)
+                    .and_then(|group| group.backends.get(name));
+                let name = BackendName {
+                    group: group.clone(),
+                    name: name.clone(),
+                    weight: found.map(|backend| backend.weight),
+                };
+                (*id, name)
+            });
         Self {
             listeners: ids
                 .listeners
                 .iter()
+                .chain(&ids.leaving_listeners)
                 .map(|(name, id)| (*id, name.clone()))
                 .collect(),
             groups: ids.groups.iter().map(|(name, id)| (*id, name.clone())).collect(),

@@ -1,8 +1,9 @@
-//! The writes that lead from one desired state to the next, in an order that no reader can trip over.
+//! The writes that lead from one state of the tables to the next, in an order that no reader can trip over.
 //!
-//! Backends come before the slots that name them, slots before the group that points at them, groups before the
-//! listeners that name them. A group's table alternates between two regions of the slot table: the new one is
-//! written in full, then the group's entry is replaced, in one write.
+//! Names come first, so that a number is never in use without its name. Backends come before the slots that name
+//! them, slots before the group that points at them, groups before the listeners that name them; what goes, goes in
+//! the reverse order, after all that comes. A group's table alternates between two places of the slot table: the
+//! new one is written in full, then the group's entry is replaced, in one write.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -10,84 +11,105 @@ use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId},
         interface::{Interface, InterfaceKey},
-        listener::{Listener, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
+        listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         settings::Settings,
     },
     wire::Ipv4Address,
 };
 
-use super::desired::{Desired, source_key};
+use super::{
+    desired::{Desired, source_key},
+    ids::{Ids, NameKey, NameKind, NameRecord},
+    placement::Placement,
+};
 
-/// One write.
+/// One write. A value of `None` removes the entry.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MapWrite {
+    Name(NameKey, Option<Box<NameRecord>>),
     Settings(Box<Settings>),
-    Interface(InterfaceKey, Interface),
-    Backend(BackendId, Backend),
-    Slots { first: u32, slots: Vec<BackendId> },
-    Group(GroupId, BackendGroup),
-    Vip(VipKey, Vip),
-    Source(SourceKey),
-    Listener(ListenerKey, Listener),
-    ListenerRange(ListenerRangeKey, Listener),
+    Interface(InterfaceKey, Option<Interface>),
+    Backend(BackendId, Option<Backend>),
+    Slots {
+        first: u32,
+        slots: Vec<BackendId>,
+    },
+    Group(GroupId, Option<BackendGroup>),
+    Vip(VipKey, Option<Vip>),
+    Source(SourceKey, Option<Source>),
+    Listener(ListenerKey, Option<Listener>),
+    ListenerRange(ListenerRangeKey, Option<Listener>),
+    /// Back to zero, before the number is given to another name.
+    ListenerCounters(ListenerId),
+    /// As for listeners.
+    BackendCounters(BackendId),
 }
 
-/// Where each group's table stands.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Placement {
-    regions: BTreeMap<GroupId, Region>,
+/// What the tables hold: contents, who has which number, where the slots stand.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Applied {
+    pub ids: Ids,
+    pub placement: Placement,
+    pub desired: Desired,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Region {
-    first: u32,
-    /// Slots of one table; there is room for two.
-    size: u32,
-    /// Which of the two is in use: 0 or 1.
-    side: u32,
-}
-
-impl Placement {
-    /// Places tables of these sizes one behind the other.
-    pub fn new(sizes: impl IntoIterator<Item = (GroupId, u32)>) -> Self {
-        let mut placement = Self::default();
-        let mut first = 0;
-        for (group, size) in sizes {
-            placement.regions.insert(group, Region { first, size, side: 1 });
-            first += 2 * size;
+impl Applied {
+    /// Empty tables with `slots` slots.
+    pub fn nothing(slots: u32) -> Self {
+        Self {
+            ids: Ids::default(),
+            placement: Placement::new(slots),
+            desired: Desired::empty(),
         }
-        placement
+    }
+
+    /// The writes that lead from here to `after`, whose placement was arranged from this one; its tables find
+    /// their places now.
+    pub fn writes_to(&self, after: &mut Self) -> Vec<MapWrite> {
+        let contents = plan(&self.desired, &after.desired, &mut after.placement);
+        let names_before = self.ids.records(&self.placement);
+        let names_after = after.ids.records(&after.placement);
+        let mut writes: Vec<_> = came(&names_before, &names_after, |key, record| {
+            MapWrite::Name(*key, Some(Box::new(*record)))
+        })
+        .collect();
+        writes.extend(contents);
+        for key in names_before.keys().filter(|key| !names_after.contains_key(key)) {
+            match key.kind {
+                NameKind::LISTENER => writes.push(MapWrite::ListenerCounters(ListenerId(key.id))),
+                NameKind::BACKEND => writes.push(MapWrite::BackendCounters(BackendId(key.id))),
+                _ => {}
+            }
+            writes.push(MapWrite::Name(*key, None));
+        }
+        writes
     }
 }
 
-/// The writes from `before` to `after`; `placement` moves along.
+/// The writes from `before` to `after`; `placement`, which has room for all groups of `after`, moves along.
 pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec<MapWrite> {
     let mut writes = Vec::new();
-    for (ifindex, interface) in &after.interfaces {
-        if before.interfaces.get(ifindex) != Some(interface) {
-            writes.push(MapWrite::Interface(
-                InterfaceKey { ifindex: *ifindex },
-                *interface,
-            ));
-        }
-    }
+    let interface = |ifindex: &u32| InterfaceKey { ifindex: *ifindex };
+    let vip = |address: &[u8; 4]| VipKey {
+        address: Ipv4Address::new(*address),
+    };
+    // What comes, or changes.
+    writes.extend(came(&before.interfaces, &after.interfaces, |ifindex, value| {
+        MapWrite::Interface(interface(ifindex), Some(*value))
+    }));
     if before.settings != after.settings {
         writes.push(MapWrite::Settings(Box::new(after.settings)));
     }
-    for (id, backend) in &after.backends {
-        if before.backends.get(id) != Some(backend) {
-            writes.push(MapWrite::Backend(*id, *backend));
-        }
-    }
+    writes.extend(came(&before.backends, &after.backends, |id, value| {
+        MapWrite::Backend(*id, Some(*value))
+    }));
     for (id, group) in &after.groups {
-        if before.groups.get(id) == Some(group) {
+        if before.groups.get(id) == Some(group) && placement.is_written(*id) {
             continue;
         }
-        let Some(region) = placement.regions.get_mut(id) else {
+        let Some(first) = placement.turn(*id) else {
             continue;
         };
-        region.side = 1 - region.side;
-        let first = region.first + region.side * region.size;
         let slot_count = group.slots.len() as u32;
         if slot_count > 0 {
             writes.push(MapWrite::Slots {
@@ -95,48 +117,132 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
                 slots: group.slots.clone(),
             });
         }
-        writes.push(MapWrite::Group(
-            *id,
-            BackendGroup {
-                first_slot: first,
-                slot_count,
-                nat: group.nat,
-                reserved: 0,
-            },
-        ));
+        let value = BackendGroup {
+            first_slot: first,
+            slot_count,
+            nat: group.nat,
+            reserved: 0,
+        };
+        writes.push(MapWrite::Group(*id, Some(value)));
     }
-    for (address, vip) in &after.vips {
-        if before.vips.get(address) != Some(vip) {
-            writes.push(MapWrite::Vip(
-                VipKey {
-                    address: Ipv4Address::new(*address),
-                },
-                *vip,
-            ));
-        }
-    }
-    for source in after.sources.difference(&before.sources) {
-        writes.push(MapWrite::Source(source_key(source)));
-    }
-    for (order, (key, listener)) in &after.listener_ranges {
-        if before.listener_ranges.get(order) != Some(&(*key, *listener)) {
-            writes.push(MapWrite::ListenerRange(*key, *listener));
-        }
-    }
-    for (order, (key, listener)) in &after.listeners {
-        if before.listeners.get(order) != Some(&(*key, *listener)) {
-            writes.push(MapWrite::Listener(*key, *listener));
-        }
-    }
+    writes.extend(came(&before.vips, &after.vips, |address, value| {
+        MapWrite::Vip(vip(address), Some(*value))
+    }));
+    writes.extend(
+        after
+            .sources
+            .difference(&before.sources)
+            .map(|source| MapWrite::Source(source_key(source), Some(ADMITTED))),
+    );
+    writes.extend(came(
+        &before.listener_ranges,
+        &after.listener_ranges,
+        |_, (key, value)| MapWrite::ListenerRange(*key, Some(*value)),
+    ));
+    writes.extend(came(&before.listeners, &after.listeners, |_, (key, value)| {
+        MapWrite::Listener(*key, Some(*value))
+    }));
+    // What goes.
+    writes.extend(went(&before.listeners, &after.listeners, |_, (key, _)| {
+        MapWrite::Listener(*key, None)
+    }));
+    writes.extend(went(
+        &before.listener_ranges,
+        &after.listener_ranges,
+        |_, (key, _)| MapWrite::ListenerRange(*key, None),
+    ));
+    writes.extend(
+        before
+            .sources
+            .difference(&after.sources)
+            .map(|source| MapWrite::Source(source_key(source), None)),
+    );
+    writes.extend(went(&before.vips, &after.vips, |address, _| {
+        MapWrite::Vip(vip(address), None)
+    }));
+    writes.extend(went(&before.groups, &after.groups, |id, _| {
+        MapWrite::Group(*id, None)
+    }));
+    writes.extend(went(&before.backends, &after.backends, |id, _| {
+        MapWrite::Backend(*id, None)
+    }));
+    writes.extend(went(&before.interfaces, &after.interfaces, |ifindex, _| {
+        MapWrite::Interface(interface(ifindex), None)
+    }));
     writes
+}
+
+/// What stands behind the prefix of a client that may open flows.
+const ADMITTED: Source = Source { admitted: 1 };
+
+/// Entries that are new or have another value.
+fn came<K: Ord, V: PartialEq>(
+    before: &BTreeMap<K, V>,
+    after: &BTreeMap<K, V>,
+    write: impl Fn(&K, &V) -> MapWrite,
+) -> impl Iterator<Item = MapWrite> {
+    after
+        .iter()
+        .filter(|(key, value)| before.get(key) != Some(value))
+        .map(move |(key, value)| write(key, value))
+}
+
+/// Entries that are no more.
+fn went<K: Ord, V>(
+    before: &BTreeMap<K, V>,
+    after: &BTreeMap<K, V>,
+    write: impl Fn(&K, &V) -> MapWrite,
+) -> impl Iterator<Item = MapWrite> {
+    before
+        .iter()
+        .filter(|(key, _)| !after.contains_key(key))
+        .map(move |(key, value)| write(key, value))
+}
+
+impl MapWrite {
+    /// The write as one line for people, with the names behind the numbers where `ids` has them.
+    pub fn describe(&self, ids: &[&Ids]) -> String {
+        let name = match self {
+            Self::Backend(id, _) | Self::BackendCounters(id) => {
+                ids.iter().find_map(|ids| ids.backend_name(*id))
+            }
+            Self::Group(id, _) => ids.iter().find_map(|ids| ids.group_name(*id)).map(str::to_owned),
+            Self::Listener(_, Some(Listener { id, .. }))
+            | Self::ListenerRange(_, Some(Listener { id, .. }))
+            | Self::ListenerCounters(id) => ids
+                .iter()
+                .find_map(|ids| ids.listener_name(*id))
+                .map(str::to_owned),
+            _ => None,
+        };
+        match name {
+            Some(name) => format!("{self} ({name})"),
+            None => self.to_string(),
+        }
+    }
 }
 
 impl fmt::Display for MapWrite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Name(key, record) => {
+                let kind = match key.kind {
+                    NameKind::LISTENER => "listener",
+                    NameKind::GROUP => "group",
+                    _ => "backend",
+                };
+                match record {
+                    Some(record) if key.kind == NameKind::BACKEND => {
+                        write!(f, "name {kind} {}: {}/{}", key.id, record.group(), record.name())
+                    }
+                    Some(record) => write!(f, "name {kind} {}: {}", key.id, record.name()),
+                    None => write!(f, "remove name {kind} {}", key.id),
+                }
+            }
             Self::Settings(settings) => write!(f, "settings: route generation {}", settings.route_generation),
-            Self::Interface(key, value) => write!(f, "interface {}: {:?}", key.ifindex, value.mac),
-            Self::Backend(id, backend) => {
+            Self::Interface(key, Some(value)) => write!(f, "interface {}: {:?}", key.ifindex, value.mac),
+            Self::Interface(key, None) => write!(f, "remove interface {}", key.ifindex),
+            Self::Backend(id, Some(backend)) => {
                 let state = match backend.state {
                     BackendState::HEALTHY => "healthy",
                     BackendState::DRAINING => "draining",
@@ -148,38 +254,57 @@ impl fmt::Display for MapWrite {
                     id.0, backend.address, backend.port
                 )
             }
+            Self::Backend(id, None) => write!(f, "remove backend {}", id.0),
             Self::Slots { first, slots } => write!(f, "slots {first}..{}", *first as usize + slots.len()),
-            Self::Group(id, group) => {
+            Self::Group(id, Some(group)) => {
                 write!(
                     f,
                     "group {}: {} slots from {}",
                     id.0, group.slot_count, group.first_slot
                 )
             }
-            Self::Vip(key, _) => write!(f, "vip {:?}", key.address),
-            Self::Source(key) => write!(
+            Self::Group(id, None) => write!(f, "remove group {}", id.0),
+            Self::Vip(key, Some(_)) => write!(f, "vip {:?}", key.address),
+            Self::Vip(key, None) => write!(f, "remove vip {:?}", key.address),
+            Self::Source(key, value) => write!(
                 f,
-                "source {:?}/{} of listener {}",
+                "{}source {:?}/{} of listener {}",
+                if value.is_some() { "" } else { "remove " },
                 key.address,
                 key.prefix_bits - 32,
                 key.listener.get()
             ),
-            Self::ListenerRange(key, value) => write!(
-                f,
-                "listener {:?}:{:?} ({} bits) protocol {:?}: group {}",
-                key.vip,
-                key.port,
-                key.prefix_bits + 16 - ListenerRangeKey::BITS,
-                key.protocol,
-                value.group.0
-            ),
-            Self::Listener(key, value) => {
+            Self::ListenerRange(key, value) => {
+                write!(
+                    f,
+                    "{}listener {:?}:{:?} ({} bits) protocol {:?}",
+                    if value.is_some() { "" } else { "remove " },
+                    key.vip,
+                    key.port,
+                    key.prefix_bits + 16 - ListenerRangeKey::BITS,
+                    key.protocol,
+                )?;
+                match value {
+                    Some(value) => write!(f, ": group {}", value.group.0),
+                    None => Ok(()),
+                }
+            }
+            Self::Listener(key, Some(value)) => {
                 write!(
                     f,
                     "listener {:?}:{:?} protocol {}: group {}",
                     key.vip, key.port, key.protocol, value.group.0
                 )
             }
+            Self::Listener(key, None) => {
+                write!(
+                    f,
+                    "remove listener {:?}:{:?} protocol {}",
+                    key.vip, key.port, key.protocol
+                )
+            }
+            Self::ListenerCounters(id) => write!(f, "clear counters of listener {}", id.0),
+            Self::BackendCounters(id) => write!(f, "clear counters of backend {}", id.0),
         }
     }
 }
@@ -229,13 +354,17 @@ mod tests {
         }
     }
 
+    fn placement() -> Placement {
+        Placement::new(4096).arrange([(GroupId(0), 1021)]).unwrap()
+    }
+
     fn table(desired: &Desired) -> &GroupTable {
         &desired.groups[&GroupId(0)]
     }
 
     #[test]
     fn a_start_writes_backends_before_slots_before_group_before_listener() {
-        let (config, mut placement) = (config(), Placement::new([(GroupId(0), 1021)]));
+        let (config, mut placement) = (config(), placement());
         let after = Desired::of(&config, &Ids::assign(&config), &healthy(&["a", "b"]));
         let writes: Vec<_> = plan(&Desired::empty(), &after, &mut placement)
             .iter()
@@ -257,7 +386,7 @@ mod tests {
 
     #[test]
     fn a_failed_backend_is_written_first_and_its_table_goes_to_the_other_region() {
-        let (config, mut placement) = (config(), Placement::new([(GroupId(0), 1021)]));
+        let (config, mut placement) = (config(), placement());
         let ids = Ids::assign(&config);
         let before = Desired::of(&config, &ids, &healthy(&["a", "b"]));
         plan(&Desired::empty(), &before, &mut placement);
@@ -279,7 +408,7 @@ mod tests {
 
     #[test]
     fn without_a_healthy_backend_the_group_has_no_slots() {
-        let (config, mut placement) = (config(), Placement::new([(GroupId(0), 1021)]));
+        let (config, mut placement) = (config(), placement());
         let after = Desired::of(&config, &Ids::assign(&config), &healthy(&[]));
         let writes = plan(&Desired::empty(), &after, &mut placement);
         assert!(table(&after).slots.is_empty());
@@ -290,6 +419,8 @@ mod tests {
     fn nothing_changed_nothing_to_write() {
         let config = config();
         let desired = Desired::of(&config, &Ids::assign(&config), &healthy(&["a"]));
-        assert!(plan(&desired, &desired, &mut Placement::new([(GroupId(0), 1021)])).is_empty());
+        let mut placement = placement();
+        plan(&Desired::empty(), &desired, &mut placement);
+        assert!(plan(&desired, &desired, &mut placement).is_empty());
     }
 }

@@ -182,6 +182,39 @@ impl Agent {
         ))?)
     }
 
+    /// Runs a verb of the agent's program beside it, whatever its exit status is.
+    pub fn verb(&self, arguments: &[&str]) -> Result<std::process::Output> {
+        let binary = self.files.binary.to_str().context("the path is text")?;
+        self.namespace.output(binary, arguments)
+    }
+
+    /// As [`Self::verb`], for those that talk to the agent.
+    pub fn ask(&self, verb: &str, arguments: &[&str]) -> Result<std::process::Output> {
+        let socket = self.files.control_socket.to_str().context("the path is text")?;
+        let mut all = vec![verb, "--socket", socket];
+        all.extend(arguments);
+        self.verb(&all)
+    }
+
+    /// Writes another configuration to the file that the agent was started with.
+    pub fn rewrite(&self, configuration: &Configuration) -> Result<()> {
+        Ok(fs::write(&self.files.configuration, configuration.to_string())?)
+    }
+
+    /// The file that the agent was started with.
+    pub fn configuration(&self) -> &Path {
+        &self.files.configuration
+    }
+
+    /// Sends a signal that does not end it.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
     /// Sends a signal and returns how the agent ended.
     pub fn end(&self, signal: Signal) -> Result<ExitStatus> {
         self.process.signal(signal);

@@ -14,8 +14,30 @@ pub struct Configuration {
 
 impl Configuration {
     #[must_use]
-    pub fn new(control_socket: &Path) -> Self {
-        Self::default().table("agent", &[("control_socket", &quoted(&control_socket.display()))])
+    pub fn new(control_socket: &Path, pin_directory: &Path) -> Self {
+        Self::default().table(
+            "agent",
+            &[
+                ("control_socket", &quoted(&control_socket.display())),
+                ("pin_directory", &quoted(&pin_directory.display())),
+            ],
+        )
+    }
+
+    /// A file as it is.
+    #[must_use]
+    pub fn raw(mut self, text: &str) -> Self {
+        text.clone_into(&mut self.text);
+        self
+    }
+
+    /// Adds `key = value` to the `[agent]` table, which is the first.
+    #[must_use]
+    pub fn agent_key(mut self, key: &str, value: &str) -> Self {
+        self.text = self
+            .text
+            .replacen("[agent]\n", &format!("[agent]\n{key} = {value}\n"), 1);
+        self
     }
 
     /// A file that was written before, and perhaps changed since.
@@ -153,11 +175,13 @@ mod tests {
     fn the_agent_takes_what_is_written_here() {
         let probe = Ipv4Addr::new(100, 64, 0, 1);
         let backend = Ipv4Addr::new(192, 168, 1, 10);
-        let mut configuration = Configuration::new(Path::new("/run/lab/control.sock"))
-            .snat("100.64.0.0/26", probe)
-            .interface("eth0", &[("mode", "generic"), ("redirect", "off")])
-            .network("vpc1", "172.16.0.0/12", None)
-            .network("vpc2", "192.168.0.0/16", Some("cen"));
+        let mut configuration =
+            Configuration::new(Path::new("/run/lab/control.sock"), Path::new("/sys/fs/bpf/lab"))
+                .agent_key("on_stop", "\"keep\"")
+                .snat("100.64.0.0/26", probe)
+                .interface("eth0", &[("mode", "generic"), ("redirect", "off")])
+                .network("vpc1", "172.16.0.0/12", None)
+                .network("vpc2", "192.168.0.0/16", Some("cen"));
         for (port, (group, nat, check, protocol)) in (80..).zip([
             ("echo", "full", Check::None, "udp"),
             ("web", "full", Check::Http, "tcp"),

@@ -1,6 +1,10 @@
 //! Clients: `curl` for a request that is looked at, `wrk` for many.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 
@@ -36,6 +40,41 @@ pub fn curl(client: &Namespace, vip: Ipv4Addr, port: u16) -> Result<Answer> {
     } else {
         Answer::Failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())
     })
+}
+
+/// A connection that a client keeps open, for one request after the other.
+#[derive(Debug)]
+pub struct KeptConnection(BufReader<TcpStream>);
+
+impl KeptConnection {
+    pub fn open(client: &Namespace, vip: Ipv4Addr, port: u16) -> Result<Self> {
+        let stream = client.inside(|| TcpStream::connect((vip, port)))??;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    /// One request; returns the body of its response.
+    pub fn get(&mut self) -> Result<String> {
+        self.0
+            .get_mut()
+            .write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
+        let mut length = 0;
+        loop {
+            let mut line = String::new();
+            if self.0.read_line(&mut line)? == 0 {
+                bail!("the server closed the connection");
+            }
+            let line = line.trim_end().to_ascii_lowercase();
+            if let Some(value) = line.strip_prefix("content-length:") {
+                length = value.trim().parse()?;
+            } else if line.is_empty() {
+                break;
+            }
+        }
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body)?;
+        Ok(String::from_utf8(body)?.trim_end().to_owned())
+    }
 }
 
 /// How a client of `wrk` uses its connections.

@@ -100,6 +100,11 @@ impl Lab {
         self.id.directory()
     }
 
+    /// Where an agent of the lab pins its maps and links; removed with the lab.
+    pub fn pin_directory(&self) -> PathBuf {
+        self.id.pin_directory()
+    }
+
     /// Adds a host without links.
     pub fn namespace(&self, role: &str) -> Result<Namespace> {
         Namespace::make(&self.id, role)

@@ -357,7 +357,8 @@ impl Site {
     /// `interface_keys` are set for every interface.
     pub fn configuration(&self, interface_keys: &[(&str, &str)]) -> Configuration {
         let mut configuration =
-            Configuration::new(&agent::control_socket(&self.lab)).snat(POOL, PROBE_ADDRESS);
+            Configuration::new(&agent::control_socket(&self.lab), &self.lab.pin_directory())
+                .snat(POOL, PROBE_ADDRESS);
         for interface in self.interfaces {
             configuration = configuration.interface(interface, interface_keys);
         }

@@ -31,6 +31,8 @@ const PREFIX: &str = "fwd-";
 /// Where labs keep their files. Not what `TMPDIR` says: a process with another one has to see which labs
 /// are kept, or it would sweep them.
 const DIRECTORIES: &str = "/tmp";
+/// Where every system has its BPF file system.
+const BPF_FILE_SYSTEM: &str = "/sys/fs/bpf";
 /// File in a lab's directory that says: do not sweep this.
 const KEPT: &str = "kept";
 /// Exit status of a process that ended because it was interrupted, as shells count it.
@@ -56,6 +58,11 @@ impl LabId {
     /// Where the lab keeps its files.
     pub(super) fn directory(&self) -> PathBuf {
         Path::new(DIRECTORIES).join(self.to_string())
+    }
+
+    /// Where an agent of the lab pins its maps and links.
+    pub(super) fn pin_directory(&self) -> PathBuf {
+        Path::new(BPF_FILE_SYSTEM).join(self.to_string())
     }
 
     /// Name of the lab's namespace for `role`.
@@ -133,7 +140,11 @@ pub(super) fn open() -> Result<LabId> {
     let directory = id.directory();
     fs::create_dir(&directory)
         .with_context(|| format!("cannot make the lab's directory {}", directory.display()))?;
-    registry.labs.insert(id.clone(), vec![Undo::Directory(directory)]);
+    // Pins outlive an agent; what is in use of them ends with the namespaces.
+    registry.labs.insert(
+        id.clone(),
+        vec![Undo::Directory(directory), Undo::Directory(id.pin_directory())],
+    );
     Ok(id)
 }
 
@@ -289,6 +300,7 @@ fn dismantle(lab: &LabId) -> Result<()> {
     for name in &own {
         remove_namespace(name)?;
     }
+    remove_directory(&lab.pin_directory())?;
     remove_directory(&lab.directory())
 }
 

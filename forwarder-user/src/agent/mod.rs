@@ -1,0 +1,642 @@
+//! The agent: one loop that waits for something to happen, derives what should be true, writes the difference.
+//!
+//! What can happen: a probe's result, a change of links, routes or neighbours, a finished diagnosis, a second has
+//! passed, somebody asks for the status, a signal. Everything else is a function of what is known by then:
+//! `state::desired` of configuration and observations, `state::plan` of the last desired state and the next.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::{Ipv4Addr, SocketAddrV4},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use aya::Ebpf;
+use forwarder_common::abi::{
+    backend::BackendId, counter::TrafficCounters, listener::ListenerId, reason::Reason,
+};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{Semaphore, mpsc, watch},
+    time::MissedTickBehavior,
+};
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    api::{self, Request, Requests, StatusSource},
+    config::{Config, OnStop},
+    datapath::{
+        attach::Attachment,
+        maps::{ControlMaps, CounterMaps},
+        pin::PinDirectory,
+        writer::KernelTables,
+    },
+    diagnose::{self, Diagnosis, Subject},
+    error::Error,
+    health::{self, Health, ProbeFailure, Report, Target},
+    inspect,
+    network::{self, LinkState, Network, RpFilter},
+    pool_watch::PoolWatch,
+    state::{
+        apply::apply,
+        desired::{Desired, Observations},
+        ids::Capacity,
+        names::Names,
+        plan::{Applied, MapWrite},
+    },
+    status::Rates,
+    sweep::{SweepThread, TimeoutTable},
+};
+
+mod change;
+mod start;
+mod status;
+
+pub(crate) use start::sizes;
+
+/// How often rates are computed.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
+/// A backend that stays unhealthy is looked at again after this long: the first cause may have hidden another.
+const DIAGNOSIS_INTERVAL: Duration = Duration::from_secs(3);
+/// Diagnoses under way at once; each sends a handful of echo requests.
+const MAX_DIAGNOSES: usize = 4;
+/// Reports that may wait for the loop.
+const QUEUE: usize = 1024;
+
+/// A backend by group and name.
+type BackendName = (String, String);
+
+/// Runs the agent with the configuration that was read from `file` until SIGTERM or SIGINT; what remains then is the
+/// configuration's choice.
+///
+/// # Errors
+/// When it cannot start, or the kernel refuses something on the way.
+pub async fn run(config: Config, file: &Path) -> Result<(), Error> {
+    let mut signals = Signals::listen()?;
+    // Before anything else is taken: whoever holds the pins is the agent.
+    let pins = Arc::new(PinDirectory::open(&config.agent.pin_directory)?);
+    let is_takeover = pins.is_in_use()?;
+    match run_on(config, file, &pins, &mut signals).await {
+        Ok((OnStop::Keep, outcome)) => {
+            info!("stopped: the data path goes on without an agent, and another one can take it over");
+            outcome
+        }
+        Ok((OnStop::Detach, outcome)) => {
+            pins.remove()?;
+            info!("stopped: programs detached, nothing left behind");
+            outcome
+        }
+        // What another agent has left goes on: it forwarded until now and still does.
+        Err(error) if is_takeover => Err(error),
+        Err(error) => {
+            // The error that ended it is the one to tell.
+            let _ = pins.remove();
+            Err(error)
+        }
+    }
+}
+
+async fn run_on(
+    config: Config,
+    file: &Path,
+    pins: &Arc<PinDirectory>,
+    signals: &mut Signals,
+) -> Result<(OnStop, Result<(), Error>), Error> {
+    let metrics_listener = api::bind_metrics(config.agent.metrics_address)?;
+    let control_socket = api::bind_control(&config.agent.control_socket)?;
+    let network = Network::open()?;
+    let changes = network.watch().await?;
+
+    let (mut agent, inspector) = Agent::start(config, file.to_owned(), network, pins).await?;
+    let probe_address = ProbeAddress::add(&agent).await?;
+
+    let (source, requests) = StatusSource::channel();
+    let (stop, stopped) = watch::channel(());
+    let servers = [
+        tokio::spawn(api::serve_metrics(
+            metrics_listener,
+            source.clone(),
+            ended(stopped.clone()),
+        )),
+        tokio::spawn(api::serve_control(
+            control_socket,
+            source,
+            inspect::routes(inspector),
+            ended(stopped),
+        )),
+    ];
+    let outcome = agent.serve(signals, changes, requests).await;
+    // A failure to say so changes nothing about the stop.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    drop(stop);
+    for server in servers {
+        if let Err(error) = server.await {
+            error!(%error, "a server ended badly");
+        }
+    }
+    // An agent that failed is started again, by whoever watches over it; traffic goes on until then.
+    let on_stop = match outcome {
+        Ok(()) => agent.config.agent.on_stop,
+        Err(_) => OnStop::Keep,
+    };
+    if on_stop == OnStop::Detach {
+        probe_address.remove(&agent).await;
+    }
+    Ok((on_stop, outcome))
+}
+
+/// Ends when the agent does.
+async fn ended(mut stopped: watch::Receiver<()>) {
+    // Nothing is ever sent: it changes by being dropped.
+    let _ = stopped.changed().await;
+}
+
+/// The signals that the agent listens to.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+/// What a signal asks for.
+enum Asked {
+    Stop(&'static str),
+    Reload,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, Error> {
+        let listen =
+            |kind| signal(kind).map_err(|error| Error::failed(format!("cannot listen for signals: {error}")));
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hang_up: listen(SignalKind::hangup())?,
+        })
+    }
+
+    async fn received(&mut self) -> Asked {
+        tokio::select! {
+            _ = self.terminate.recv() => Asked::Stop("SIGTERM"),
+            _ = self.interrupt.recv() => Asked::Stop("SIGINT"),
+            _ = self.hang_up.recv() => Asked::Reload,
+        }
+    }
+}
+
+/// The probe address, local while the agent runs.
+struct ProbeAddress {
+    address: Ipv4Addr,
+    /// It was not there before.
+    is_ours: bool,
+}
+
+/// Where the probe address is local.
+pub const PROBE_INTERFACE: &str = "lo";
+
+impl ProbeAddress {
+    /// Adds the address, or takes over the one that an earlier agent added.
+    async fn add(agent: &Agent) -> Result<Self, Error> {
+        let address = agent.config.snat.probe_address;
+        let left = agent.pins.probe_address();
+        if let Some(left) = left.filter(|left| *left != address) {
+            agent.network.remove_address(PROBE_INTERFACE, left).await?;
+        }
+        let is_new = agent.network.add_address(PROBE_INTERFACE, address).await?;
+        let is_ours = is_new || left == Some(address);
+        agent.pins.note_probe_address(is_ours.then_some(address))?;
+        Ok(Self { address, is_ours })
+    }
+
+    async fn remove(self, agent: &Agent) {
+        if self.is_ours
+            && let Err(error) = agent.network.remove_address(PROBE_INTERFACE, self.address).await
+        {
+            error!(%error, "the probe address stays behind");
+        }
+    }
+}
+
+/// What is known of a backend besides its health.
+#[derive(Default)]
+struct BackendNotes {
+    failure: Option<ProbeFailure>,
+    diagnosis: Option<Diagnosis>,
+    is_being_diagnosed: bool,
+    diagnosed_at: Option<Instant>,
+}
+
+/// Counters at one time, for rates.
+struct Sample {
+    taken_at: Instant,
+    listeners: HashMap<ListenerId, TrafficCounters>,
+    backends: HashMap<BackendId, TrafficCounters>,
+}
+
+struct Agent {
+    config: Arc<Config>,
+    /// Where the configuration was read from at start; SIGHUP reads it again.
+    file: PathBuf,
+    capacity: Capacity,
+    /// Keys that the flow index has room for.
+    flow_keys: u32,
+    network: Network,
+    pins: Arc<PinDirectory>,
+    /// Holds the programs; their links are pinned.
+    _ebpf: Arc<Mutex<Ebpf>>,
+    flush_program_log: Box<dyn FnMut() + Send>,
+    control: ControlMaps,
+    counters: CounterMaps,
+    sweep: SweepThread,
+    /// As the sweep has them.
+    timeouts: TimeoutTable,
+    attachments: Vec<Attachment>,
+    links_down: HashSet<String>,
+    observed: Observations,
+    applied: Applied,
+    /// Number of the last sweep when something left the configuration last.
+    left_at_sweep: u64,
+    notes: BTreeMap<BackendName, BackendNotes>,
+    shares: HashMap<BackendId, f64>,
+    sample: Sample,
+    listener_rates: HashMap<ListenerId, Rates>,
+    backend_rates: HashMap<BackendId, Rates>,
+    warnings: Vec<String>,
+    pool_watch: PoolWatch,
+    /// For those who look at the live maps.
+    names: watch::Sender<Arc<Names>>,
+    started_at: Instant,
+}
+
+impl Agent {
+    /// The loop.
+    async fn serve(
+        &mut self,
+        signals: &mut Signals,
+        mut changes: network::Watch,
+        mut requests: Requests,
+    ) -> Result<(), Error> {
+        let (report_sender, mut reports) = mpsc::channel(QUEUE);
+        let (diagnosis_sender, mut diagnoses) = mpsc::channel(QUEUE);
+        let diagnosing = Arc::new(Semaphore::new(MAX_DIAGNOSES));
+        let targets = self.targets();
+        let mut unheard: HashSet<BackendName> = targets
+            .iter()
+            .map(|target| (target.group.clone(), target.backend.clone()))
+            .collect();
+        let health = health::start(
+            targets,
+            self.observed.health.clone(),
+            self.config.snat.probe_address,
+            report_sender,
+        );
+        let mut is_ready = false;
+        let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            if !is_ready && unheard.is_empty() {
+                is_ready = true;
+                info!(
+                    "ready: {} listeners, {} backends",
+                    self.applied.ids.listeners.len(),
+                    self.applied.ids.backends.len()
+                );
+                if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                    warn!(%error, "the service manager could not be notified");
+                }
+            }
+            tokio::select! {
+                asked = signals.received() => match asked {
+                    Asked::Stop(signal) => {
+                        info!("{signal}: stopping");
+                        return Ok(());
+                    }
+                    Asked::Reload => {
+                        self.reload();
+                        self.watch(&health, &mut unheard);
+                        self.resolve_next_hops().await;
+                    }
+                },
+                Some(report) = reports.recv() => {
+                    let name = (report.target.group.clone(), report.target.backend.clone());
+                    self.heard(&name, &report)?;
+                    unheard.remove(&name);
+                    self.diagnose_if_due(&name, &report, &diagnosing, &diagnosis_sender);
+                }
+                Some((name, diagnosis)) = diagnoses.recv() => self.diagnosed(&name, diagnosis),
+                changed = changes.changed() => match changed {
+                    Some(changed) => self.network_changed(&changed).await?,
+                    None => return Err(Error::failed("the kernel ended the subscription to network changes")),
+                },
+                _ = ticks.tick() => {
+                    self.take_sample()?;
+                    self.sweep.check()?;
+                    self.look_for_trouble().await?;
+                    self.forget_what_has_left()?;
+                    (self.flush_program_log)();
+                }
+                Some(request) = requests.next() => match request {
+                    Request::Status(reply) => reply.send(self.status()?),
+                    Request::Change { submission, apply, reply } => {
+                        let outcome = self.submitted(&submission, apply);
+                        let is_changed = apply && outcome.is_ok();
+                        reply.send(outcome);
+                        if is_changed {
+                            self.watch(&health, &mut unheard);
+                            self.resolve_next_hops().await;
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    /// Looks at the host's settings again; logs what is new.
+    async fn look_for_trouble(&mut self) -> Result<(), Error> {
+        let warnings = warnings(&self.network, &self.config, &self.links_down).await?;
+        for warning in warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
+            warn!("{warning}");
+        }
+        self.warnings = warnings;
+        Ok(())
+    }
+
+    /// Writes the difference between what is and what should be.
+    fn reconcile(&mut self) -> Result<(), Error> {
+        let desired = Desired::of(&self.config, &self.applied.ids, &self.observed);
+        let next = Applied {
+            desired,
+            ..self.applied.clone()
+        };
+        self.write(next)
+    }
+
+    /// Leads the tables to `next`.
+    fn write(&mut self, mut next: Applied) -> Result<(), Error> {
+        let writes = self.applied.writes_to(&mut next);
+        self.execute(next, &writes)
+    }
+
+    /// Executes `writes`, which lead to `next`: all or nothing.
+    fn execute(&mut self, next: Applied, writes: &[MapWrite]) -> Result<(), Error> {
+        for write in writes {
+            debug!("write {write}");
+        }
+        let mut tables = KernelTables {
+            control: &mut self.control,
+            counters: &mut self.counters,
+        };
+        apply(&mut tables, writes)?;
+        self.shares.clear();
+        for group in next.desired.groups.values() {
+            let slot = 1.0 / group.slots.len() as f64;
+            for backend in &group.slots {
+                *self.shares.entry(*backend).or_default() += slot;
+            }
+        }
+        let is_renamed = self.applied.ids != next.ids;
+        self.applied = next;
+        if is_renamed {
+            self.publish_names();
+        }
+        Ok(())
+    }
+
+    /// Has the backends of a changed configuration probed.
+    fn watch(&self, health: &health::Watch, unheard: &mut HashSet<BackendName>) {
+        let targets = self.targets();
+        let names: HashSet<_> = targets
+            .iter()
+            .map(|target| (target.group.clone(), target.backend.clone()))
+            .collect();
+        unheard.retain(|name| names.contains(name));
+        health.update(targets);
+    }
+
+    fn targets(&self) -> Vec<Target> {
+        let mut targets = Vec::new();
+        for (name, group) in &self.config.groups {
+            if let Some(check) = &group.health {
+                targets.extend(
+                    group
+                        .backends
+                        .iter()
+                        .map(|(backend, at)| Target::new(name, backend, at, check)),
+                );
+            }
+        }
+        targets
+    }
+
+    fn heard(&mut self, name: &BackendName, report: &Report) -> Result<(), Error> {
+        let (group, backend) = name;
+        if let Some(notes) = self.notes.get_mut(name) {
+            notes.failure = report.result.as_ref().err().cloned();
+            if notes.failure.is_none() {
+                notes.diagnosis = None;
+            }
+        }
+        let Some(health) = report.transition else {
+            return Ok(());
+        };
+        match (&report.result, health) {
+            (Err(failure), Health::Unhealthy) => {
+                warn!(group, backend, address = %report.target.address, "unhealthy: {failure}");
+            }
+            _ => info!(group, backend, address = %report.target.address, "{health}"),
+        }
+        self.observed.health.insert(name.clone(), health);
+        self.reconcile()
+    }
+
+    /// Starts looking for the cause of a failure, if the backend is unhealthy and nobody is looking.
+    fn diagnose_if_due(
+        &mut self,
+        name: &BackendName,
+        report: &Report,
+        diagnosing: &Arc<Semaphore>,
+        sender: &mpsc::Sender<(BackendName, Diagnosis)>,
+    ) {
+        let (Err(failure), Some(Health::Unhealthy)) = (&report.result, report.health) else {
+            return;
+        };
+        let Some(notes) = self.notes.get_mut(name) else {
+            return;
+        };
+        let is_recent = notes
+            .diagnosed_at
+            .is_some_and(|at| at.elapsed() < DIAGNOSIS_INTERVAL);
+        if notes.is_being_diagnosed || (is_recent && report.transition.is_none()) {
+            return;
+        }
+        notes.is_being_diagnosed = true;
+        let subject = subject(&self.config, report.target.address);
+        let (network, failure, name) = (self.network.clone(), failure.clone(), name.clone());
+        let (diagnosing, sender) = (diagnosing.clone(), sender.clone());
+        tokio::spawn(async move {
+            // The semaphore is never closed.
+            let _permit = diagnosing.acquire().await;
+            let diagnosis = diagnose::diagnose(&network, &subject, &failure).await;
+            // The loop has ended: nobody wants to know.
+            let _ = sender.send((name, diagnosis)).await;
+        });
+    }
+
+    fn diagnosed(&mut self, name: &BackendName, diagnosis: Diagnosis) {
+        let Some(notes) = self.notes.get_mut(name) else {
+            return;
+        };
+        notes.is_being_diagnosed = false;
+        notes.diagnosed_at = Some(Instant::now());
+        if notes.failure.is_none() {
+            return;
+        }
+        let is_news = notes.diagnosis.as_ref().map(|known| known.cause) != Some(diagnosis.cause);
+        if is_news {
+            let (group, backend) = name;
+            let hint = diagnosis.hint.as_deref().unwrap_or_default();
+            warn!(group, backend, cause = %diagnosis.cause, hint, "{}", diagnosis.text);
+        }
+        notes.diagnosis = Some(diagnosis);
+    }
+
+    /// Makes every flow ask for its route anew, and says which attached links came or went.
+    async fn network_changed(&mut self, changes: &network::Changes) -> Result<(), Error> {
+        for change in &changes.links {
+            if !self
+                .attachments
+                .iter()
+                .any(|attachment| attachment.name == change.name)
+            {
+                continue;
+            }
+            match change.state {
+                LinkState::Up => {
+                    self.links_down.remove(&change.name);
+                    info!(interface = change.name, "link up");
+                }
+                LinkState::Down => {
+                    self.links_down.insert(change.name.clone());
+                    warn!(interface = change.name, "link down");
+                }
+                LinkState::Gone => {
+                    self.links_down.insert(change.name.clone());
+                    error!(
+                        interface = change.name,
+                        "the interface is gone; restart the agent when it is back"
+                    );
+                }
+            }
+        }
+        self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
+        self.reconcile()?;
+        if changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty() {
+            self.resolve_next_hops().await;
+        }
+        Ok(())
+    }
+
+    /// Asks the kernel to find out the link addresses of the backends' next hops, before traffic needs them.
+    async fn resolve_next_hops(&self) {
+        let mut asked = HashSet::new();
+        for backend in self
+            .config
+            .groups
+            .values()
+            .flat_map(|group| group.backends.values())
+        {
+            let Ok(route) = self.network.route_to(backend.address, None).await else {
+                continue;
+            };
+            let next_hop = (route.interface, route.next_hop(backend.address));
+            if asked.insert(next_hop)
+                && let Err(error) = self.network.resolve_neighbour(next_hop.0, next_hop.1).await
+            {
+                debug!(%error, "next hop {} not resolved", next_hop.1);
+            }
+        }
+    }
+
+    /// Tells those who look at the live maps what numbers stand for.
+    fn publish_names(&self) {
+        let names = Names::of(&self.config, &self.applied.ids, &self.attachments);
+        self.names.send_replace(Arc::new(names));
+    }
+
+    fn read_sample(&self) -> Result<Sample, Error> {
+        let mut sample = Sample {
+            taken_at: Instant::now(),
+            listeners: HashMap::new(),
+            backends: HashMap::new(),
+        };
+        for id in self.applied.ids.listeners.values() {
+            sample.listeners.insert(*id, self.counters.listener(*id)?);
+        }
+        for id in self.applied.ids.backends.values() {
+            sample.backends.insert(*id, self.counters.backend(*id)?);
+        }
+        Ok(sample)
+    }
+
+    /// Reads all counters and computes rates since the last time.
+    fn take_sample(&mut self) -> Result<(), Error> {
+        let sample = self.read_sample()?;
+        let elapsed = sample.taken_at - self.sample.taken_at;
+        self.listener_rates = status::rates(&self.sample.listeners, &sample.listeners, elapsed);
+        self.backend_rates = status::rates(&self.sample.backends, &sample.backends, elapsed);
+        self.sample = sample;
+        let refused = self.counters.reason(Reason::POOL_EXHAUSTED)?.packets;
+        let bindings = self.config.snat.bindings();
+        if let Some(text) = self.pool_watch.look(Instant::now(), refused, bindings) {
+            warn!("{text}");
+        }
+        Ok(())
+    }
+}
+
+/// What an operator should look at on this host.
+async fn warnings(network: &Network, config: &Config, down: &HashSet<String>) -> Result<Vec<String>, Error> {
+    let mut warnings = Vec::new();
+    if !network.ip_forward()? {
+        warnings.push(
+            "this host does not forward: traffic to tunnels and unresolved neighbours is dropped; \
+             sysctl -w net.ipv4.ip_forward=1"
+                .to_owned(),
+        );
+    }
+    // A rewritten request goes up with a source of the pool, to which this host usually has no route.
+    let is_pool_routed = match config.snat.ranges.first() {
+        Some((first, _)) => network.route_to(*first, None).await.is_ok(),
+        None => true,
+    };
+    for name in config.interfaces.keys() {
+        // An interface that is gone has no setting; that it is gone is said elsewhere.
+        let filter = network.rp_filter(name).unwrap_or(RpFilter::Off);
+        if filter.drops_rewritten(is_pool_routed) {
+            warnings.push(format!(
+                "{name}: source validation drops rewritten requests on their way to a tunnel; \
+                 sysctl -w net.ipv4.conf.{name}.rp_filter=0 net.ipv4.conf.all.rp_filter=0"
+            ));
+        }
+    }
+    warnings.extend(
+        down.iter()
+            .map(|name| format!("{name}: the link is down; ip link set {name} up")),
+    );
+    Ok(warnings)
+}
+
+/// What a diagnosis has to know of a backend.
+fn subject(config: &Config, backend: SocketAddrV4) -> Subject {
+    let remote = config.networks.values().find_map(|network| {
+        let cidr = network.cidrs.iter().find(|cidr| cidr.contains(backend.ip()))?;
+        Some((*cidr, network.tunnel.clone()))
+    });
+    Subject {
+        backend,
+        probe_source: config.snat.probe_address,
+        snat_prefixes: config.snat.prefixes.clone(),
+        remote,
+    }
+}

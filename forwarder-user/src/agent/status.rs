@@ -1,0 +1,173 @@
+//! The agent's state as a [`Status`], and rates from counters.
+
+use std::{collections::HashMap, hash::Hash, time::Duration};
+
+use forwarder_common::abi::{counter::TrafficCounters, reason::DESCRIPTIONS};
+
+use super::Agent;
+use crate::{
+    config::{NatMode, Protocol},
+    datapath::{attach::AttachmentKind, flows::FlowCount},
+    error::Error,
+    health::Health,
+    status::{
+        BackendStatus, DiagnosisStatus, GroupStatus, InterfaceStatus, ListenerStatus, PoolStatus, Rates,
+        ReasonStatus, Status, Traffic,
+    },
+    sweep::{Census, IdleResets},
+};
+
+impl Agent {
+    /// Everything that is known.
+    pub(super) fn status(&self) -> Result<Status, Error> {
+        let census = self.sweep.census();
+        let resets = self.sweep.idle_resets();
+        let capacity = u64::from(self.config.agent.max_flows);
+        let mut status = Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_secs: self.started_at.elapsed().as_secs(),
+            interfaces: Vec::new(),
+            listeners: Vec::new(),
+            groups: Vec::new(),
+            pool: PoolStatus {
+                capacity,
+                used: census.used,
+                free: capacity.saturating_sub(census.used),
+            },
+            reasons: Vec::new(),
+            warnings: self.warnings.clone(),
+        };
+        for attachment in &self.attachments {
+            status.interfaces.push(InterfaceStatus {
+                name: attachment.name.clone(),
+                attachment: attachment.kind.name().to_owned(),
+                sends: attachment.kind == AttachmentKind::Tcx || attachment.interface.flags != 0,
+                is_up: !self.links_down.contains(&attachment.name),
+            });
+        }
+        for (name, listener) in &self.config.listeners {
+            let id = self.applied.ids.listeners[name];
+            let count = census.listeners.get(&id).copied().unwrap_or_default();
+            let rates = self.listener_rates.get(&id).copied().unwrap_or_default();
+            let mut traffic = traffic(&self.counters.listener(id)?, count, rates);
+            traffic.gateway_resets += resets.listeners.get(&id).copied().unwrap_or(0);
+            status.listeners.push(ListenerStatus {
+                name: name.clone(),
+                vip: listener.vip,
+                port: listener.ports.to_string(),
+                protocol: match listener.protocol {
+                    Protocol::Tcp => "tcp".to_owned(),
+                    Protocol::Udp => "udp".to_owned(),
+                },
+                group: listener.group.clone(),
+                traffic,
+            });
+        }
+        for name in self.config.groups.keys() {
+            status.groups.push(self.group_status(name, &census, &resets)?);
+        }
+        for description in DESCRIPTIONS {
+            let counters = self.counters.reason(description.reason)?;
+            status.reasons.push(ReasonStatus {
+                name: description.name.to_owned(),
+                verdict: description.verdict.name().to_owned(),
+                packets: counters.packets,
+                bytes: counters.bytes,
+            });
+        }
+        Ok(status)
+    }
+
+    fn group_status(&self, name: &str, census: &Census, resets: &IdleResets) -> Result<GroupStatus, Error> {
+        let group = &self.config.groups[name];
+        let mut status = GroupStatus {
+            name: name.to_owned(),
+            nat: match group.nat {
+                NatMode::Full => "full".to_owned(),
+                NatMode::Dnat => "dnat".to_owned(),
+            },
+            healthy_backends: 0,
+            unhealthy_backends: 0,
+            traffic: Traffic::default(),
+            backends: Vec::new(),
+        };
+        for (backend_name, backend) in &group.backends {
+            let key = (name.to_owned(), backend_name.clone());
+            let id = self.applied.ids.backends[&key];
+            let health = match (&group.health, self.observed.health.get(&key)) {
+                (None, _) | (_, Some(Health::Healthy)) => "healthy",
+                (_, Some(Health::Unhealthy)) => "unhealthy",
+                (_, None) => "unknown",
+            };
+            if health == "healthy" {
+                status.healthy_backends += 1;
+            } else {
+                status.unhealthy_backends += 1;
+            }
+            let count = census.backends.get(&id).copied().unwrap_or_default();
+            let rates = self.backend_rates.get(&id).copied().unwrap_or_default();
+            let mut traffic = traffic(&self.counters.backend(id)?, count, rates);
+            traffic.gateway_resets += resets.backends.get(&id).copied().unwrap_or(0);
+            status.traffic.add(&traffic);
+            let notes = &self.notes[&key];
+            status.backends.push(BackendStatus {
+                name: backend_name.clone(),
+                address: backend.address,
+                port: backend.port,
+                weight: backend.weight,
+                health: health.to_owned(),
+                share: self.shares.get(&id).copied().unwrap_or(0.0),
+                failure: notes.failure.as_ref().map(ToString::to_string),
+                diagnosis: notes.diagnosis.as_ref().map(|diagnosis| DiagnosisStatus {
+                    cause: diagnosis.cause.name().to_owned(),
+                    text: diagnosis.text.clone(),
+                    hint: diagnosis.hint.clone(),
+                }),
+                traffic,
+            });
+        }
+        Ok(status)
+    }
+}
+
+fn traffic(counters: &TrafficCounters, flows: FlowCount, rates: Rates) -> Traffic {
+    Traffic {
+        connections_opened: counters.flows_opened,
+        connections_refused: counters.flows_refused,
+        packets_in: counters.request_packets,
+        bytes_in: counters.request_bytes,
+        packets_out: counters.reply_packets,
+        bytes_out: counters.reply_bytes,
+        client_resets: counters.client_resets,
+        backend_resets: counters.backend_resets,
+        gateway_resets: counters.gateway_resets,
+        flows: flows.active + flows.inactive,
+        active_flows: flows.active,
+        inactive_flows: flows.inactive,
+        rates,
+    }
+}
+
+/// Rates between two samples of counters.
+pub(super) fn rates<K: Copy + Eq + Hash>(
+    before: &HashMap<K, TrafficCounters>,
+    after: &HashMap<K, TrafficCounters>,
+    elapsed: Duration,
+) -> HashMap<K, Rates> {
+    let per_second =
+        |before: u64, after: u64| after.saturating_sub(before) as f64 / elapsed.as_secs_f64().max(1e-3);
+    let rate = |key: &K, after: &TrafficCounters| {
+        let before = before.get(key).copied().unwrap_or_default();
+        Rates {
+            connections: per_second(before.flows_opened, after.flows_opened),
+            packets_in: per_second(before.request_packets, after.request_packets),
+            bytes_in: per_second(before.request_bytes, after.request_bytes),
+            packets_out: per_second(before.reply_packets, after.reply_packets),
+            bytes_out: per_second(before.reply_bytes, after.reply_bytes),
+        }
+    };
+    after
+        .iter()
+        .map(|(key, after)| (*key, rate(key, after)))
+        .collect()
+}

@@ -1,0 +1,39 @@
+//! `forwarder detach`: removes everything that an agent has left pinned. Traffic stops, flows end.
+
+use std::path::PathBuf;
+
+use super::{args::DetachArgs, output};
+use crate::{
+    agent::PROBE_INTERFACE,
+    config::{load::load, validate::DEFAULT_PIN_DIRECTORY},
+    datapath::pin::PinDirectory,
+    error::{Error, Errors},
+    network::Network,
+};
+
+/// Detaches programs, removes maps and the probe address.
+///
+/// # Errors
+/// An agent runs on them; rights are missing.
+pub fn detach(args: &DetachArgs) -> Result<(), Errors> {
+    let directory = match (&args.pin_directory, &args.config) {
+        (Some(directory), _) => directory.clone(),
+        (None, Some(file)) => load(file)?.agent.pin_directory,
+        (None, None) => PathBuf::from(DEFAULT_PIN_DIRECTORY),
+    };
+    let Some(pins) = PinDirectory::open_existing(&directory)? else {
+        output::text(&format!("nothing is pinned in {}", directory.display()))?;
+        return Ok(());
+    };
+    if let Some(address) = pins.probe_address() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| Error::host(format!("cannot start the runtime: {error}")))?;
+        runtime.block_on(async { Network::open()?.remove_address(PROBE_INTERFACE, address).await })?;
+    }
+    pins.remove()?;
+    output::text(&format!(
+        "detached: programs, maps and flows of {} are gone",
+        directory.display()
+    ))?;
+    Ok(())
+}

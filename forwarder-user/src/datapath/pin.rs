@@ -1,0 +1,273 @@
+//! Pins: what makes the data path outlive the agent.
+//!
+//! One directory of a BPF file system holds the maps, the links that attach the programs, and, as symbolic links,
+//! the few words that one agent leaves to the next: that file system knows no ordinary files. Whoever holds the
+//! lock on the directory is the agent of these pins.
+//!
+//! ```text
+//! FLOWS, LISTENERS, ...    maps, by their names in the object
+//! NAMES                    which number is whose (`state::ids`)
+//! FREE_FLOWS_7             the list of free flows that the agent number 7 made (`free_list`)
+//! link-tcx-12              the link on the interface with number 12
+//! owner -> 4711            process that holds the lock, or held it last
+//! probe_address -> 10.0.0.1   an address that an agent gave to `lo`
+//! ```
+
+use std::{
+    fs::{self, DirBuilder, File, TryLockError},
+    io::{self, ErrorKind},
+    os::unix::fs::{DirBuilderExt as _, symlink},
+    path::{Path, PathBuf},
+    process,
+};
+
+use forwarder_common::abi::map_name;
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+use super::attach::AttachmentKind;
+use crate::error::Error;
+
+/// Where every system has its BPF file system.
+const USUAL_MOUNT: &str = "/sys/fs/bpf";
+/// Nobody else has business with the maps.
+const MODE: u32 = 0o700;
+const OWNER: &str = "owner";
+const PROBE_ADDRESS: &str = "probe_address";
+
+/// A locked pin directory; the lock ends with this value, or with the process.
+#[derive(Debug)]
+pub struct PinDirectory {
+    path: PathBuf,
+    _lock: File,
+}
+
+/// A pinned link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PinnedLink {
+    pub path: PathBuf,
+    pub kind: AttachmentKind,
+    pub ifindex: u32,
+}
+
+impl PinDirectory {
+    /// Makes the directory if need be, mounting the BPF file system at its usual place, and locks it.
+    ///
+    /// # Errors
+    /// Another agent holds it; it is on another file system; rights are missing.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        if !is_on_bpf_file_system(path) && path.starts_with(USUAL_MOUNT) {
+            mount(
+                Some("bpf"),
+                USUAL_MOUNT,
+                Some("bpf"),
+                MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+                Some("mode=0700"),
+            )
+            .map_err(|error| {
+                Error::host(format!(
+                    "cannot mount the BPF file system on {USUAL_MOUNT}: {error}"
+                ))
+                .hint(format!("as root: mount -t bpf bpf {USUAL_MOUNT}"))
+            })?;
+        }
+        if !is_on_bpf_file_system(path) {
+            return Err(Error::host(format!(
+                "agent.pin_directory {} is on no BPF file system, so nothing can be pinned there",
+                path.display()
+            ))
+            .hint(format!(
+                "take a directory below {USUAL_MOUNT}, or mount one: mount -t bpf bpf DIRECTORY"
+            )));
+        }
+        DirBuilder::new()
+            .recursive(true)
+            .mode(MODE)
+            .create(path)
+            .map_err(|error| failed("make", path, &error))?;
+        Self::lock(path)
+    }
+
+    /// Locks the directory if it exists.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub fn open_existing(path: &Path) -> Result<Option<Self>, Error> {
+        if path.is_dir() && is_on_bpf_file_system(path) {
+            Self::lock(path).map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn lock(path: &Path) -> Result<Self, Error> {
+        let directory = File::open(path).map_err(|error| failed("open", path, &error))?;
+        match directory.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let holder = match fs::read_link(path.join(OWNER)) {
+                    Ok(owner) => format!("the agent with process id {}", owner.display()),
+                    Err(_) => "another agent".to_owned(),
+                };
+                return Err(
+                    Error::host(format!("{holder} holds the pins in {}", path.display())).hint(
+                        "stop it first; a second agent on this host needs an agent.pin_directory, an \
+                         agent.control_socket and an agent.metrics_address of its own",
+                    ),
+                );
+            }
+            Err(TryLockError::Error(error)) => return Err(failed("lock", path, &error)),
+        }
+        let this = Self {
+            path: path.to_owned(),
+            _lock: directory,
+        };
+        this.write(OWNER, Some(&process::id().to_string()))?;
+        Ok(this)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where a map is pinned, or is to be.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Is this map pinned?
+    pub fn has_map(&self, name: &str) -> bool {
+        self.map(name).exists()
+    }
+
+    /// Is anything pinned that another agent has left?
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn is_in_use(&self) -> Result<bool, Error> {
+        Ok(!self.links()?.is_empty() || self.has_map(map_name::FLOWS))
+    }
+
+    /// Where a link is pinned, or is to be.
+    pub fn link(&self, kind: AttachmentKind, ifindex: u32) -> PathBuf {
+        self.path.join(format!("link-{}-{ifindex}", kind.name()))
+    }
+
+    /// All pinned links.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn links(&self) -> Result<Vec<PinnedLink>, Error> {
+        let mut links = Vec::new();
+        for name in self.names()? {
+            let Some((kind, ifindex)) = name
+                .strip_prefix("link-")
+                .and_then(|rest| rest.rsplit_once('-'))
+                .and_then(|(kind, ifindex)| Some((AttachmentKind::named(kind)?, ifindex.parse().ok()?)))
+            else {
+                continue;
+            };
+            links.push(PinnedLink {
+                path: self.path.join(&name),
+                kind,
+                ifindex,
+            });
+        }
+        Ok(links)
+    }
+
+    /// The lists of free flows, oldest first, and where the next one is to be pinned.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn free_lists(&self) -> Result<(Vec<PathBuf>, PathBuf), Error> {
+        let numbered = |number: u64| self.path.join(format!("{}_{number}", map_name::FREE_FLOWS));
+        let prefix = format!("{}_", map_name::FREE_FLOWS);
+        let mut numbers: Vec<u64> = self
+            .names()?
+            .iter()
+            .filter_map(|name| name.strip_prefix(&prefix)?.parse().ok())
+            .collect();
+        numbers.sort_unstable();
+        let next = numbers.last().map_or(0, |last| last + 1);
+        Ok((numbers.into_iter().map(numbered).collect(), numbered(next)))
+    }
+
+    /// Notes that an agent gave this address to `lo`, or that it no longer is there.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn note_probe_address(&self, address: Option<std::net::Ipv4Addr>) -> Result<(), Error> {
+        self.write(
+            PROBE_ADDRESS,
+            address.map(|address| address.to_string()).as_deref(),
+        )
+    }
+
+    /// The address that an agent gave to `lo` and has not taken away.
+    pub fn probe_address(&self) -> Option<std::net::Ipv4Addr> {
+        fs::read_link(self.path.join(PROBE_ADDRESS))
+            .ok()?
+            .to_str()?
+            .parse()
+            .ok()
+    }
+
+    /// Removes one pin; one that is gone is fine.
+    ///
+    /// # Errors
+    /// Rights are missing.
+    pub fn unpin(&self, path: &Path) -> Result<(), Error> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(failed("remove the pin", path, &error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes all pins and the directory: links first, so that no program runs on maps half gone.
+    ///
+    /// # Errors
+    /// Rights are missing.
+    pub fn remove(&self) -> Result<(), Error> {
+        for link in self.links()? {
+            self.unpin(&link.path)?;
+        }
+        for name in self.names()? {
+            self.unpin(&self.path.join(name))?;
+        }
+        fs::remove_dir(&self.path).map_err(|error| failed("remove", &self.path, &error))
+    }
+
+    fn names(&self) -> Result<Vec<String>, Error> {
+        let list = || -> io::Result<Vec<String>> {
+            fs::read_dir(&self.path)?
+                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+                .collect()
+        };
+        list().map_err(|error| failed("read", &self.path, &error))
+    }
+
+    fn write(&self, name: &str, text: Option<&str>) -> Result<(), Error> {
+        let path = self.path.join(name);
+        self.unpin(&path)?;
+        match text {
+            Some(text) => symlink(text, &path).map_err(|error| failed("write", &path, &error)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Looks at the nearest ancestor that exists.
+fn is_on_bpf_file_system(path: &Path) -> bool {
+    path.ancestors()
+        .find(|path| path.exists())
+        .and_then(|path| statfs(path).ok())
+        .is_some_and(|found| found.filesystem_type() == BPF_FS_MAGIC)
+}
+
+fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
+    Error::host(format!("cannot {action} {}: {error}", path.display()))
+        .hint("run as root, or choose a directory that you may write as agent.pin_directory")
+}

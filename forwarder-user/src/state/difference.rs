@@ -1,0 +1,233 @@
+//! Two configurations compared: what changes, in the words of the file, and what cannot change while the agent runs.
+
+use std::{collections::BTreeMap, fmt::Debug};
+
+use crate::{
+    change::{Action, Change},
+    config::{Backend, Config, Group, HealthCheck, Listener, NatMode, Probe, Protocol},
+    error::Error,
+};
+
+/// What changes from `before` to `after`, in the order in which it is written; from nothing everything is created.
+pub fn differences(before: Option<&Config>, after: &Config) -> Vec<Change> {
+    let nothing = Config {
+        interfaces: BTreeMap::new(),
+        tunnels: BTreeMap::new(),
+        networks: BTreeMap::new(),
+        groups: BTreeMap::new(),
+        listeners: BTreeMap::new(),
+        ..after.clone()
+    };
+    let before_or_nothing = before.unwrap_or(&nothing);
+    let mut changes = Vec::new();
+    let mut removals = Vec::new();
+    if before.is_none() || before_or_nothing.snat != after.snat {
+        let action = if before.is_none() {
+            Action::Create
+        } else {
+            Action::Change
+        };
+        let prefixes: Vec<_> = after.snat.prefixes.iter().map(ToString::to_string).collect();
+        changes.push(Change {
+            action,
+            object: "snat".to_owned(),
+            detail: format!(
+                "{}, probes from {}",
+                prefixes.join(", "),
+                after.snat.probe_address
+            ),
+        });
+    }
+    let mut compare = Compare {
+        changes: &mut changes,
+        removals: &mut removals,
+    };
+    compare.maps(
+        "interface",
+        &before_or_nothing.interfaces,
+        &after.interfaces,
+        |_| String::new(),
+    );
+    compare.maps("tunnel", &before_or_nothing.tunnels, &after.tunnels, |_| {
+        String::new()
+    });
+    compare.maps(
+        "network",
+        &before_or_nothing.networks,
+        &after.networks,
+        |network| {
+            let cidrs: Vec<_> = network.cidrs.iter().map(ToString::to_string).collect();
+            match &network.tunnel {
+                Some(tunnel) => format!("{} through {tunnel}", cidrs.join(", ")),
+                None => cidrs.join(", "),
+            }
+        },
+    );
+    // Of groups without their backends, which are compared one by one.
+    let bare = |config: &Config| -> BTreeMap<String, (NatMode, Option<HealthCheck>)> {
+        config
+            .groups
+            .iter()
+            .map(|(name, group)| (name.clone(), (group.nat, group.health.clone())))
+            .collect()
+    };
+    compare.maps(
+        "group",
+        &bare(before_or_nothing),
+        &bare(after),
+        |(nat, health)| describe_group(*nat, health.as_ref()),
+    );
+    let backends = |config: &Config| -> BTreeMap<String, Backend> {
+        let of = |(name, group): (&String, &Group)| {
+            let name = name.clone();
+            group
+                .backends
+                .clone()
+                .into_iter()
+                .map(move |(backend, value)| (format!("{name}/{backend}"), value))
+        };
+        config.groups.iter().flat_map(of).collect()
+    };
+    compare.maps(
+        "backend",
+        &backends(before_or_nothing),
+        &backends(after),
+        describe_backend,
+    );
+    compare.maps(
+        "listener",
+        &before_or_nothing.listeners,
+        &after.listeners,
+        describe_listener,
+    );
+    changes.extend(removals.into_iter().rev());
+    changes
+}
+
+struct Compare<'a> {
+    changes: &'a mut Vec<Change>,
+    removals: &'a mut Vec<Change>,
+}
+
+impl Compare<'_> {
+    fn maps<V: PartialEq + Debug>(
+        &mut self,
+        kind: &str,
+        before: &BTreeMap<String, V>,
+        after: &BTreeMap<String, V>,
+        describe: impl Fn(&V) -> String,
+    ) {
+        for (name, value) in after {
+            let action = match before.get(name) {
+                None => Action::Create,
+                Some(old) if old != value => Action::Change,
+                Some(_) => continue,
+            };
+            let detail = match before.get(name).map(&describe) {
+                Some(old) if old != describe(value) => format!("{old} -> {}", describe(value)),
+                _ => describe(value),
+            };
+            self.changes.push(Change {
+                action,
+                object: format!("{kind} {name}"),
+                detail,
+            });
+        }
+        for name in before.keys().filter(|name| !after.contains_key(*name)) {
+            let detail = match kind {
+                "backend" | "listener" => "its flows go on until they end",
+                _ => "",
+            };
+            self.removals.push(Change {
+                action: Action::Remove,
+                object: format!("{kind} {name}"),
+                detail: detail.to_owned(),
+            });
+        }
+    }
+}
+
+fn describe_group(nat: NatMode, health: Option<&HealthCheck>) -> String {
+    let nat = match nat {
+        NatMode::Full => "full NAT",
+        NatMode::Dnat => "DNAT",
+    };
+    let health = match health.map(|health| (&health.probe, health.interval)) {
+        None => "no health check".to_owned(),
+        Some((Probe::Tcp, interval)) => format!("TCP check every {interval:?}"),
+        Some((Probe::Http { path, .. }, interval)) => format!("HTTP check of {path} every {interval:?}"),
+    };
+    format!("{nat}, {health}")
+}
+
+fn describe_backend(backend: &Backend) -> String {
+    let port = backend
+        .port
+        .map_or_else(|| "*".to_owned(), |port| port.to_string());
+    let mut text = format!("{}:{port}, weight {}", backend.address, backend.weight);
+    if let Some(max_flows) = backend.max_flows {
+        text.push_str(&format!(", at most {max_flows} flows"));
+    }
+    text
+}
+
+fn describe_listener(listener: &Listener) -> String {
+    let protocol = match listener.protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    };
+    let mut text = format!(
+        "{protocol} {}:{} to group {}, idle timeout {:?}",
+        listener.vip, listener.ports, listener.group, listener.idle_timeout
+    );
+    if let Some(sources) = &listener.sources {
+        text.push_str(&format!(", {} prefixes of clients", sources.len()));
+    }
+    if let Some(max_flows) = listener.max_flows {
+        text.push_str(&format!(", at most {max_flows} flows"));
+    }
+    text
+}
+
+/// What differs although it is fixed while the agent runs: one error for each key.
+pub fn restart_needed(before: &Config, after: &Config) -> Vec<Error> {
+    let (old, new) = (&before.agent, &after.agent);
+    let flows_end = "stop the agent, `forwarder detach`, start it: flows end";
+    let flows_stay = "restart the agent with on_stop = \"keep\" in force: flows go on";
+    let fixed = [
+        ("agent.max_flows", old.max_flows != new.max_flows, flows_end),
+        ("agent.max_slots", old.max_slots != new.max_slots, flows_end),
+        (
+            "agent.pin_directory",
+            old.pin_directory != new.pin_directory,
+            flows_end,
+        ),
+        (
+            "agent.metrics_address",
+            old.metrics_address != new.metrics_address,
+            flows_stay,
+        ),
+        (
+            "agent.control_socket",
+            old.control_socket != new.control_socket,
+            flows_stay,
+        ),
+        (
+            "snat.probe_address",
+            before.snat.probe_address != after.snat.probe_address,
+            flows_stay,
+        ),
+        ("[interface]", before.interfaces != after.interfaces, flows_stay),
+        ("[tunnel]", before.tunnels != after.tunnels, flows_stay),
+    ];
+    fixed
+        .into_iter()
+        .filter(|(_, differs, _)| *differs)
+        .map(|(key, _, hint)| {
+            Error::usage(format!(
+                "{key} cannot change while the agent runs: restart needed"
+            ))
+            .hint(hint)
+        })
+        .collect()
+}
