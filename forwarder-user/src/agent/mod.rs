@@ -25,7 +25,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     api::{self, Request, Requests, StatusSource},
-    config::{Config, OnStop},
+    config::{Config, OnStop, RoutingTable},
     datapath::{
         attach::Attachment,
         maps::{ControlMaps, CounterMaps},
@@ -50,6 +50,7 @@ use crate::{
 };
 
 mod change;
+mod policy;
 mod start;
 mod status;
 
@@ -109,6 +110,7 @@ async fn run_on(
     let changes = network.watch().await?;
 
     let (mut agent, inspector) = Agent::start(config, file.to_owned(), network, pins).await?;
+    policy::install(&agent.network, &agent.config).await?;
     let probe_address = ProbeAddress::add(&agent).await?;
 
     let (source, requests) = StatusSource::channel();
@@ -142,6 +144,9 @@ async fn run_on(
     };
     if on_stop == OnStop::Detach {
         probe_address.remove(&agent).await;
+        if let Err(error) = policy::remove(&agent.network).await {
+            error!(%error, "policy rules stay behind");
+        }
     }
     Ok((on_stop, outcome))
 }
@@ -314,8 +319,7 @@ impl Agent {
                     }
                     Asked::Reload => {
                         self.reload();
-                        self.watch(&health, &mut unheard);
-                        self.resolve_next_hops().await;
+                        self.follow_change(&health, &mut unheard).await;
                     }
                 },
                 Some(report) = reports.recv() => {
@@ -343,13 +347,22 @@ impl Agent {
                         let is_changed = apply && outcome.is_ok();
                         reply.send(outcome);
                         if is_changed {
-                            self.watch(&health, &mut unheard);
-                            self.resolve_next_hops().await;
+                            self.follow_change(&health, &mut unheard).await;
                         }
                     }
                 },
             }
         }
+    }
+
+    /// What a change of the configuration means for the network around the tables.
+    async fn follow_change(&self, health: &health::Watch, unheard: &mut HashSet<BackendName>) {
+        // The tables have changed; a rule that cannot be added shows in probes as well.
+        if let Err(error) = policy::install(&self.network, &self.config).await {
+            error!("{error}");
+        }
+        self.watch(health, unheard);
+        self.resolve_next_hops().await;
     }
 
     /// Looks at the host's settings again; logs what is new.
@@ -602,6 +615,16 @@ async fn warnings(network: &Network, config: &Config, down: &HashSet<String>) ->
         warnings.push(
             "this host does not forward: traffic to tunnels and unresolved neighbours is dropped; \
              sysctl -w net.ipv4.ip_forward=1"
+                .to_owned(),
+        );
+    }
+    let has_vrf = config
+        .networks
+        .values()
+        .any(|network| matches!(network.table, Some(RoutingTable::Vrf(_))));
+    if has_vrf && !network.accepts_from_vrf().unwrap_or(true) {
+        warnings.push(
+            "answers to health probes of backends in a VRF are not taken; sysctl -w net.ipv4.tcp_l3mdev_accept=1"
                 .to_owned(),
         );
     }

@@ -88,13 +88,21 @@ impl Policy {
 }
 
 impl Network {
-    /// All rules and all IPv4 routes.
-    pub async fn policy(&self) -> Result<Policy, Error> {
-        let rules = self.handle.rule().get(IpVersion::V4).execute();
-        let rules: Vec<RuleMessage> = rules
+    /// All rules, in their order.
+    pub async fn rules(&self) -> Result<Vec<Rule>, Error> {
+        let messages = self.handle.rule().get(IpVersion::V4).execute();
+        let messages: Vec<RuleMessage> = messages
             .try_collect()
             .await
             .map_err(|error| failed("list the routing rules", &error))?;
+        let mut rules: Vec<_> = messages.iter().filter_map(rule).collect();
+        rules.sort_by_key(|rule| rule.priority);
+        Ok(rules)
+    }
+
+    /// All rules and all IPv4 routes.
+    pub async fn policy(&self) -> Result<Policy, Error> {
+        let rules = self.rules().await?;
         let routes = self
             .handle
             .route()
@@ -104,8 +112,6 @@ impl Network {
             .try_collect()
             .await
             .map_err(|error| failed("list the routes", &error))?;
-        let mut rules: Vec<_> = rules.iter().filter_map(rule).collect();
-        rules.sort_by_key(|rule| rule.priority);
         Ok(Policy {
             rules,
             entries: routes.iter().filter_map(entry).collect(),

@@ -38,7 +38,7 @@ pub use fib::{Decision, Entry, Policy, Rule};
 pub use interface::{Interface, InterfaceKind};
 pub use neighbour::{Neighbour, NeighbourState};
 pub use route::{Route, RouteError};
-pub use rule::{MAIN_TABLE, PolicyRule, Selector};
+pub use rule::{MAIN_TABLE, PolicyRule, RULE_PRIORITY, Selector};
 pub use sysctl::RpFilter;
 pub use watch::{Changes, LinkChange, LinkState, Watch};
 pub use xdp_features::{runs_programs, takes_redirects};

@@ -17,7 +17,7 @@ use super::{Network, errno, failed, one};
 use crate::error::Error;
 
 /// Before the rule of VRFs (1000, linux/l3mdev), which would claim replies for the tunnel's own table.
-pub(super) const RULE_PRIORITY: u32 = 946;
+pub const RULE_PRIORITY: u32 = 946;
 
 /// The main routing table (RT_TABLE_MAIN, linux/rtnetlink.h).
 pub const MAIN_TABLE: u32 = 254;

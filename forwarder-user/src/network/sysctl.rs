@@ -47,6 +47,11 @@ impl Network {
         Ok(read("ip_forward")? != 0)
     }
 
+    /// Whether sockets that belong to no VRF take TCP out of one.
+    pub fn accepts_from_vrf(&self) -> Result<bool, Error> {
+        Ok(read("tcp_l3mdev_accept")? != 0)
+    }
+
     /// Whether packets that come in by the interface called `interface` are forwarded.
     pub fn forwards(&self, interface: &str) -> Result<bool, Error> {
         Ok(read(&format!("conf/{interface}/forwarding"))? != 0)
