@@ -7,8 +7,10 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 use forwarder_common::abi::{
     backend::{BackendId, BackendState, NatMode},
+    listener::ListenerId,
     settings::flag,
 };
+use forwarder_common::wire::Be16;
 use forwarder_tests::{
     cases,
     packet::{Arp, Builder, Checksum, ETHERNET_LEN, segment},
@@ -312,6 +314,30 @@ fn world() -> impl Strategy<Value = MemoryTables> {
         |_| {},
         |_| {},
         |world| world.free_flows.truncate(2),
+        |world| world.free_flows.clear(),
+        |world| {
+            let everybody = world.listeners.values_mut();
+            everybody.for_each(|listener| listener.max_flows = 2);
+        },
+        |world| {
+            world
+                .backends
+                .iter_mut()
+                .for_each(|backend| backend.max_flows = 1)
+        },
+        |world| {
+            for id in [ListenerId(0), ListenerId(1)] {
+                world.admit_source(id, Ipv4Addr::new(172, 18, 0, 0), 24);
+            }
+        },
+        |world| {
+            // What had a port of its own is within a range now, and one backend keeps the port asked for.
+            world.listeners.clear();
+            world.listener_ranges.clear();
+            world.add_range_listener(VIP, (80, 13), 6, NatMode::FULL, &[BackendId(0), BackendId(1)]);
+            world.add_range_listener(VIP, (0, 0), 17, NatMode::DNAT, &[BackendId(1)]);
+            world.backends[1].port = Be16::new(0);
+        },
         |world| world.settings.pool.ranges[0].count = 0,
         |world| set_mtu(world, 1400),
         |world| set_mtu(world, 9000),
