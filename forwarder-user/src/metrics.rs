@@ -702,11 +702,11 @@ The format is OpenMetrics 1.0, which Prometheus reads.
 |---|---|
 | `listener`, `group`, `backend`, `interface` | names of the configuration |
 | `direction` | `in`, `out` |
-| `origin` | `client`, `backend` |
+| `origin` | `client`, `backend`, `gateway` |
 | `state` | of flows: `active`, `inactive`; of bindings: `used`, `free` |
 | `health` | `healthy`, `unhealthy`, `unknown` |
 | `attachment` | `xdp-native`, `xdp-generic`, `tcx` |
-| `verdict` | `send`, `pass`, `drop` |
+| `verdict` | `send`, `pass`, `drop`, `refuse` |
 | `reason` | see [reasons](reasons.md) |
 | `cause` | as in `forwarder status -o json`, such as `no-return-route` |
 
