@@ -191,7 +191,11 @@ struct Connection {
 impl Connection {
     /// Opens one, whichever of the servers takes it.
     fn open(client: &Namespace, to: SocketAddrV4, servers: &[Server]) -> Result<Self> {
-        let client = connect(client, to)??;
+        Self::of(connect(client, to)??, servers)
+    }
+
+    /// Of a client's end, the only one that no server has taken yet.
+    fn of(client: TcpStream, servers: &[Server]) -> Result<Self> {
         let ((server_name, server), _) = wait_until("a server to accept", DEADLINE, || {
             let mut accepted = servers
                 .iter()
@@ -291,14 +295,15 @@ fn a_listener_with_sources_admits_its_clients_and_is_silent_to_others() -> Resul
 #[test]
 fn a_listener_with_a_hundred_thousand_sources_admits_exactly_those() -> Result<()> {
     const PREFIXES: u32 = 100_000;
-    // Every other /28 from 10.0.0.0 on, and last of all the first client.
+    let clients = [Ipv4Addr::new(172, 16, 0, 10), Ipv4Addr::new(172, 16, 0, 11)];
+    // Every other /28 from 10.0.0.0 on, and last of all a client.
     let prefix = |number: u32| Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 0)) + 32 * number);
     let far = PREFIXES - 2;
-    let configure = |site: &Site| {
+    let configuration = |site: &Site, last: &Ipv4Addr| {
         let mut sources: Vec<_> = (0..=far)
             .map(|number| quoted(format_args!("{}/28", prefix(number))))
             .collect();
-        sources.push(quoted("172.16.0.10/32"));
+        sources.push(quoted(format_args!("{last}/32")));
         assert_eq!(sources.len(), PREFIXES as usize);
         let sources = format!("[{}]", sources.join(", "));
         listener(
@@ -309,6 +314,7 @@ fn a_listener_with_a_hundred_thousand_sources_admits_exactly_those() -> Result<(
             &[("sources", &sources)],
         )
     };
+    let configure = |site: &Site| configuration(site, &clients[0]);
     play(two_clients(), RAW, configure, |site, agent| {
         println!(
             "the agent was ready after {:.2} s with {PREFIXES} prefixes",
@@ -316,12 +322,12 @@ fn a_listener_with_a_hundred_thousand_sources_admits_exactly_those() -> Result<(
         );
         let servers = Server::both(site, RAW_PORT)?;
         let vip = raw_vip(site);
-        Connection::open(&site.clients[0], vip, &servers)?.close();
+        let open = Connection::open(&site.clients[0], vip, &servers)?;
         ensure_silence(&connect(&site.clients[1], vip)?)?;
 
         // Both edges of the first and the last /28, and right beside them.
         let client = &site.clients[0];
-        site.gateway.route("10.0.0.0/8", Ipv4Addr::new(172, 16, 0, 10))?;
+        site.gateway.route("10.0.0.0/8", clients[0])?;
         for number in [0, far] {
             let first = u32::from(prefix(number));
             for (address, is_admitted) in [
@@ -334,13 +340,25 @@ fn a_listener_with_a_hundred_thousand_sources_admits_exactly_those() -> Result<(
                 client.address("eth0", &format!("{address}/32"))?;
                 let outcome = connect_from(client, address, vip)?;
                 if is_admitted {
-                    outcome.with_context(|| format!("from {address}"))?;
+                    let stream = outcome.with_context(|| format!("from {address}"))?;
+                    Connection::of(stream, &servers)?.close();
                 } else {
                     ensure_silence(&outcome).with_context(|| format!("from {address}"))?;
                 }
             }
         }
         ensure!(agent.packets("source_not_allowed")? >= 5, "by another reason");
+
+        // The other client instead, while the agent runs: that is for new flows.
+        let start = Instant::now();
+        ensure_applied(&apply(site, agent, &configuration(site, &clients[1]))?)?;
+        println!(
+            "another one of them was applied in {:.2} s",
+            start.elapsed().as_secs_f64()
+        );
+        Connection::open(&site.clients[1], vip, &servers)?.close();
+        ensure_silence(&connect(client, vip)?)?;
+        open.talk()?;
         Ok(())
     })
 }
