@@ -323,7 +323,7 @@ fn world() -> impl Strategy<Value = MemoryTables> {
             world
                 .backends
                 .iter_mut()
-                .for_each(|backend| backend.max_flows = 1)
+                .for_each(|backend| backend.max_flows = 1);
         },
         |world| {
             for id in [ListenerId(0), ListenerId(1)] {
