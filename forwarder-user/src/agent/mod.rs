@@ -110,8 +110,11 @@ async fn run_on(
     let changes = network.watch().await?;
 
     let (mut agent, inspector) = Agent::start(config, file.to_owned(), network, pins).await?;
-    policy::install(&agent.network, &agent.config).await?;
     let probe_address = ProbeAddress::add(&agent).await?;
+    if let Err(error) = policy::install(&agent.network, &agent.config).await {
+        probe_address.remove(&agent).await;
+        return Err(error);
+    }
 
     let (source, requests) = StatusSource::channel();
     let (stop, stopped) = watch::channel(());
