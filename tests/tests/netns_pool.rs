@@ -32,6 +32,8 @@ const PORT: u16 = 8080;
 const PORTS: usize = 64_512;
 /// Connections from one address of the client: far enough below its ports that the kernel finds a free one fast.
 const PER_SOURCE: usize = 25_000;
+/// Longer than it takes to open and ask all connections: they are silent while the others have their turn.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long a closed connection holds its binding, and what sweep and status lag behind.
 const HOLD: Duration = Duration::from_secs(60 + 15);
 
@@ -118,8 +120,7 @@ impl Site {
                 ("vip", &quoted(VIP.ip())),
                 ("port", &VIP.port().to_string()),
                 ("group", &quoted(&GROUP)),
-                // Nobody talks while the others are being opened.
-                ("idle_timeout", "\"1h\""),
+                ("idle_timeout", &quoted(&format!("{}s", IDLE_TIMEOUT.as_secs()))),
             ],
         )
     }
@@ -186,7 +187,7 @@ fn await_used(agent: &Agent, used: usize, deadline: Duration) -> Result<Status> 
 /// other end (`tcp_out_of_resources` of Linux), and nobody between them can know.
 fn close_all(agent: &Agent, clients: &mut Clients) -> Result<()> {
     while !clients.is_empty() {
-        clients.close(clients.len().min(20_000))?;
+        clients.close(clients.len().min(10_000))?;
         let left = clients.len() as u64;
         wait_until("the others to be closed", Duration::from_secs(10), || {
             let traffic = agent.status()?.listeners[0].traffic;
@@ -310,8 +311,9 @@ fn many_connections_to_eight_backends_stay_where_they_were_opened() -> Result<()
                 backend.name
             );
         }
-        timed("closed", || close_all(&agent, &mut clients))?;
-        await_used(&agent, 0, HOLD)?;
+        timed("closed", || clients.close(crowd))?;
+        // Of so many some are closed unseen, see `close_all`: those time out.
+        await_used(&agent, 0, IDLE_TIMEOUT + HOLD)?;
         Ok(())
     })
 }
