@@ -100,18 +100,19 @@ extern "C" fn forwarder_sum(ctx: *mut xdp_md, mut offset: u32, mut left: u32) ->
     let Some(scratch) = maps::scratch() else { return -1 };
     let mut total = 0u32;
     for _ in 0..BLOCKS {
-        let len = masked::<SCRATCH_MASK>(left.min(BLOCK) as usize) as u32;
-        // The verifier refuses a length that may be zero.
-        if len == 0 {
+        if left == 0 {
             break;
         }
-        // SAFETY: `len` is less than the scratch buffer's size; the helper checks the offset.
+        // The verifier refuses a length that may be zero, and that of Linux 6.1 learns nothing from a comparison
+        // with zero ("R3 min value is outside of the allowed memory range"): one is added behind the mask.
+        let len = masked::<SCRATCH_MASK>(left.min(BLOCK) as usize - 1) as u32 + 1;
+        // SAFETY: `len` is at most SCRATCH_MASK + 1, less than the scratch buffer's size; the helper checks the offset.
         if unsafe { bpf_xdp_load_bytes(ctx, offset, scratch.cast(), len) } < 0 {
             return -1;
         }
         // The zeros that pad the block.
         let padding = scratch.cast::<u8>().wrapping_add(len as usize).cast::<u32>();
-        // SAFETY: `len` is at most SCRATCH_MASK, and there are 8 bytes behind that.
+        // SAFETY: `len` is at most SCRATCH_MASK + 1, and there are 8 bytes behind that.
         unsafe { padding.write_unaligned(0) };
         let padded = masked::<SCRATCH_MASK>(len as usize + 3) & !3;
         // SAFETY: these bytes of the buffer were just written; the helper only reads them.

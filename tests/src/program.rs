@@ -8,7 +8,7 @@
 //! partial checksums in tcx, whose mark it cannot set.
 
 use std::{
-    collections::{HashMap as StdHashMap, VecDeque},
+    collections::{BTreeMap, HashMap as StdHashMap, VecDeque},
     fs,
     hash::Hash,
     io::Write as _,
@@ -162,6 +162,17 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// How many instructions the verifier followed, by program; nothing from kernels that do not tell.
+    pub fn verified_instructions(&self) -> Result<BTreeMap<String, u32>> {
+        let mut counts = BTreeMap::new();
+        for (name, program) in self.ebpf.programs() {
+            if let Some(count) = program.info()?.verified_instruction_count() {
+                counts.insert(name.to_owned(), count);
+            }
+        }
+        Ok(counts)
+    }
+
     /// Gives all maps the content of these tables, and nothing else.
     pub fn fill(&mut self, tables: &MemoryTables) -> Result<()> {
         self.set_array(map_name::SETTINGS, &[tables.settings])?;

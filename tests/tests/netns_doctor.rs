@@ -5,7 +5,7 @@
 //! the JSON. Two are for service managers, which labs lack; the lab does what they say (`Patient::paste`).
 //!
 //! Large receive offload is missing here: no device of a namespace has it (veth, VXLAN, TUN, bridge, macvlan), so
-//! that check is tested on facts (`doctor/checks/interfaces.rs`).
+//! that check is tested in a machine that has such a card (`vm_doctor.rs`).
 
 use std::{fs, net::Ipv4Addr, path::PathBuf, process::Output, time::Duration};
 

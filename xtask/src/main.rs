@@ -10,6 +10,7 @@ mod setup;
 mod test;
 #[allow(dead_code)] // shared with forwarder-user/build.rs; each of the two leaves some of it unused
 mod toolchain;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;

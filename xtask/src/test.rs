@@ -2,7 +2,7 @@
 //!
 //! Which ring a file of integration tests belongs to is told by its name, so a new file is never left
 //! out: `netns_*` need root and network namespaces, `program_*` and `parity*` need the kernel's BPF, all
-//! others need nothing. Here a test that can't run fails (`FORWARDER_TESTS_STRICT=1`), and so does a ring
+//! others need nothing, and `vm_*` need a machine that only the `vm` ring boots. Here a test that can't run fails (`FORWARDER_TESTS_STRICT=1`), and so does a ring
 //! in which no test ran; plain `cargo test` lets both pass.
 
 use std::{
@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::{lint, setup, workspace};
+use crate::{lint, setup, vm, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -37,15 +37,20 @@ enum Ring {
     Program,
     /// Ring 3: real sockets in network namespaces; needs root
     Netns,
+    /// Ring 4: rings 2 and 3 on Debian's Linux 6.1 and 6.12 in QEMU; takes minutes, so only when asked for
+    Vm,
 }
 
 impl Ring {
+    /// Those that run unless one is named.
     const ALL: [Self; 3] = [Self::Library, Self::Program, Self::Netns];
 
     /// The ring of the integration tests in `<stem>.rs`.
     fn of_file(stem: &str) -> Self {
         if stem.starts_with("netns_") {
             Self::Netns
+        } else if stem.starts_with("vm_") {
+            Self::Vm
         } else if stem.starts_with("program_") || stem.starts_with("parity") {
             Self::Program
         } else {
@@ -58,6 +63,7 @@ impl Ring {
             Self::Library => "library",
             Self::Program => "program",
             Self::Netns => "netns",
+            Self::Vm => "vm",
         }
     }
 }
@@ -155,6 +161,12 @@ fn measure(step: &'static str, action: impl FnOnce() -> Result<(String, bool)>) 
 
 /// Runs one ring: the text for the summary, and whether all is well.
 fn run_ring(ring: Ring, test_arguments: &[String], forwarder: &PathBuf) -> Result<(String, bool)> {
+    if ring == Ring::Vm {
+        if !test_arguments.is_empty() {
+            bail!("the vm ring chooses its tests itself");
+        }
+        return vm::run(forwarder);
+    }
     let files = test_files(ring)?;
     // All of a ring in one call, and always for the same packages: dependencies are then built once.
     let mut cargo_arguments = vec!["test", "--locked", "--no-fail-fast"];
@@ -247,6 +259,7 @@ mod tests {
         assert_eq!(Ring::of_file("netns_forward"), Ring::Netns);
         assert_eq!(Ring::of_file("program_cases"), Ring::Program);
         assert_eq!(Ring::of_file("parity"), Ring::Program);
+        assert_eq!(Ring::of_file("vm_doctor"), Ring::Vm);
         assert_eq!(Ring::of_file("pipeline_cases"), Ring::Library);
         assert_eq!(Ring::of_file("cli"), Ring::Library);
     }

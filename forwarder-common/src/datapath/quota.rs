@@ -67,19 +67,25 @@ pub fn leave_ended<T: Tables>(tables: &mut T, id: FlowId) {
 /// Has a backend room for one more? A look ahead: [`enter`] decides.
 #[inline(always)]
 pub fn has_room<T: Tables>(tables: &mut T, id: BackendId, backend: &Backend) -> bool {
-    backend.max_flows == 0
-        || tables
-            .backend_live(id)
-            .is_some_and(|gauge| gauge.get() < u64::from(backend.max_flows))
+    tables
+        .backend_live(id)
+        .is_some_and(|gauge| gauge.get() <= last_place(backend.max_flows))
 }
 
 /// Counts first and looks then, so that of two CPUs at the last place one gets it.
 #[inline(always)]
 fn enter_one<G: Gauge>(gauge: &mut G, limit: u32) -> bool {
     let before = gauge.add(1);
-    if limit != 0 && before >= u64::from(limit) {
+    if before > last_place(limit) {
         gauge.add(-1);
         return false;
     }
     true
+}
+
+/// The largest number of other flows beside which there is room: without a limit, any. In one comparison, as the
+/// verifier follows each branch of the loop that asks for room.
+#[inline(always)]
+const fn last_place(limit: u32) -> u64 {
+    (limit as u64).wrapping_sub(1)
 }
