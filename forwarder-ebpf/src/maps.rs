@@ -17,7 +17,7 @@ use forwarder_common::{
         reason::Reason,
         settings::Settings,
     },
-    datapath::{Gauge, Tables, TrafficEvent},
+    datapath::{Gauge, Tables, TrafficEvent, backend},
 };
 
 use crate::packet::SCRATCH_WORDS;
@@ -104,6 +104,14 @@ impl Gauge for Live {
     }
 }
 
+/// The search for a backend, as a function of its own in BPF as well: inlined, each of its rounds multiplies what the
+/// verifier has to follow behind it (more than 1 000 000 instructions, Linux 6.18).
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_search(first_slot: u32, slot_count: u32, slot: u32) -> i64 {
+    backend::search(&mut KernelTables, first_slot, slot_count, slot)
+}
+
 /// The kernel's maps as the walk sees them.
 pub(crate) struct KernelTables;
 
@@ -160,6 +168,11 @@ impl Tables for KernelTables {
     #[inline(always)]
     fn backend(&self, id: BackendId) -> Option<&Backend> {
         BACKENDS.get(id.0)
+    }
+
+    #[inline(always)]
+    fn search(&mut self, first_slot: u32, slot_count: u32, slot: u32) -> backend::Found {
+        forwarder_search(first_slot, slot_count, slot)
     }
 
     #[inline(always)]

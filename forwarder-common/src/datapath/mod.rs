@@ -200,6 +200,15 @@ pub trait Tables {
             .is_some_and(|interface| interface.flags & wanted != 0)
     }
 
+    /// [`backend::search`], wherever it runs.
+    #[inline(always)]
+    fn search(&mut self, first_slot: u32, slot_count: u32, slot: u32) -> backend::Found
+    where
+        Self: Sized,
+    {
+        backend::search(self, first_slot, slot_count, slot)
+    }
+
     fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference>;
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
     /// Inserts unless the key exists; `false`: it does, or there is no room.
