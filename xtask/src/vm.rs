@@ -58,18 +58,7 @@ const TESTS: [(&str, &[&str], u32); 7] = [
     ("program_explain", &["--skip", "a_million_flows"], 240),
     ("parity", &[], 300),
     ("vm_doctor", &["--test-threads=1"], 300),
-    (
-        "netns_forward",
-        &[
-            "--test-threads=1",
-            "servers_of_a",
-            "two_clients",
-            "large_transfers",
-            "generic_xdp",
-            "without_redirect",
-        ],
-        400,
-    ),
+    ("netns_forward", &["--test-threads=1", "generic_xdp"], 400),
 ];
 
 /// Longest life of one machine.
