@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use forwarder_tests::lab::{
     self, Lifetime, Namespace,
-    agent::{self, Agent},
+    agent::{self, Agent, ShowLog},
     configuration::{Check, Configuration},
     load::{Answer, Connections, curl, wrk},
     nginx::{AccessLog, Nginx, large_file},
@@ -33,20 +33,6 @@ const COUNTER_DEADLINE: Duration = Duration::from_secs(5);
 const CONNECTIONS: u32 = 64;
 const UDP_PORT: u16 = 5353;
 
-/// Shows the agent's log if the test ends badly, before the lab and the log with it are gone.
-struct ShowLog {
-    log: PathBuf,
-    is_well: bool,
-}
-
-impl Drop for ShowLog {
-    fn drop(&mut self) {
-        if !self.is_well {
-            println!("the agent's log ends so:\n{}", lab::tail(&self.log, 60));
-        }
-    }
-}
-
 /// Runs `test` at a site with the agent running and all backends of `group` healthy.
 fn play(
     extras: Extras,
@@ -58,13 +44,10 @@ fn play(
         return Ok(());
     }
     let site = Site::cross_region(Lifetime::Process, extras)?;
-    let mut show_log = ShowLog {
-        log: agent::log(&site.lab),
-        is_well: false,
-    };
+    let show_log = ShowLog::of(&site.lab);
     let agent = site.start_agent(&configure(&site), group)?;
     test(&site, &agent)?;
-    show_log.is_well = true;
+    show_log.all_is_well();
     Ok(())
 }
 
@@ -558,10 +541,7 @@ fn a_server_beside_the_client_is_reached_through_one_nic() -> Result<()> {
         ..Extras::default()
     };
     let site = Site::cross_region(Lifetime::Process, extras)?;
-    let mut show_log = ShowLog {
-        log: agent::log(&site.lab),
-        is_well: false,
-    };
+    let show_log = ShowLog::of(&site.lab);
     let (server, page) = (&site.clients[1], "a page from next door");
     server.route(POOL, Ipv4Addr::new(172, 16, 0, 1))?;
     let nginx = Nginx::start(&site.lab, server, &[8080], page)?;
@@ -585,7 +565,7 @@ fn a_server_beside_the_client_is_reached_through_one_nic() -> Result<()> {
             .sources()
             .all(is_in_pool)
     );
-    show_log.is_well = true;
+    show_log.all_is_well();
     Ok(())
 }
 
@@ -654,10 +634,7 @@ fn a_stopped_agent_leaves_nothing_behind() -> Result<()> {
     }
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let site = Site::cross_region(Lifetime::Process, Extras::default())?;
-        let mut show_log = ShowLog {
-            log: agent::log(&site.lab),
-            is_well: false,
-        };
+        let show_log = ShowLog::of(&site.lab);
         let (before, pins_before) = (traces(&site.gateway)?, pins());
         let agent = site.start_agent(&site.web_configuration(), GROUP)?;
         ensure!(site.curl()?.body().is_some());
@@ -689,7 +666,7 @@ after:
                 .body()
                 .is_some()
         );
-        show_log.is_well = true;
+        show_log.all_is_well();
     }
     Ok(())
 }
@@ -700,10 +677,7 @@ fn a_backend_that_stops_is_taken_out_and_comes_back() -> Result<()> {
         return Ok(());
     }
     let mut site = Site::cross_region(Lifetime::Process, four_servers())?;
-    let mut show_log = ShowLog {
-        log: agent::log(&site.lab),
-        is_well: false,
-    };
+    let show_log = ShowLog::of(&site.lab);
     let agent = site.start_agent(&site.web_configuration(), GROUP)?;
     for name in ["ecs01", "ecs04"] {
         for start in [false, true] {
@@ -738,7 +712,7 @@ fn a_backend_that_stops_is_taken_out_and_comes_back() -> Result<()> {
             );
         }
     }
-    show_log.is_well = true;
+    show_log.all_is_well();
     Ok(())
 }
 

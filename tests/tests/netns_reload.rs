@@ -1,12 +1,12 @@
 //! Ring 3: the configuration changes while the agent runs; flows, counters and what did not change stay.
 //! `--test-threads=1`, as the other labs.
 
-use std::{path::PathBuf, process::Output, thread, time::Duration};
+use std::{process::Output, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use forwarder_tests::lab::{
     self, Lifetime,
-    agent::{self, Agent},
+    agent::{self, Agent, ShowLog},
     configuration::{Check, Configuration},
     load::{Connections, KeptConnection, curl, wrk},
     status::HEALTHY,
@@ -19,20 +19,6 @@ const GROUP: &str = "web";
 const CONNECTIONS: u32 = 32;
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Shows the agent's log if the test ends badly, before the lab and the log with it are gone.
-struct ShowLog {
-    log: PathBuf,
-    is_well: bool,
-}
-
-impl Drop for ShowLog {
-    fn drop(&mut self) {
-        if !self.is_well {
-            println!("the agent's log ends so:\n{}", lab::tail(&self.log, 60));
-        }
-    }
-}
-
 /// Runs `test` at a site with four servers of which the agent knows `names`.
 fn play(names: &[&str], test: impl FnOnce(&Site, &Agent) -> Result<()>) -> Result<()> {
     if !lab::can_run_test(Some(agent::binary())) {
@@ -43,16 +29,13 @@ fn play(names: &[&str], test: impl FnOnce(&Site, &Agent) -> Result<()>) -> Resul
         ..Extras::default()
     };
     let site = Site::cross_region(Lifetime::Process, extras)?;
-    let mut show_log = ShowLog {
-        log: agent::log(&site.lab),
-        is_well: false,
-    };
+    let show_log = ShowLog::of(&site.lab);
     let agent = site.start_agent(
         &with(&site, &names.iter().map(|name| (*name, 100)).collect::<Vec<_>>()),
         GROUP,
     )?;
     test(&site, &agent)?;
-    show_log.is_well = true;
+    show_log.all_is_well();
     Ok(())
 }
 

@@ -1,12 +1,12 @@
 //! Ring 3: the agent dies, is stopped, comes back; traffic and flows go on. `--test-threads=1`, as the other labs.
 
-use std::{path::PathBuf, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Map, MapData, Queue};
 use forwarder_tests::lab::{
     self, Lifetime,
-    agent::{self, Agent},
+    agent::{self, Agent, ShowLog},
     configuration::Configuration,
     load::{Connections, KeptConnection, wrk},
     topology::{Extras, PORT, PROBE_ADDRESS, Site},
@@ -19,20 +19,6 @@ const CONNECTIONS: u32 = 64;
 /// Long enough for some restarts: loading programs on a machine under full load takes its time.
 const LOAD: Duration = Duration::from_secs(20);
 
-/// Shows the agent's log if the test ends badly, before the lab and the log with it are gone.
-struct ShowLog {
-    log: PathBuf,
-    is_well: bool,
-}
-
-impl Drop for ShowLog {
-    fn drop(&mut self) {
-        if !self.is_well {
-            println!("the agent's log ends so:\n{}", lab::tail(&self.log, 60));
-        }
-    }
-}
-
 /// Runs `test` at a site whose agent is running with all backends healthy.
 fn play(
     configure: impl Fn(&Site) -> Configuration,
@@ -42,13 +28,10 @@ fn play(
         return Ok(());
     }
     let site = Site::cross_region(Lifetime::Process, Extras::default())?;
-    let mut show_log = ShowLog {
-        log: agent::log(&site.lab),
-        is_well: false,
-    };
+    let show_log = ShowLog::of(&site.lab);
     let agent = site.start_agent(&configure(&site), GROUP)?;
     test(&site, agent)?;
-    show_log.is_well = true;
+    show_log.all_is_well();
     Ok(())
 }
 

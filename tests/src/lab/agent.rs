@@ -29,6 +29,35 @@ const STOP_DEADLINE: Duration = Duration::from_secs(10);
 /// How often to look whether the agent has ended while it is awaited.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Shows the agent's log if the test ends badly, before the lab and the log with it are gone.
+#[derive(Debug)]
+pub struct ShowLog {
+    log: PathBuf,
+    is_well: bool,
+}
+
+impl ShowLog {
+    pub fn of(lab: &Lab) -> Self {
+        Self {
+            log: log(lab),
+            is_well: false,
+        }
+    }
+
+    /// The test has passed.
+    pub fn all_is_well(mut self) {
+        self.is_well = true;
+    }
+}
+
+impl Drop for ShowLog {
+    fn drop(&mut self) {
+        if !self.is_well {
+            println!("the agent's log ends so:\n{}", tail(&self.log, 60));
+        }
+    }
+}
+
 /// The running agent.
 #[derive(Debug)]
 pub struct Agent {
