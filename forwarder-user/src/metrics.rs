@@ -226,7 +226,7 @@ struct Measure {
     values: fn(&Traffic) -> Vec<(&'static str, u64)>,
 }
 
-const TRAFFIC: [Measure; 6] = [
+const TRAFFIC: [Measure; 7] = [
     Measure {
         kind: Kind::Counter,
         name: "connections",
@@ -242,6 +242,19 @@ const TRAFFIC: [Measure; 6] = [
         help: "New connections refused: no backend, a limit, no SNAT binding, or no room; of a backend or group, those for want of a binding or room",
         label: None,
         values: |traffic| vec![("", traffic.connections_refused)],
+    },
+    Measure {
+        kind: Kind::Counter,
+        name: "first_answers",
+        unit: None,
+        help: "Opened connections by the backend's first packet: accepted, or rejected by a TCP reset; those missing here had no answer",
+        label: Some("answer"),
+        values: |traffic| {
+            vec![
+                ("accepted", traffic.connections_answered),
+                ("rejected", traffic.connections_rejected),
+            ]
+        },
     },
     Measure {
         kind: Kind::Counter,

@@ -43,6 +43,11 @@ pub struct Traffic {
     pub connections_opened: u64,
     /// New connections refused: no backend, no binding, no room.
     pub connections_refused: u64,
+    /// Connections whose backend answered, and not with a TCP reset.
+    pub connections_answered: u64,
+    /// Connections that their backend rejected with a TCP reset. What is opened, and neither answered nor rejected, has
+    /// had no answer.
+    pub connections_rejected: u64,
     pub packets_in: u64,
     pub bytes_in: u64,
     pub packets_out: u64,
@@ -67,6 +72,8 @@ impl Traffic {
     pub fn add(&mut self, other: &Self) {
         self.connections_opened += other.connections_opened;
         self.connections_refused += other.connections_refused;
+        self.connections_answered += other.connections_answered;
+        self.connections_rejected += other.connections_rejected;
         self.packets_in += other.packets_in;
         self.bytes_in += other.bytes_in;
         self.packets_out += other.packets_out;

@@ -82,6 +82,7 @@ impl Step {
             Traffic::Opened(listener, backend)
             | Traffic::OpenedOnly(listener, backend)
             | Traffic::Request(listener, backend)
+            | Traffic::FirstReply(listener, backend)
             | Traffic::Reply(listener, backend) => (listener, backend),
         };
         let counters = [
@@ -97,10 +98,15 @@ impl Step {
                 counters.request_bytes += ip_len(&self.frame);
                 counters.client_resets += u64::from(is_reset(&self.frame));
             }
-            if matches!(self.traffic, Traffic::Reply(..)) {
+            if matches!(self.traffic, Traffic::FirstReply(..) | Traffic::Reply(..)) {
                 counters.reply_packets += 1;
                 counters.reply_bytes += ip_len(&self.frame);
                 counters.backend_resets += u64::from(is_reset(&self.frame));
+            }
+            if matches!(self.traffic, Traffic::FirstReply(..)) {
+                let is_rejected = is_reset(&self.frame);
+                counters.flows_answered += u64::from(!is_rejected);
+                counters.flows_rejected += u64::from(is_rejected);
             }
         }
     }
@@ -118,6 +124,8 @@ pub enum Traffic {
     /// Refused after a backend was chosen.
     NotBound(ListenerId, BackendId),
     Request(ListenerId, BackendId),
+    /// The backend's first packet of a flow.
+    FirstReply(ListenerId, BackendId),
     Reply(ListenerId, BackendId),
 }
 
@@ -295,6 +303,10 @@ impl Service {
         Traffic::Reply(self.listener, self.backend)
     }
 
+    fn first_reply(&self) -> Traffic {
+        Traffic::FirstReply(self.listener, self.backend)
+    }
+
     fn refused(&self) -> Traffic {
         Traffic::Refused(self.listener)
     }
@@ -452,7 +464,12 @@ fn web_request(flags: u8, payload: usize) -> Step {
 /// Its reply.
 fn web_reply(flags: u8, payload: usize) -> Step {
     let packet = from_server(flags, WEB, binding(0)).payload(payload);
-    Step::reply(&packet, &to_client(&packet, WEB.vip(), CLIENT)).counts(WEB.reply())
+    let traffic = if flags == segment::SYN_ACK {
+        WEB.first_reply()
+    } else {
+        WEB.reply()
+    };
+    Step::reply(&packet, &to_client(&packet, WEB.vip(), CLIENT)).counts(traffic)
 }
 
 /// The SYN that opens the flow of [`web_request`].
@@ -618,7 +635,10 @@ fn replies() -> Vec<Case> {
             .then(web_reply(segment::SYN_ACK, 0)),
         Case::new("A datagram's reply returns to its client from the VIP", world())
             .then(opening)
-            .then(Step::reply(&dns_answer, &to_client(&dns_answer, DNS.vip(), CLIENT)).counts(DNS.reply())),
+            .then(
+                Step::reply(&dns_answer, &to_client(&dns_answer, DNS.vip(), CLIENT))
+                    .counts(DNS.first_reply()),
+            ),
         Case::new(
             "A DNAT listener's reply, addressed to the client, comes from the VIP",
             world(),
@@ -626,7 +646,7 @@ fn replies() -> Vec<Case> {
         .then(dnat_opening.clone())
         .then(
             Step::reply(&dnat_reply, &to_client(&dnat_reply, DNAT_WEB.vip(), CLIENT))
-                .counts(DNAT_WEB.reply()),
+                .counts(DNAT_WEB.first_reply()),
         ),
         Case::new(
             "A DNAT listener's reply to a datagram comes from the VIP",
@@ -635,7 +655,7 @@ fn replies() -> Vec<Case> {
         .then(dnat_query_opening)
         .then(
             Step::reply(&dnat_answer, &to_client(&dnat_answer, DNAT_DNS.vip(), CLIENT))
-                .counts(DNAT_DNS.reply()),
+                .counts(DNAT_DNS.first_reply()),
         ),
         Case::new(
             "A reply to a client behind a router leaves for the router",
@@ -644,7 +664,7 @@ fn replies() -> Vec<Case> {
         .then(Step::request(&routed, &to_server(&routed, binding(0), SERVER)).counts(WEB.opened()))
         .then(
             Step::reply(&routed_reply, &to_client(&routed_reply, WEB.vip(), ROUTED_CLIENT))
-                .counts(WEB.reply()),
+                .counts(WEB.first_reply()),
         ),
         Case::new(
             "Each of two clients with the same source port gets its own replies",
@@ -657,7 +677,7 @@ fn replies() -> Vec<Case> {
         })
         .then({
             let packet = from_server(segment::SYN_ACK, WEB, binding(1));
-            Step::reply(&packet, &to_client(&packet, WEB.vip(), OTHER_CLIENT)).counts(WEB.reply())
+            Step::reply(&packet, &to_client(&packet, WEB.vip(), OTHER_CLIENT)).counts(WEB.first_reply())
         })
         .then(web_reply(segment::SYN_ACK, 0)),
         Case::new("A packet to an SNAT address without a flow is dropped", world())
@@ -726,6 +746,11 @@ fn use_second_backend(world: &mut MemoryTables) {
     world.slots.fill(BackendId(1));
 }
 
+fn fail_first_backend(world: &mut MemoryTables) {
+    world.backends[0].state = BackendState::UNHEALTHY;
+    use_second_backend(world);
+}
+
 fn lifecycles() -> Vec<Case> {
     let to_second = |packet: &Builder, source| {
         Step::request(packet, &to_server(packet, source, UDP_SERVER))
@@ -749,7 +774,7 @@ fn lifecycles() -> Vec<Case> {
         let packet = Builder::tcp(segment::SYN_ACK, UDP_SERVER, CLIENT)
             .link(mac_of(*UDP_SERVER.ip()), SERVER_SIDE.mac);
         Step::reply(&packet, &to_client(&packet, DNAT_WEB.vip(), CLIENT))
-            .counts(Traffic::Reply(DNAT_WEB.listener, BackendId(1)))
+            .counts(Traffic::FirstReply(DNAT_WEB.listener, BackendId(1)))
     };
     let old_reply = from_server(segment::ACK, DNAT_WEB, CLIENT);
     vec![
@@ -817,7 +842,8 @@ fn lifecycles() -> Vec<Case> {
             .then(dnat_opening)
             .then({
                 let packet = from_server(segment::SYN_ACK, DNAT_WEB, CLIENT);
-                Step::reply(&packet, &to_client(&packet, DNAT_WEB.vip(), CLIENT)).counts(DNAT_WEB.reply())
+                Step::reply(&packet, &to_client(&packet, DNAT_WEB.vip(), CLIENT))
+                    .counts(DNAT_WEB.first_reply())
             }),
         Case::new("A connection is not reopened without a healthy backend", world())
             .all(web_connection())
@@ -920,7 +946,7 @@ fn listeners() -> Vec<Case> {
             let packet = Builder::tcp(segment::SYN_ACK, UDP_SERVER, binding(0))
                 .link(mac_of(*UDP_SERVER.ip()), SERVER_SIDE.mac);
             let out = to_client(&packet, SocketAddrV4::new(VIP, 65535), CLIENT);
-            Step::reply(&packet, &out).counts(Traffic::Reply(any_listener, BackendId(1)))
+            Step::reply(&packet, &out).counts(Traffic::FirstReply(any_listener, BackendId(1)))
         }),
         Case::new("A port of the VIP without a listener passes", world())
             .then(Step::passed(unknown_port.build(), Reason::NO_LISTENER)),
@@ -1057,6 +1083,50 @@ fn backends() -> Vec<Case> {
             .all(web_handshake())
             .change(|world| world.backends[0].state = State::UNHEALTHY)
             .then(web_request(segment::ACK, 10)),
+        Case::new(
+            "A SYN is repeated to the backend that has not answered yet",
+            world_with_slots([State::HEALTHY; 2], &[0]),
+        )
+        .then(web_opening())
+        .then(web_request(segment::SYN, 0)),
+        Case::new(
+            "A SYN that is repeated after its backend has failed goes to another one",
+            world_with_slots([State::HEALTHY; 2], &[0]),
+        )
+        .then(web_opening())
+        .change(fail_first_backend)
+        .then(
+            Step::request(&syn(WEB), &to_server(&syn(WEB), binding(0), UDP_SERVER))
+                .counts(Traffic::Opened(WEB.listener, BackendId(1))),
+        )
+        .then(
+            Step::dropped(
+                from_server(segment::SYN_ACK, WEB, binding(0)).build(),
+                Reason::NO_FLOW,
+            )
+            .by(&SERVER_SIDE),
+        ),
+        Case::new(
+            "A SYN that is repeated after its backend has failed is refused if there is no other",
+            world(),
+        )
+        .then(web_opening())
+        .change(|world| world.backends[0].state = State::UNHEALTHY)
+        .then(refused(Reason::NO_BACKEND)),
+        Case::new(
+            "A SYN that is repeated after its backend has answered and then failed stays there",
+            world_with_slots([State::HEALTHY; 2], &[0]),
+        )
+        .then(web_opening())
+        .then(web_reply(segment::SYN_ACK, 0))
+        .change(fail_first_backend)
+        .then(web_request(segment::SYN, 0)),
+        Case::new("A backend's reset in answer to a SYN is a rejected flow", world())
+            .then(web_opening())
+            .then(web_reply(segment::RST, 0).counts(WEB.first_reply())),
+        Case::new("A backend's reset of a connection is no rejected flow", world())
+            .all(web_handshake())
+            .then(web_reply(segment::RST, 0)),
     ];
     // Pinned: gateways of a fleet must pick the same slot, also when one of them is older.
     for (client_port, slot) in PINNED_SLOTS {
@@ -1438,7 +1508,7 @@ fn next_hops() -> Vec<Case> {
             Step::passed(unresolved_reply.build(), Reason::REPLY_TO_STACK)
                 .by(&SERVER_SIDE)
                 .out(rewritten(&unresolved_reply, WEB.vip(), UNRESOLVED_CLIENT).build())
-                .counts(WEB.reply()),
+                .counts(WEB.first_reply()),
         ),
         Case::new(
             "A request out of an interface that XDP cannot send through goes to the stack",
@@ -1512,7 +1582,8 @@ fn tunnels() -> Vec<Case> {
     let zero = reply.clone().payload_for_checksum(0);
     let becomes_zero = out.clone().payload_for_checksum(0);
     let before_zero = rewritten(&becomes_zero, REMOTE.server, binding(0)).ttl(64);
-    let sent = |packet: &Builder, out: &Builder| Step::reply(packet, out).in_tunnel().counts(REMOTE.reply());
+    let sent =
+        |packet: &Builder, out: &Builder| Step::reply(packet, out).in_tunnel().counts(REMOTE.first_reply());
 
     let unresolved_client = from_client(segment::SYN, UNRESOLVED_CLIENT, REMOTE);
     let inner_client = SocketAddrV4::new(*REMOTE.server.ip(), 41000);
@@ -1596,7 +1667,7 @@ fn tunnels() -> Vec<Case> {
             Step::passed(packet.build(), Reason::REPLY_TO_STACK)
                 .by(&SERVER_SIDE)
                 .out(rewritten(&packet, WEB.vip(), inner_client).build())
-                .counts(WEB.reply())
+                .counts(WEB.first_reply())
         }),
         Case::new(
             "A client inside the remote network reaches a backend there",
@@ -2085,7 +2156,7 @@ fn checksums() -> Vec<Case> {
                     &no_checksum_reply,
                     &to_client(&no_checksum_reply, DNS.vip(), CLIENT),
                 )
-                .counts(DNS.reply()),
+                .counts(DNS.first_reply()),
             ),
         Case::new(
             "A datagram whose checksum becomes zero is sent with all ones",
@@ -2214,7 +2285,8 @@ fn partial_checksums() -> Vec<Case> {
         )
         .then(web_opening())
         .then(
-            Step::reply(&reply, &to_client(&reply, WEB.vip(), CLIENT).checksum(Complete)).counts(WEB.reply()),
+            Step::reply(&reply, &to_client(&reply, WEB.vip(), CLIENT).checksum(Complete))
+                .counts(WEB.first_reply()),
         ),
         Case::new(
             "A partial UDP checksum that completes to zero is sent with all ones",
@@ -2335,7 +2407,7 @@ fn segment_sizes() -> Vec<Case> {
         .then({
             let packet = announcing(&reply, 8960);
             let out = to_client(&announcing(&reply, LARGEST), WEB.vip(), CLIENT);
-            Step::reply(&packet, &out).counts(WEB.reply())
+            Step::reply(&packet, &out).counts(WEB.first_reply())
         }),
         Case::new(
             "A SYN+ACK out of a tunnel announces what the tunnel carries",
@@ -2348,7 +2420,9 @@ fn segment_sizes() -> Vec<Case> {
         .then({
             let packet = announcing(&tunnel_reply, 1460);
             let out = rewritten(&announcing(&tunnel_reply, LARGEST), REMOTE.vip(), CLIENT).ttl(63);
-            Step::reply(&packet, &out).in_tunnel().counts(REMOTE.reply())
+            Step::reply(&packet, &out)
+                .in_tunnel()
+                .counts(REMOTE.first_reply())
         }),
         Case::new(
             "Data that looks like a segment size option is data",

@@ -207,12 +207,12 @@ impl Kernel {
             free_flows: self.drain_free_flows()?,
             listeners_live: self.array::<Live>(map_name::LISTENER_LIVE)?,
             backends_live: self.array::<Live>(map_name::BACKEND_LIVE)?,
-            listener_counters: self.counters::<TrafficCounters, 9>(
+            listener_counters: self.counters::<TrafficCounters, 11>(
                 map_name::LISTENER_COUNTERS,
                 tables.listener_counters.len(),
             )?,
             backend_counters: self
-                .counters::<TrafficCounters, 9>(map_name::BACKEND_COUNTERS, tables.backend_counters.len())?,
+                .counters::<TrafficCounters, 11>(map_name::BACKEND_COUNTERS, tables.backend_counters.len())?,
             reason_counters: self.reason_counters()?,
             ..tables.clone()
         })

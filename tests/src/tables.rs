@@ -146,7 +146,7 @@ impl MemoryTables {
             state,
             reserved: 0,
             max_flows: 0,
-            reserved2: 0,
+            weight: 1,
         };
         BackendId(free as u32)
     }
@@ -211,7 +211,7 @@ impl MemoryTables {
         let first_slot = self
             .groups
             .iter()
-            .map(|group| group.first_slot + group.slot_count)
+            .map(|group| group.first_slot + group.slot_count + group.overflow_slot_count)
             .max()
             .unwrap_or(0);
         self.slots[first_slot as usize..][..slots.len()].copy_from_slice(slots);
@@ -219,7 +219,7 @@ impl MemoryTables {
             first_slot,
             slot_count: slots.len() as u32,
             nat,
-            reserved: 0,
+            ..BackendGroup::zeroed()
         };
         Listener {
             id: ListenerId(id),

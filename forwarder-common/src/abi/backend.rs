@@ -26,9 +26,26 @@ impl NatMode {
     pub const DNAT: Self = Self(1);
 }
 
-/// A backend group: where its Maglev table stands in the slot table.
+/// How a group picks a backend for a new flow.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct Selection(pub u32);
+
+impl Selection {
+    /// The slot that the 5-tuple's hash names, in a Maglev table.
+    pub const MAGLEV: Self = Self(0);
+    /// The slot that the client's address names, in a Maglev table.
+    pub const SOURCE_IP: Self = Self(1);
+    /// The slot after the one before, in a table that holds the turns of one cycle.
+    pub const ROUND_ROBIN: Self = Self(2);
+    /// Of the backends from the slot on that the hash names, the one with the fewest flows for its weight, in a table
+    /// that holds each once.
+    pub const LEAST_CONNECTIONS: Self = Self(3);
+}
+
+/// A backend group: where its tables stand in the slot table, and how they are used.
 ///
-/// A new table is written beside the old one; then this value is replaced in one update. So no packet sees
+/// New tables are written beside the old ones; then this value is replaced in one update. So no packet sees
 /// half a table.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
@@ -37,7 +54,14 @@ pub struct BackendGroup {
     pub first_slot: u32,
     /// Number of slots; zero: no backend takes new flows.
     pub slot_count: u32,
+    /// Number of slots of the table behind that one, for flows that no backend of the first has room for; zero: none.
+    pub overflow_slot_count: u32,
     pub nat: NatMode,
+    pub selection: Selection,
+    /// For how long a client's next flow goes where its last one went; zero: it does not.
+    pub persistence_secs: u32,
+    /// Clients are the same whose addresses share so many leading bits, 1 to 32.
+    pub persistence_bits: u32,
     pub reserved: u32,
 }
 
@@ -68,5 +92,6 @@ pub struct Backend {
     pub reserved: u8,
     /// Most flows at a time; zero: no limit of its own.
     pub max_flows: u32,
-    pub reserved2: u32,
+    /// Its share of the flows beside the others of its group; zero: none.
+    pub weight: u32,
 }

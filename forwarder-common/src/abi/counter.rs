@@ -15,10 +15,15 @@ pub struct TrafficCounters {
     pub client_resets: u64,
     /// TCP resets that came from backends.
     pub backend_resets: u64,
-    /// New flows refused: no backend, no binding, no room.
+    /// New flows refused by the gateway: no backend, no binding, no room.
     pub flows_refused: u64,
     /// Answers of the gateway to refused flows: TCP resets and ICMP messages.
     pub gateway_resets: u64,
+    /// Flows that their backend answered: its first packet was no TCP reset.
+    pub flows_answered: u64,
+    /// Flows that their backend rejected: its first packet was a TCP reset. Those that are opened and neither answered
+    /// nor rejected have had no answer.
+    pub flows_rejected: u64,
 }
 
 /// What is counted per reason.

@@ -3,7 +3,7 @@
 use super::{Stop, Tables, admission, parse::Frame, rewrite::Rewrite, tcp_state::Phase};
 use crate::{
     abi::{
-        backend::BackendId,
+        backend::{BackendId, BackendState},
         flow::{
             Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents,
         },
@@ -23,6 +23,8 @@ pub struct Hit {
     pub direction: Direction,
     pub listener: ListenerId,
     pub backend: BackendId,
+    /// Non-zero: a reply, and the backend's first packet of this flow.
+    pub is_first_reply: u32,
     pub rewrite: Rewrite,
     pub hop: NextHop,
 }
@@ -36,6 +38,9 @@ pub enum Found {
     /// CPUs at once one may go unrecorded, and a client that has one outstanding sends no SYN from that port. The new one takes over the entry and
     /// its binding: the client's own clock and sequence numbers tell the backend old from new (RFC 6191),
     /// just as without a gateway.
+    ///
+    /// Or the packet repeats a SYN that a backend has not answered which takes no new flows any more: what it opened
+    /// has not begun yet, so it can as well begin elsewhere.
     Ended(FlowId),
     /// The packet has no flow; it may open one.
     Nothing,
@@ -84,10 +89,12 @@ pub fn lookup<T: Tables>(tables: &mut T, settings: &Settings, frame: &Frame) -> 
 #[inline(always)]
 fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> Found {
     let FlowReference { id, direction } = reference;
+    let is_request = direction == Direction::REQUEST;
+    let is_opening = is_request && frame.is_tcp() && admission::is_opening(frame);
+    let is_stranded = is_opening && is_stranded(tables, id);
     let Some(entry) = tables.flow(id) else {
         return Found::Nothing;
     };
-    let is_request = direction == Direction::REQUEST;
     let expected = if is_request {
         entry.binding.request_key()
     } else {
@@ -97,10 +104,7 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> 
         return Found::Nothing;
     }
     if frame.is_tcp() {
-        if is_request
-            && admission::is_opening(frame)
-            && matches!(entry.tcp.phase(), Phase::Closing | Phase::Closed)
-        {
+        if is_opening && (is_stranded || matches!(entry.tcp.phase(), Phase::Closing | Phase::Closed)) {
             return Found::Ended(id);
         }
         let tcp = entry.tcp.after(direction, frame.tcp_flags);
@@ -132,6 +136,7 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> 
         direction,
         listener: entry.listener,
         backend: entry.backend,
+        is_first_reply: u32::from(!is_request && entry.reply_packets == 1),
         rewrite: Rewrite::of(entry, direction),
         hop: if is_request {
             entry.request_hop
@@ -139,6 +144,19 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> 
             entry.reply_hop
         },
     })
+}
+
+/// Does a flow without an answer wait for a backend that takes no new flows?
+#[inline(always)]
+fn is_stranded<T: Tables>(tables: &mut T, id: FlowId) -> bool {
+    let Some(entry) = tables.flow(id) else {
+        return false;
+    };
+    let (replies, backend) = (entry.reply_packets, entry.backend);
+    replies == 0
+        && tables
+            .backend(backend)
+            .is_none_or(|backend| backend.state != BackendState::HEALTHY)
 }
 
 /// Opens a flow with its first packet: both directions or neither.
@@ -181,6 +199,7 @@ pub fn open<T: Tables>(
         direction: Direction::REQUEST,
         listener: listener.id,
         backend,
+        is_first_reply: 0,
         rewrite: Rewrite::of(entry, Direction::REQUEST),
         hop: NextHop::default(),
     };

@@ -251,6 +251,8 @@ pub enum TrafficEvent {
     Reply {
         bytes: u16,
         reset: bool,
+        /// Nothing came from the backend before.
+        first: bool,
     },
 }
 
@@ -267,10 +269,12 @@ impl crate::abi::counter::TrafficCounters {
                 self.request_bytes = self.request_bytes.wrapping_add(u64::from(bytes));
                 self.client_resets = self.client_resets.wrapping_add(u64::from(reset));
             }
-            TrafficEvent::Reply { bytes, reset } => {
+            TrafficEvent::Reply { bytes, reset, first } => {
                 self.reply_packets = self.reply_packets.wrapping_add(1);
                 self.reply_bytes = self.reply_bytes.wrapping_add(u64::from(bytes));
                 self.backend_resets = self.backend_resets.wrapping_add(u64::from(reset));
+                self.flows_answered = self.flows_answered.wrapping_add(u64::from(first && !reset));
+                self.flows_rejected = self.flows_rejected.wrapping_add(u64::from(first && reset));
             }
         }
     }

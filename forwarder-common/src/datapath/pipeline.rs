@@ -147,7 +147,11 @@ fn count<T: Tables>(tables: &mut T, frame: &Frame, hit: &Hit) {
     let event = if hit.direction == Direction::REQUEST {
         TrafficEvent::Request { bytes, reset }
     } else {
-        TrafficEvent::Reply { bytes, reset }
+        TrafficEvent::Reply {
+            bytes,
+            reset,
+            first: hit.is_first_reply != 0,
+        }
     };
     tables.count_listener(hit.listener, event);
     tables.count_backend(hit.backend, event);

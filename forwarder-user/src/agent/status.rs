@@ -134,6 +134,8 @@ fn traffic(counters: &TrafficCounters, flows: FlowCount, rates: Rates) -> Traffi
     Traffic {
         connections_opened: counters.flows_opened,
         connections_refused: counters.flows_refused,
+        connections_answered: counters.flows_answered,
+        connections_rejected: counters.flows_rejected,
         packets_in: counters.request_packets,
         bytes_in: counters.request_bytes,
         packets_out: counters.reply_packets,

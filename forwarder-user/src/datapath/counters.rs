@@ -64,6 +64,8 @@ fn traffic(map: &PerCpuArray<MapData, AsPod<TrafficCounters>>, index: u32) -> Re
         sum.backend_resets += one.backend_resets;
         sum.flows_refused += one.flows_refused;
         sum.gateway_resets += one.gateway_resets;
+        sum.flows_answered += one.flows_answered;
+        sum.flows_rejected += one.flows_rejected;
     }
     Ok(sum)
 }

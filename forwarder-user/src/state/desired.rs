@@ -166,7 +166,7 @@ impl Desired {
                     state,
                     reserved: 0,
                     max_flows: backend.max_flows.unwrap_or(0),
-                    reserved2: 0,
+                    weight: u32::from(backend.weight),
                 },
             );
             if is_healthy {

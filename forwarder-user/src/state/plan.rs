@@ -7,6 +7,7 @@
 
 use std::{collections::BTreeMap, fmt};
 
+use bytemuck::Zeroable as _;
 use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId},
@@ -121,7 +122,7 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
             first_slot: first,
             slot_count,
             nat: group.nat,
-            reserved: 0,
+            ..BackendGroup::zeroed()
         };
         writes.push(MapWrite::Group(*id, Some(value)));
     }
