@@ -7,7 +7,7 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
         bpf_fib_lookup as FibLookup,
     },
-    helpers::generated::bpf_fib_lookup,
+    helpers::generated::{bpf_fib_lookup, bpf_ktime_get_coarse_ns},
 };
 use forwarder_common::{
     abi::flow::FlowKey,
@@ -86,5 +86,10 @@ impl Env for KernelEnv {
             BPF_FIB_LKUP_RET_FWD_DISABLED => Route::ForwardingDisabled,
             _ => Route::None,
         }
+    }
+    #[inline(always)]
+    fn now_secs(&mut self) -> u32 {
+        // SAFETY: a helper without parameters.
+        (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
     }
 }

@@ -4,7 +4,7 @@
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST},
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, Queue, lpm_trie::Key},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, lpm_trie::Key},
     macros::btf_map,
 };
 use forwarder_common::{
@@ -14,10 +14,12 @@ use forwarder_common::{
         flow::{FlowEntry, FlowId, FlowKey, FlowReference},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
+        persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
     },
     datapath::{Gauge, Tables, TrafficEvent, backend},
+    wire::{Be32, Ipv4Address},
 };
 
 use crate::packet::SCRATCH_WORDS;
@@ -34,6 +36,10 @@ static SOURCES: LpmTrie<[u32; 3], Source, 1> = LpmTrie::new();
 static VIPS: HashMap<VipKey, Vip, 1> = HashMap::new();
 #[btf_map]
 static GROUPS: Array<BackendGroup, 1> = Array::new();
+#[btf_map]
+static GROUP_TURNS: Array<Live, 1> = Array::new();
+#[btf_map]
+static PERSISTENCE: LruHashMap<PersistenceKey, Persistence, 1> = LruHashMap::new();
 #[btf_map]
 static SLOTS: Array<BackendId, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
@@ -104,12 +110,25 @@ impl Gauge for Live {
     }
 }
 
-/// The search for a backend, as a function of its own in BPF as well: inlined, each of its rounds multiplies what the
-/// verifier has to follow behind it (more than 1 000 000 instructions, Linux 6.18).
+/// The choice of a backend and the searches for it, as functions of their own in BPF as well: inlined, each of their
+/// rounds multiplies what the verifier has to follow behind it (more than 1 000 000 instructions, Linux 6.18).
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_choose(group: u32, hash: u32, client: u32, now_secs: u32) -> i64 {
+    let client = Ipv4Address(Be32::from_raw(client));
+    backend::choose(&mut KernelTables, GroupId(group), hash, client, now_secs)
+}
+
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn forwarder_search(first_slot: u32, slot_count: u32, slot: u32) -> i64 {
     backend::search(&mut KernelTables, first_slot, slot_count, slot)
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_least(first_slot: u32, slot_count: u32, slot: u32) -> i64 {
+    backend::search_least(&mut KernelTables, first_slot, slot_count, slot)
 }
 
 /// The kernel's maps as the walk sees them.
@@ -171,8 +190,37 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn choose(&mut self, group: GroupId, hash: u32, client: Ipv4Address, now_secs: u32) -> backend::Found {
+        forwarder_choose(group.0, hash, client.0.raw(), now_secs)
+    }
+
+    #[inline(always)]
     fn search(&mut self, first_slot: u32, slot_count: u32, slot: u32) -> backend::Found {
         forwarder_search(first_slot, slot_count, slot)
+    }
+
+    #[inline(always)]
+    fn search_least(&mut self, first_slot: u32, slot_count: u32, slot: u32) -> backend::Found {
+        forwarder_least(first_slot, slot_count, slot)
+    }
+
+    #[inline(always)]
+    fn group_turns(&mut self, id: GroupId) -> Option<&mut Live> {
+        // SAFETY: array elements live as long as the program. All writers use atomic instructions.
+        GROUP_TURNS.get_ptr_mut(id.0).map(|turns| unsafe { &mut *turns })
+    }
+
+    #[inline(always)]
+    fn persistence(&mut self, key: &PersistenceKey) -> Option<&mut Persistence> {
+        // SAFETY: the kernel keeps the memory of an entry until the program ends. Another CPU may write it: fields are
+        // plain integers, and what they name is looked up and compared.
+        PERSISTENCE.get_ptr_mut(key).map(|kept| unsafe { &mut *kept })
+    }
+
+    #[inline(always)]
+    fn keep_persistence(&mut self, key: &PersistenceKey, value: Persistence) {
+        // Without memory for it, the client's next flow goes where the table says.
+        let _ = PERSISTENCE.insert(key, value, u64::from(BPF_ANY));
     }
 
     #[inline(always)]

@@ -444,6 +444,7 @@ mod tests {
             listener_ranges: 1,
             sources: 1,
             interfaces: 2,
+            persistence: 65_536,
         };
         let layout = crate::datapath::object::layout().unwrap();
         let addresses = BTreeMap::from([("cen".to_owned(), vec!["169.254.42.1/30".parse().unwrap()])]);

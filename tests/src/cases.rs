@@ -29,6 +29,8 @@ use crate::{
     },
 };
 
+mod selection;
+
 /// A sentence, and what it says as something that can be run.
 #[derive(Clone, Debug)]
 pub struct Case {
@@ -505,6 +507,7 @@ pub fn all() -> Vec<Case> {
         lifecycles(),
         listeners(),
         backends(),
+        selection::all(),
         bindings(),
         refusals(),
         limits(),

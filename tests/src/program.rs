@@ -30,6 +30,7 @@ use forwarder_common::{
         counter::{ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowReference},
         map_name,
+        persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::{Settings, flag},
     },
@@ -185,6 +186,8 @@ impl Kernel {
         self.set_hash(map_name::INTERFACES, &tables.interfaces)?;
         self.set_hash(map_name::FLOW_INDEX, &tables.flow_index)?;
         self.set_array(map_name::GROUPS, &tables.groups)?;
+        self.set_array(map_name::GROUP_TURNS, &tables.group_turns)?;
+        self.set_hash(map_name::PERSISTENCE, &tables.persistence)?;
         self.set_array(map_name::SLOTS, &tables.slots)?;
         self.set_array(map_name::BACKENDS, &tables.backends)?;
         self.set_array(map_name::FLOWS, &tables.flows)?;
@@ -205,6 +208,8 @@ impl Kernel {
             flow_index: self.hash::<FlowKey, FlowReference>(map_name::FLOW_INDEX)?,
             flows: self.array::<FlowEntry>(map_name::FLOWS)?,
             free_flows: self.drain_free_flows()?,
+            group_turns: self.array::<Live>(map_name::GROUP_TURNS)?,
+            persistence: self.hash::<PersistenceKey, Persistence>(map_name::PERSISTENCE)?,
             listeners_live: self.array::<Live>(map_name::LISTENER_LIVE)?,
             backends_live: self.array::<Live>(map_name::BACKEND_LIVE)?,
             listener_counters: self.counters::<TrafficCounters, 11>(

@@ -21,6 +21,7 @@ use forwarder_common::{
             Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey,
             listener_flag,
         },
+        persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
         snat::SnatRange,
@@ -29,7 +30,7 @@ use forwarder_common::{
     wire::{Be16, Ipv4Address, LinkPair, MacAddress},
 };
 use forwarder_user::{
-    datapath::{attach::AttachmentKind, flows::FlowStore, object::Sizes, packet},
+    datapath::{attach::AttachmentKind, flows::FlowStore, object::Sizes, packet, times::monotonic_secs},
     error::Error,
 };
 
@@ -47,6 +48,7 @@ pub const SIZES: Sizes = Sizes {
     sources: 16,
     vips: 8,
     interfaces: 8,
+    persistence: 64,
 };
 
 /// All tables with their counters.
@@ -58,6 +60,8 @@ pub struct MemoryTables {
     pub listener_ranges: HashMap<ListenerRangeKey, Listener>,
     pub sources: HashMap<SourceKey, Source>,
     pub groups: Vec<BackendGroup>,
+    pub group_turns: Vec<Live>,
+    pub persistence: HashMap<PersistenceKey, Persistence>,
     pub slots: Vec<BackendId>,
     pub backends: Vec<Backend>,
     pub interfaces: HashMap<InterfaceKey, Interface>,
@@ -87,6 +91,8 @@ impl Default for MemoryTables {
             listener_ranges: HashMap::new(),
             sources: HashMap::new(),
             groups: vec![BackendGroup::zeroed(); SIZES.groups as usize],
+            group_turns: vec![Live(0); SIZES.groups as usize],
+            persistence: HashMap::new(),
             slots: vec![BackendId(0); SIZES.slots as usize],
             backends: vec![Backend::zeroed(); SIZES.backends as usize],
             interfaces: HashMap::new(),
@@ -321,6 +327,33 @@ impl MemoryTables {
                 self.free_flows, other.free_flows
             ));
         }
+        // Two runs may be a second apart.
+        let timeless = |tables: &Self| -> HashMap<_, _> {
+            let entries = tables.persistence.iter();
+            entries
+                .map(|(key, kept)| {
+                    (
+                        *key,
+                        Persistence {
+                            used_secs: 0,
+                            ..*kept
+                        },
+                    )
+                })
+                .collect()
+        };
+        if timeless(self) != timeless(other) {
+            found.push(format!(
+                "persistence:\n  {:?}\n  {:?}",
+                self.persistence, other.persistence
+            ));
+        }
+        compare(
+            &mut found,
+            "turns of group",
+            &self.group_turns,
+            &other.group_turns,
+        );
         compare(&mut found, "flow", &self.flows, &other.flows);
         compare(
             &mut found,
@@ -433,6 +466,18 @@ impl Tables for MemoryTables {
 
     fn group(&self, id: GroupId) -> Option<&BackendGroup> {
         self.groups.get(id.0 as usize)
+    }
+
+    fn group_turns(&mut self, id: GroupId) -> Option<&mut Live> {
+        self.group_turns.get_mut(id.0 as usize)
+    }
+
+    fn persistence(&mut self, key: &PersistenceKey) -> Option<&mut Persistence> {
+        self.persistence.get_mut(key)
+    }
+
+    fn keep_persistence(&mut self, key: &PersistenceKey, value: Persistence) {
+        self.persistence.insert(*key, value);
     }
 
     fn slot(&self, index: u32) -> Option<BackendId> {
@@ -582,6 +627,10 @@ impl Env for MemoryEnv {
 
     fn route(&mut self, key: &FlowKey) -> Route {
         route(self.ingress_ifindex, key.destination)
+    }
+
+    fn now_secs(&mut self) -> u32 {
+        monotonic_secs()
     }
 }
 

@@ -35,6 +35,8 @@ fn faults(kernel: &mut Kernel, case: &Case) -> anyhow::Result<Vec<String>> {
         // The tables must be the library's, next hops with their interfaces among them, and the counters the
         // case's.
         let found = kernel.read(&world)?;
+        expected.group_turns.clone_from(&world.group_turns);
+        expected.persistence.clone_from(&world.persistence);
         expected.flow_index.clone_from(&world.flow_index);
         expected.flows.clone_from(&world.flows);
         expected.free_flows.clone_from(&world.free_flows);

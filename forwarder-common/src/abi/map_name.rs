@@ -14,6 +14,10 @@ pub const VIPS: &str = "VIPS";
 pub const GROUPS: &str = "GROUPS";
 /// Array of `BackendId`: all Maglev tables.
 pub const SLOTS: &str = "SLOTS";
+/// Array of `u64` by `GroupId`: the turns taken so far of groups that select in turn.
+pub const GROUP_TURNS: &str = "GROUP_TURNS";
+/// LRU hash from `PersistenceKey` to `Persistence`.
+pub const PERSISTENCE: &str = "PERSISTENCE";
 /// Array of `Backend`.
 pub const BACKENDS: &str = "BACKENDS";
 /// Hash from `FlowKey` to `FlowReference`.

@@ -11,6 +11,7 @@ pub mod flow;
 pub mod interface;
 pub mod listener;
 pub mod map_name;
+pub mod persistence;
 pub mod reason;
 pub mod settings;
 pub mod snat;

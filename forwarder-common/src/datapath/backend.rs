@@ -1,18 +1,21 @@
-//! Which backend serves a new flow: its Maglev slot, or a slot nearby.
+//! Which backend serves a new flow: the one that served its client before, or one from the group's table.
 
-use super::{Stop, Tables, hash, quota};
-use crate::abi::{
-    backend::{Backend, BackendGroup, BackendId, BackendState},
-    flow::FlowKey,
-    reason::Reason,
-    settings::Settings,
+use super::{Env, Gauge as _, Stop, Tables, hash, persistence, quota};
+use crate::{
+    abi::{
+        backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, Selection},
+        flow::FlowKey,
+        reason::Reason,
+        settings::Settings,
+    },
+    wire::Ipv4Address,
 };
 
 /// How many slots are tried before giving up. The agent takes a failed backend out of the table; until it has,
 /// the slots behind it step in. With half of a group failed at once, one new flow in 65 536 finds none.
 const ATTEMPTS: u32 = 16;
 
-/// What [`search`] found: the backend's id, or one of the constants, which are negative.
+/// What a search found: the backend's id, or one of the constants, which are negative.
 pub type Found = i64;
 /// No backend takes new flows.
 pub const NONE: Found = -1;
@@ -23,17 +26,25 @@ pub const BROKEN: Found = -3;
 
 /// A backend that takes new flows and has room for one.
 #[inline(always)]
-pub fn select<T: Tables>(
+pub fn select<T: Tables, E: Env>(
     tables: &mut T,
+    env: &mut E,
     settings: &Settings,
+    group_id: GroupId,
     group: &BackendGroup,
     key: &FlowKey,
 ) -> Result<(BackendId, Backend), Stop> {
-    if group.slot_count == 0 {
-        return Err(Stop::drop(Reason::NO_BACKEND));
-    }
-    let slot = hash::scale(hash::flow_hash(key, settings.hash_seed), group.slot_count);
-    let found = tables.search(group.first_slot, group.slot_count, slot);
+    let hash = if group.selection == Selection::SOURCE_IP {
+        hash::source_hash(key.source, settings.hash_seed)
+    } else {
+        hash::flow_hash(key, settings.hash_seed)
+    };
+    let now_secs = if group.persistence_secs == 0 {
+        0
+    } else {
+        env.now_secs()
+    };
+    let found = tables.choose(group_id, hash, key.source, now_secs);
     if found < 0 {
         return Err(Stop::drop(match found {
             NONE => Reason::NO_BACKEND,
@@ -46,10 +57,92 @@ pub fn select<T: Tables>(
     Ok((id, backend))
 }
 
-/// Looks for a backend from slot number `slot` of a group on, around its end; see [`Found`].
+/// Chooses a backend of a group; see [`Found`].
 ///
-/// One number in, one out: so the kernel can run it as a function that its verifier looks at once, and not once
-/// for each way that leads here.
+/// Numbers in, one out: so the kernel can run it, and the searches below, as functions that its verifier looks at
+/// once, and not once for each way that leads there. Their stack is short, too, so each step looks up the group for
+/// itself, which costs a nanosecond, instead of keeping a copy.
+#[inline(always)]
+pub fn choose<T: Tables>(
+    tables: &mut T,
+    id: GroupId,
+    hash: u32,
+    client: Ipv4Address,
+    now_secs: u32,
+) -> Found {
+    let found = persistence::recall(tables, id, client, now_secs);
+    if found >= 0 {
+        return found;
+    }
+    let mut found = search_first(tables, id, hash);
+    if found == NONE || found == FULL {
+        found = search_overflow(tables, id, hash, found);
+    }
+    if found >= 0 {
+        persistence::keep(tables, id, client, BackendId(found as u32), now_secs);
+    }
+    found
+}
+
+/// Searches the group's first table.
+#[inline(always)]
+fn search_first<T: Tables>(tables: &mut T, id: GroupId, hash: u32) -> Found {
+    let Some(group) = tables.group(id) else {
+        return BROKEN;
+    };
+    let (selection, first_slot, slot_count) = (group.selection, group.first_slot, group.slot_count);
+    if slot_count == 0 {
+        return NONE;
+    }
+    let mut slot = hash::scale(hash, slot_count);
+    if selection == Selection::ROUND_ROBIN {
+        let Some(turns) = tables.group_turns(id) else {
+            return BROKEN;
+        };
+        slot = (turns.add(1) % u64::from(slot_count)) as u32;
+    }
+    look(tables, selection, first_slot, slot_count, slot)
+}
+
+/// Searches the table behind the group's first one, in which `found` was found. "Full" says more than "none".
+#[inline(always)]
+fn search_overflow<T: Tables>(tables: &mut T, id: GroupId, hash: u32, found: Found) -> Found {
+    let Some(group) = tables.group(id) else {
+        return BROKEN;
+    };
+    let first_slot = group.first_slot.wrapping_add(group.slot_count);
+    let (selection, slot_count) = (group.selection, group.overflow_slot_count);
+    if slot_count == 0 {
+        return found;
+    }
+    match look(
+        tables,
+        selection,
+        first_slot,
+        slot_count,
+        hash::scale(hash, slot_count),
+    ) {
+        NONE => found,
+        beyond => beyond,
+    }
+}
+
+#[inline(always)]
+fn look<T: Tables>(
+    tables: &mut T,
+    selection: Selection,
+    first_slot: u32,
+    slot_count: u32,
+    slot: u32,
+) -> Found {
+    if selection == Selection::LEAST_CONNECTIONS {
+        tables.search_least(first_slot, slot_count, slot)
+    } else {
+        tables.search(first_slot, slot_count, slot)
+    }
+}
+
+/// The first backend with room from slot number `slot` of a table on, around its end.
 #[inline(always)]
 pub fn search<T: Tables>(tables: &mut T, first_slot: u32, slot_count: u32, mut slot: u32) -> Found {
     let mut found = NONE;
@@ -64,6 +157,38 @@ pub fn search<T: Tables>(tables: &mut T, first_slot: u32, slot_count: u32, mut s
                 return Found::from(id.0);
             }
             found = FULL;
+        }
+        slot += 1;
+        if slot >= slot_count {
+            slot = 0;
+        }
+    }
+    found
+}
+
+/// Of the backends in the slots from number `slot` on, the one with the fewest live flows for its weight, counting the
+/// one that is about to be opened; of equals, the first. In tables of up to 16 backends these are all.
+#[inline(always)]
+pub fn search_least<T: Tables>(tables: &mut T, first_slot: u32, slot_count: u32, mut slot: u32) -> Found {
+    let mut found = NONE;
+    let (mut least_flows, mut least_weight) = (0_u64, 0_u64);
+    for _ in 0..ATTEMPTS {
+        let Some(id) = tables.slot(first_slot.wrapping_add(slot)) else {
+            return BROKEN;
+        };
+        if let Some(backend) = tables.backend(id).copied()
+            && backend.state == BackendState::HEALTHY
+            && let Some(flows) = quota::live(tables, id)
+        {
+            let (flows_then, weight) = (flows.wrapping_add(1), u64::from(backend.weight));
+            if !quota::is_room_beside(flows, &backend) {
+                if found < 0 {
+                    found = FULL;
+                }
+            } else if found < 0 || flows_then.wrapping_mul(least_weight) < least_flows.wrapping_mul(weight) {
+                (least_flows, least_weight) = (flows_then, weight);
+                found = Found::from(id.0);
+            }
         }
         slot += 1;
         if slot >= slot_count {

@@ -4,7 +4,7 @@
 //! Not a defence against somebody who knows the seed: such a client can aim at one backend, as with any
 //! consistent hash; it cannot make lookups slow, as the flow index has the kernel's own seeded hash.
 
-use crate::abi::flow::FlowKey;
+use crate::{abi::flow::FlowKey, wire::Ipv4Address};
 
 const ROUND_1: u64 = 0xff51_afd7_ed55_8ccd;
 const ROUND_2: u64 = 0xc4ce_b9fe_1a85_ec53;
@@ -24,6 +24,17 @@ pub const fn flow_hash(key: &FlowKey, seed: u32) -> u32 {
     (hash >> 32) as u32
 }
 
+/// Hash of a client's address alone.
+#[inline(always)]
+pub const fn source_hash(source: Ipv4Address, seed: u32) -> u32 {
+    let mut hash = (source.0.raw().to_le() as u64 ^ (seed as u64) << 32).wrapping_mul(ROUND_1);
+    hash ^= hash >> 32;
+    hash = hash.wrapping_mul(ROUND_2);
+    hash ^= hash >> 29;
+    hash = hash.wrapping_mul(ROUND_1);
+    (hash >> 32) as u32
+}
+
 /// Maps a hash evenly to `0..count` without a division.
 #[inline(always)]
 pub const fn scale(hash: u32, count: u32) -> u32 {
@@ -33,7 +44,7 @@ pub const fn scale(hash: u32, count: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{Be16, Ipv4Address};
+    use crate::wire::Be16;
 
     #[test]
     fn neighbouring_client_ports_spread_evenly() {
@@ -48,6 +59,19 @@ mod tests {
                 protocol: 6,
             };
             bins[scale(flow_hash(&key, 7), BINS as u32) as usize] += 1;
+        }
+        for (bin, count) in bins.iter().enumerate() {
+            assert!((3800..4200).contains(count), "bin {bin} has {count} of 4000");
+        }
+    }
+
+    #[test]
+    fn neighbouring_clients_spread_evenly() {
+        const BINS: usize = 16;
+        let mut bins = [0u32; BINS];
+        for client in 0..64_000u32 {
+            let address = Ipv4Address::new((0x0a00_0000 + client).to_be_bytes());
+            bins[scale(source_hash(address, 7), BINS as u32) as usize] += 1;
         }
         for (bin, count) in bins.iter().enumerate() {
             assert!((3800..4200).contains(count), "bin {bin} has {count} of 4000");

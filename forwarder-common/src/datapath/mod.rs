@@ -2,7 +2,7 @@
 //!
 //! `pipeline::forward` runs the stages in order. A stage is a pure function of the packet and two things from
 //! outside, [`Tables`] (maps) and [`Env`] (routes). It returns what the next stage needs or a [`Stop`].
-//! Nothing in the walk is random and nothing reads a clock, so the same packet and tables give the same
+//! Nothing in the walk is random and only `persistence` reads a clock, so the same packet and tables give the same
 //! result in a test, in `forwarder explain` and in the kernel.
 //!
 //! Structs that stages hand on are aligned to 8: in the kernel they may end up on the stack, where the verifier
@@ -17,9 +17,10 @@ use crate::{
         flow::{FlowEntry, FlowId, FlowKey, FlowReference},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
+        persistence::{Persistence, PersistenceKey},
         reason::Reason,
     },
-    wire::{LinkPair, WireHeader, checksum::Delta},
+    wire::{Ipv4Address, LinkPair, WireHeader, checksum::Delta},
 };
 
 pub mod admission;
@@ -33,6 +34,7 @@ pub mod listener;
 pub mod mss;
 pub mod next_hop;
 pub mod parse;
+pub mod persistence;
 pub mod pipeline;
 pub mod quota;
 pub mod refuse;
@@ -200,6 +202,15 @@ pub trait Tables {
             .is_some_and(|interface| interface.flags & wanted != 0)
     }
 
+    /// [`backend::choose`], wherever it runs.
+    #[inline(always)]
+    fn choose(&mut self, group: GroupId, hash: u32, client: Ipv4Address, now_secs: u32) -> backend::Found
+    where
+        Self: Sized,
+    {
+        backend::choose(self, group, hash, client, now_secs)
+    }
+
     /// [`backend::search`], wherever it runs.
     #[inline(always)]
     fn search(&mut self, first_slot: u32, slot_count: u32, slot: u32) -> backend::Found
@@ -208,6 +219,22 @@ pub trait Tables {
     {
         backend::search(self, first_slot, slot_count, slot)
     }
+
+    /// [`backend::search_least`], wherever it runs.
+    #[inline(always)]
+    fn search_least(&mut self, first_slot: u32, slot_count: u32, slot: u32) -> backend::Found
+    where
+        Self: Sized,
+    {
+        backend::search_least(self, first_slot, slot_count, slot)
+    }
+
+    /// How many turns a group has taken.
+    fn group_turns(&mut self, id: GroupId) -> Option<&mut Self::Gauge>;
+    /// Where a client's last flow went.
+    fn persistence(&mut self, key: &PersistenceKey) -> Option<&mut Persistence>;
+    /// Keeps where a client's flow goes; of a full table, what was not used for longest makes room.
+    fn keep_persistence(&mut self, key: &PersistenceKey, value: Persistence);
 
     fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference>;
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
@@ -308,6 +335,8 @@ pub trait Env {
     fn ingress_ifindex(&self) -> u32;
     /// The kernel's route for a packet with this 5-tuple.
     fn route(&mut self, key: &FlowKey) -> Route;
+    /// Seconds of CLOCK_MONOTONIC.
+    fn now_secs(&mut self) -> u32;
 }
 
 /// Answer of the kernel's forwarding table.

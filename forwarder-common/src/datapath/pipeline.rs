@@ -49,7 +49,7 @@ fn walk<P: Packet, T: Tables, E: Env>(
         Found::Hit(hit) => hit,
         found => {
             let listener = admit(tables, settings, &frame)?;
-            match open(tables, settings, &frame, &listener, found.ended()) {
+            match open(tables, env, settings, &frame, &listener, found.ended()) {
                 Ok(hit) => hit,
                 Err(Stop(refusal)) => return refuse(packet, tables, settings, &frame, &listener, refusal),
             }
@@ -95,8 +95,9 @@ fn admit<T: Tables>(tables: &mut T, settings: &Settings, frame: &Frame) -> Resul
 
 /// The slow path, once per flow.
 #[inline(always)]
-fn open<T: Tables>(
+fn open<T: Tables, E: Env>(
     tables: &mut T,
+    env: &mut E,
     settings: &Settings,
     frame: &Frame,
     listener: &Listener,
@@ -106,7 +107,7 @@ fn open<T: Tables>(
         quota::leave_ended(tables, id);
     }
     let group = *tables.group(listener.group).ok_or(Stop::drop(Reason::INTERNAL))?;
-    let (backend_id, backend) = backend::select(tables, settings, &group, &frame.key)?;
+    let (backend_id, backend) = backend::select(tables, env, settings, listener.group, &group, &frame.key)?;
     quota::enter(tables, listener, backend_id, &backend)?;
     let opened = snat::bind(tables, settings, group.nat, frame, &backend, ended).and_then(|(id, binding)| {
         flow::open(tables, id, ended.is_some(), &binding, listener, backend_id, frame)

@@ -67,9 +67,19 @@ pub fn leave_ended<T: Tables>(tables: &mut T, id: FlowId) {
 /// Has a backend room for one more? A look ahead: [`enter`] decides.
 #[inline(always)]
 pub fn has_room<T: Tables>(tables: &mut T, id: BackendId, backend: &Backend) -> bool {
-    tables
-        .backend_live(id)
-        .is_some_and(|gauge| gauge.get() <= last_place(backend.max_flows))
+    live(tables, id).is_some_and(|flows| is_room_beside(flows, backend))
+}
+
+/// How many flows a backend has now.
+#[inline(always)]
+pub fn live<T: Tables>(tables: &mut T, id: BackendId) -> Option<u64> {
+    tables.backend_live(id).map(|gauge| gauge.get())
+}
+
+/// May a backend have one more beside so many?
+#[inline(always)]
+pub fn is_room_beside(flows: u64, backend: &Backend) -> bool {
+    flows <= last_place(backend.max_flows)
 }
 
 /// Counts first and looks then, so that of two CPUs at the last place one gets it.

@@ -286,6 +286,7 @@ pub(crate) fn sizes(config: &Config) -> Sizes {
         sources: at_least_one(sources),
         vips: vips.len() as u32,
         interfaces: (config.interfaces.len() + config.tunnels.len()) as u32,
+        persistence: config.agent.max_persistent_clients,
     }
 }
 

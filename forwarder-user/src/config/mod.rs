@@ -50,6 +50,9 @@ pub struct Agent {
     /// Slots of all Maglev tables together, counted twice as a new table is built beside the old one;
     /// default 4 194 304.
     pub max_slots: u32,
+    /// Clients of groups with persistence whose backend is kept; 1 to 16 777 216, default 65 536. Fixed while the agent
+    /// runs.
+    pub max_persistent_clients: u32,
     /// Directory of a BPF file system that holds maps and links, so that they outlive the agent; default
     /// `/sys/fs/bpf/forwarder`. Fixed while the agent runs.
     pub pin_directory: PathBuf,

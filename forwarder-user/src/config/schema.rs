@@ -26,6 +26,8 @@ use super::{
 pub const MAX_FLOWS: RangeInclusive<u32> = 1024..=16_777_216;
 /// Range of `agent.max_slots`; the upper end is 512 MiB of 4-byte slots.
 pub const MAX_SLOTS: RangeInclusive<u32> = 1024..=134_217_728;
+/// Range of `agent.max_persistent_clients`.
+pub const PERSISTENT_CLIENTS: RangeInclusive<u32> = 1..=*MAX_FLOWS.end();
 /// Prefixes in `snat.prefixes`, and runs of addresses that remain of them.
 pub const SNAT_PREFIXES: RangeInclusive<usize> = 1..=MAX_RANGES;
 /// CIDRs of one network, and allowed ranges of backends: enough for any routing plan, few enough to print.
@@ -79,6 +81,7 @@ const AGENT: Shape = Shape {
         "control_socket",
         "max_flows",
         "max_slots",
+        "max_persistent_clients",
         "pin_directory",
         "on_stop",
         "allowed_backend_ranges",
@@ -154,6 +157,7 @@ pub struct Agent {
     pub control_socket: OptionalField<PathBuf>,
     pub max_flows: OptionalField<u32>,
     pub max_slots: OptionalField<u32>,
+    pub max_persistent_clients: OptionalField<u32>,
     pub pin_directory: OptionalField<PathBuf>,
     pub on_stop: OptionalField<OnStop>,
     pub allowed_backend_ranges: OptionalField<Vec<Field<Ipv4Net>>>,
@@ -255,6 +259,7 @@ impl Document {
                 control_socket: table.optional("control_socket", socket_path),
                 max_flows: table.optional("max_flows", integer(MAX_FLOWS)),
                 max_slots: table.optional("max_slots", integer(MAX_SLOTS)),
+                max_persistent_clients: table.optional("max_persistent_clients", integer(PERSISTENT_CLIENTS)),
                 pin_directory: table.optional("pin_directory", pin_directory),
                 on_stop: table.optional(
                     "on_stop",
@@ -690,6 +695,7 @@ mod tests {
         for (header, key, range) in [
             ("agent", "max_flows", numbers(MAX_FLOWS)),
             ("agent", "max_slots", numbers(MAX_SLOTS)),
+            ("agent", "max_persistent_clients", numbers(PERSISTENT_CLIENTS)),
             ("agent", "allowed_backend_ranges", counts(CIDRS)),
             ("snat", "prefixes", counts(SNAT_PREFIXES)),
             ("network.NAME", "cidrs", counts(CIDRS)),

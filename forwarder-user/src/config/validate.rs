@@ -32,6 +32,7 @@ const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/forwarder/control.sock";
 const DEFAULT_MAX_FLOWS: u32 = 262_144;
 const DEFAULT_MAX_SLOTS: u32 = 4_194_304;
+const DEFAULT_MAX_PERSISTENT_CLIENTS: u32 = 65_536;
 /// Where the agent's pins are.
 pub const DEFAULT_PIN_DIRECTORY: &str = "/sys/fs/bpf/forwarder";
 const DEFAULT_WEIGHT: u16 = 1;
@@ -394,6 +395,7 @@ impl<'d> Check<'d> {
             control_socket: or(&agent.control_socket, PathBuf::from(DEFAULT_CONTROL_SOCKET))?,
             max_flows: or(&agent.max_flows, DEFAULT_MAX_FLOWS)?,
             max_slots: or(&agent.max_slots, DEFAULT_MAX_SLOTS)?,
+            max_persistent_clients: or(&agent.max_persistent_clients, DEFAULT_MAX_PERSISTENT_CLIENTS)?,
             pin_directory: or(&agent.pin_directory, PathBuf::from(DEFAULT_PIN_DIRECTORY))?,
             on_stop: or(&agent.on_stop, OnStop::Detach)?,
         })
@@ -978,6 +980,7 @@ mod tests {
                 control_socket: "/run/forwarder/control.sock".into(),
                 max_flows: 262_144,
                 max_slots: 4_194_304,
+                max_persistent_clients: 65_536,
                 pin_directory: "/sys/fs/bpf/forwarder".into(),
                 on_stop: OnStop::Detach,
             }

@@ -31,16 +31,18 @@ pub struct Sizes {
     pub sources: u32,
     pub vips: u32,
     pub interfaces: u32,
+    /// Clients whose backend is kept, of all groups with persistence.
+    pub persistence: u32,
 }
 
 impl Sizes {
     /// Each size with the maps that have it.
-    fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 10] {
+    fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 11] {
         [
             (&mut self.flows, &[map_name::FLOWS, map_name::FREE_FLOWS]),
             (&mut self.flow_keys, &[map_name::FLOW_INDEX]),
             (&mut self.slots, &[map_name::SLOTS]),
-            (&mut self.groups, &[map_name::GROUPS]),
+            (&mut self.groups, &[map_name::GROUPS, map_name::GROUP_TURNS]),
             (
                 &mut self.backends,
                 &[
@@ -61,6 +63,7 @@ impl Sizes {
             (&mut self.sources, &[map_name::SOURCES]),
             (&mut self.vips, &[map_name::VIPS]),
             (&mut self.interfaces, &[map_name::INTERFACES]),
+            (&mut self.persistence, &[map_name::PERSISTENCE]),
         ]
     }
 
@@ -193,6 +196,7 @@ pub fn adopt(pins: &PinDirectory, needed: &Sizes) -> Result<Sizes, Error> {
             let setting = match map.name.as_str() {
                 map_name::FLOWS => " (agent.max_flows)",
                 map_name::SLOTS => " (agent.max_slots)",
+                map_name::PERSISTENCE => " (agent.max_persistent_clients)",
                 map_name::FLOW_INDEX => " (agent.max_flows, twice that with a group in DNAT mode)",
                 _ => "",
             };

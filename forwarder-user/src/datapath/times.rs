@@ -3,6 +3,13 @@
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use forwarder_common::abi::flow::FlowId;
+use nix::time::{ClockId, clock_gettime};
+
+/// Seconds of CLOCK_MONOTONIC, as the programs count them.
+pub fn monotonic_secs() -> u32 {
+    // Linux has this clock.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| now.tv_sec() as u32)
+}
 
 /// Two times per entry of the flow table, in seconds since the first sweep.
 #[derive(Debug)]

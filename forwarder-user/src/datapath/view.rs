@@ -30,6 +30,7 @@ use forwarder_common::{
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         map_name,
+        persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
     },
@@ -43,6 +44,7 @@ use super::{
     object::kernel_error,
     packet,
     pod::AsPod,
+    times::monotonic_secs,
 };
 use crate::error::Error;
 
@@ -56,6 +58,8 @@ pub struct LiveMaps {
     groups: Table<BackendGroup>,
     slots: Table<BackendId>,
     backends: Table<Backend>,
+    group_turns: Table<u64>,
+    persistence: Hash<PersistenceKey, Persistence>,
     interfaces: Hash<InterfaceKey, Interface>,
     listeners_live: Table<u64>,
     backends_live: Table<u64>,
@@ -82,6 +86,8 @@ impl LiveMaps {
             groups: again(ebpf, map_name::GROUPS)?,
             slots: again(ebpf, map_name::SLOTS)?,
             backends: again(ebpf, map_name::BACKENDS)?,
+            group_turns: again(ebpf, map_name::GROUP_TURNS)?,
+            persistence: again(ebpf, map_name::PERSISTENCE)?,
             interfaces: again(ebpf, map_name::INTERFACES)?,
             listeners_live: again(ebpf, map_name::LISTENER_LIVE)?,
             backends_live: again(ebpf, map_name::BACKEND_LIVE)?,
@@ -116,7 +122,9 @@ fn capacity(map: &MapData) -> Result<u32, Error> {
 
 /// Another handle of a map.
 fn data(ebpf: &Ebpf, name: &str) -> Result<MapData, Error> {
-    let Some(Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data)) = ebpf.map(name) else {
+    let Some(Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::LpmTrie(data)) =
+        ebpf.map(name)
+    else {
         let what = format!("the BPF object has no map \"{name}\" that can be looked at");
         return Err(Error::failed(what).hint("rebuild the binary"));
     };
@@ -215,6 +223,8 @@ pub enum Step {
     /// A listener has the packet's destination.
     Listener(Listener),
     Group(GroupId, BackendGroup),
+    /// The backend of the client's last flow.
+    Persistence(BackendId),
     /// A slot of the slot table, by its index there.
     Slot(u32, BackendId),
     Backend(BackendId, Backend),
@@ -280,9 +290,11 @@ struct Changes {
     taken: HashSet<FlowId>,
     listeners_live: HashMap<ListenerId, LiveCount>,
     backends_live: HashMap<BackendId, LiveCount>,
+    group_turns: HashMap<GroupId, LiveCount>,
+    persistence: HashMap<PersistenceKey, Persistence>,
 }
 
-/// A number of live flows.
+/// A number of live flows, or of turns.
 struct LiveCount(u64);
 
 impl Gauge for LiveCount {
@@ -411,6 +423,25 @@ impl Tables for LiveView<'_> {
         found.inspect(|backend| self.trace.add(Step::Backend(id, **backend)))
     }
 
+    fn group_turns(&mut self, id: GroupId) -> Option<&mut LiveCount> {
+        let turns = self.found(map_name::GROUP_TURNS, self.maps.group_turns.get(&id.0, 0))?;
+        Some(self.changes.group_turns.entry(id).or_insert(LiveCount(turns)))
+    }
+
+    fn persistence(&mut self, key: &PersistenceKey) -> Option<&mut Persistence> {
+        if !self.changes.persistence.contains_key(key) {
+            let found = self.maps.persistence.get(&AsPod(*key), 0);
+            let kept = self.found(map_name::PERSISTENCE, found)?;
+            self.trace.add(Step::Persistence(kept.backend));
+            self.changes.persistence.insert(*key, kept);
+        }
+        self.changes.persistence.get_mut(key)
+    }
+
+    fn keep_persistence(&mut self, key: &PersistenceKey, value: Persistence) {
+        self.changes.persistence.insert(*key, value);
+    }
+
     fn interface(&self, key: &InterfaceKey) -> Option<&Interface> {
         self.read(map_name::INTERFACES, &self.reads.interfaces, *key, || {
             self.maps.interfaces.get(&AsPod(*key), 0)
@@ -514,6 +545,10 @@ impl Env for LiveEnv<'_> {
         };
         self.trace.add(Step::Route(route));
         route
+    }
+
+    fn now_secs(&mut self) -> u32 {
+        monotonic_secs()
     }
 }
 

@@ -198,6 +198,11 @@ pub fn restart_needed(before: &Config, after: &Config) -> Vec<Error> {
         ("agent.max_flows", old.max_flows != new.max_flows, flows_end),
         ("agent.max_slots", old.max_slots != new.max_slots, flows_end),
         (
+            "agent.max_persistent_clients",
+            old.max_persistent_clients != new.max_persistent_clients,
+            flows_end,
+        ),
+        (
             "agent.pin_directory",
             old.pin_directory != new.pin_directory,
             flows_end,

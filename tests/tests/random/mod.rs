@@ -6,7 +6,7 @@
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use forwarder_common::abi::{
-    backend::{BackendId, BackendState, NatMode},
+    backend::{BackendId, BackendState, NatMode, Selection},
     listener::ListenerId,
     settings::flag,
 };
@@ -345,6 +345,15 @@ fn world() -> impl Strategy<Value = MemoryTables> {
         |world| world.backends[0].state = BackendState::UNHEALTHY,
         |world| world.settings.flags |= flag::TRANSMIT_BY_REDIRECT,
         |world| world.groups[0].first_slot = u32::MAX,
+        |world| select_by(world, Selection::SOURCE_IP),
+        |world| select_by(world, Selection::ROUND_ROBIN),
+        |world| select_by(world, Selection::LEAST_CONNECTIONS),
+        |world| {
+            select_by(world, Selection::LEAST_CONNECTIONS);
+            world.backends[0].max_flows = 2;
+            world.groups[0].persistence_secs = 600;
+            world.groups[0].persistence_bits = 31;
+        },
         |world| {
             world
                 .interfaces
@@ -362,6 +371,15 @@ fn world() -> impl Strategy<Value = MemoryTables> {
         change(&mut world);
         world
     })
+}
+
+/// The first group selects so, among three slots and two of an overflow table.
+fn select_by(world: &mut MemoryTables, selection: Selection) {
+    let slots = [0, 1, 0, 6, 1].map(BackendId);
+    world.slots[100..105].copy_from_slice(&slots);
+    let group = &mut world.groups[0];
+    (group.first_slot, group.slot_count, group.overflow_slot_count) = (100, 3, 2);
+    group.selection = selection;
 }
 
 fn set_mtu(world: &mut MemoryTables, mtu_bytes: u32) {
