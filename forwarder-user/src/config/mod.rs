@@ -157,10 +157,35 @@ pub struct Group {
     pub nat: NatMode,
     /// May backends be outside the networks that are reached without a tunnel?
     pub remote_ip: bool,
+    pub selection: Selection,
+    /// Do the flows of a client stay together?
+    pub persistence: Option<Persistence>,
     /// `None`: backends are taken as healthy without asking.
     pub health: Option<HealthCheck>,
     /// By name; never empty.
     pub backends: BTreeMap<String, Backend>,
+}
+
+/// How a group picks a backend for a new flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Selection {
+    /// By the hash of the flow's 5-tuple, consistently: the default.
+    Maglev,
+    /// The same by the client's address alone.
+    SourceIp,
+    /// One after the other.
+    RoundRobin,
+    /// The one with the fewest flows for its weight.
+    LeastConnections,
+}
+
+/// A client's new flow goes where its last one went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Persistence {
+    /// If that was opened less than this long ago; whole seconds, 1 s to 24 h.
+    pub timeout: Duration,
+    /// Clients are the same whose addresses share so many leading bits, 1 to 32.
+    pub prefix_bits: u8,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -18,7 +18,7 @@ use ipnet::Ipv4Net;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    NatMode, OnStop, Ports, Protocol, Redirect, StatusRange, TunnelMode, XdpMode,
+    NatMode, OnStop, Ports, Protocol, Redirect, Selection, StatusRange, TunnelMode, XdpMode,
     reader::{Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, number, one_of},
 };
 
@@ -46,6 +46,10 @@ pub const THRESHOLD: RangeInclusive<u32> = 1..=10;
 pub const IDLE_TIMEOUT_MS: RangeInclusive<u64> = 10_000..=4_000_000;
 /// Range of a listener's `half_open_timeout`, in milliseconds.
 pub const HALF_OPEN_TIMEOUT_MS: RangeInclusive<u64> = 5_000..=300_000;
+/// Range of a group's `persistence_timeout`, in milliseconds.
+pub const PERSISTENCE_TIMEOUT_MS: RangeInclusive<u64> = 1_000..=86_400_000;
+/// Range of a group's `persistence_prefix`, in bits.
+pub const PERSISTENCE_PREFIX: RangeInclusive<u8> = 1..=32;
 /// Entries of a listener's `sources`.
 pub const SOURCES: RangeInclusive<usize> = 1..=100_000;
 /// Range of `max_flows` of a listener or backend.
@@ -105,7 +109,15 @@ const NETWORK: Shape = Shape {
 };
 const GROUP: Shape = Shape {
     header: "group.NAME",
-    keys: &["nat", "remote_ip", "health", "backend"],
+    keys: &[
+        "nat",
+        "remote_ip",
+        "selection",
+        "persistence_timeout",
+        "persistence_prefix",
+        "health",
+        "backend",
+    ],
 };
 const HEALTH: Shape = Shape {
     header: "group.NAME.health",
@@ -198,6 +210,9 @@ pub struct Network {
 pub struct Group {
     pub nat: OptionalField<NatMode>,
     pub remote_ip: OptionalField<bool>,
+    pub selection: OptionalField<Selection>,
+    pub persistence_timeout: OptionalField<Duration>,
+    pub persistence_prefix: OptionalField<u8>,
     pub health: Result<Health, Reported>,
     pub backends: Named<Backend>,
 }
@@ -302,6 +317,17 @@ impl Document {
             groups: file.named("group", &GROUP, name, |table| Group {
                 nat: table.optional("nat", one_of(&[("full", NatMode::Full), ("dnat", NatMode::Dnat)])),
                 remote_ip: table.optional("remote_ip", boolean),
+                selection: table.optional(
+                    "selection",
+                    one_of(&[
+                        ("maglev", Selection::Maglev),
+                        ("source-ip", Selection::SourceIp),
+                        ("round-robin", Selection::RoundRobin),
+                        ("least-connections", Selection::LeastConnections),
+                    ]),
+                ),
+                persistence_timeout: table.optional("persistence_timeout", duration(PERSISTENCE_TIMEOUT_MS)),
+                persistence_prefix: table.optional("persistence_prefix", integer(PERSISTENCE_PREFIX)),
                 health: table.table("health", &HEALTH, Health::read),
                 backends: table.required_named("backend", &BACKEND, name, |table| Backend {
                     address: table.required("address", "\"192.168.1.10\"", address),
@@ -699,6 +725,12 @@ mod tests {
             ("agent", "allowed_backend_ranges", counts(CIDRS)),
             ("snat", "prefixes", counts(SNAT_PREFIXES)),
             ("network.NAME", "cidrs", counts(CIDRS)),
+            (
+                "group.NAME",
+                "persistence_timeout",
+                durations(PERSISTENCE_TIMEOUT_MS),
+            ),
+            ("group.NAME", "persistence_prefix", "1 to 32".to_owned()),
             ("group.NAME.health", "expect", counts(EXPECTATIONS)),
             ("group.NAME.health", "interval", durations(INTERVAL_MS)),
             ("group.NAME.health", "timeout", durations(TIMEOUT_MS)),

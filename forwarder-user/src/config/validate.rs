@@ -17,8 +17,9 @@ use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
 use ipnet::Ipv4Net;
 
 use super::{
-    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, Ports, Probe,
-    Protocol, Redirect, RoutingTable, SnatPool, StatusRange, Tunnel, TunnelMode, XdpMode,
+    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, Persistence,
+    Ports, Probe, Protocol, Redirect, RoutingTable, Selection, SnatPool, StatusRange, Tunnel, TunnelMode,
+    XdpMode,
     reader::{At, Entry, Field, Named, OptionalField, Report, Reported, did_you_mean},
     schema::{self, Document, HealthKind, SNAT_PREFIXES},
 };
@@ -692,9 +693,28 @@ impl<'d> Check<'d> {
         Ok(Group {
             nat: or(&group.nat, NatMode::Full)?,
             remote_ip,
+            selection: or(&group.selection, Selection::Maglev)?,
+            persistence: self.persistence(&place, group)?,
             health: health?,
             backends: backends?,
         })
+    }
+
+    fn persistence(&self, place: &str, group: &schema::Group) -> Result<Option<Persistence>, Reported> {
+        let prefix_bits = or(&group.persistence_prefix, *schema::PERSISTENCE_PREFIX.end())?;
+        if let Some(timeout) = option(&group.persistence_timeout)? {
+            return Ok(Some(Persistence { timeout, prefix_bits }));
+        }
+        if let Ok(Some(prefix)) = &group.persistence_prefix {
+            return Err(self.error(
+                prefix.at,
+                format!(
+                    "{place}: persistence_prefix says how many clients are one, but there is no persistence"
+                ),
+                "write persistence_timeout = \"10m\", or take it out",
+            ));
+        }
+        Ok(None)
     }
 
     /// With `remote_ip = false` every backend is in a network that is reached without a tunnel.

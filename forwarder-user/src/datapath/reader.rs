@@ -79,6 +79,9 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
             *id,
             GroupTable {
                 nat: group.nat,
+                selection: group.selection,
+                persistence_secs: group.persistence_secs,
+                persistence_bits: group.persistence_bits,
                 slots,
             },
         );

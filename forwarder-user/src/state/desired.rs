@@ -1,11 +1,14 @@
 //! Table contents as they should be, from the configuration, the backends' health and the attached interfaces.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::Duration,
+};
 
 use forwarder_common::{
     abi::{
         ABI_VERSION,
-        backend::{Backend, BackendId, BackendState, GroupId, NatMode},
+        backend::{Backend, BackendId, BackendState, GroupId, NatMode, Selection},
         interface::Interface,
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, listener_flag},
         settings::{Settings, flag},
@@ -18,7 +21,7 @@ use forwarder_common::{
     },
 };
 
-use super::ids::Ids;
+use super::{ids::Ids, turns};
 use crate::{
     config::{self, Config, Protocol},
     health::Health,
@@ -43,6 +46,11 @@ pub struct Observations {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupTable {
     pub nat: NatMode,
+    pub selection: Selection,
+    /// Zero: none.
+    pub persistence_secs: u32,
+    /// 1 to 32.
+    pub persistence_bits: u32,
     /// Empty: no backend takes new flows.
     pub slots: Vec<BackendId>,
 }
@@ -182,14 +190,39 @@ impl Desired {
             config::NatMode::Full => NatMode::FULL,
             config::NatMode::Dnat => NatMode::DNAT,
         };
-        let slots = table(entries, maglev::size_for(group.backends.len()));
-        self.groups.insert(ids.groups[name], GroupTable { nat, slots });
+        let selection = match group.selection {
+            config::Selection::Maglev => Selection::MAGLEV,
+            config::Selection::SourceIp => Selection::SOURCE_IP,
+            config::Selection::RoundRobin => Selection::ROUND_ROBIN,
+            config::Selection::LeastConnections => Selection::LEAST_CONNECTIONS,
+        };
+        let slots = table(selection, entries, maglev::size_for(group.backends.len()));
+        let persistence = group.persistence;
+        self.groups.insert(
+            ids.groups[name],
+            GroupTable {
+                nat,
+                selection,
+                persistence_secs: persistence.map_or(0, |persistence| whole_secs(persistence.timeout)),
+                persistence_bits: persistence.map_or(32, |persistence| u32::from(persistence.prefix_bits)),
+                slots,
+            },
+        );
     }
 }
 
-/// The Maglev table of a group's healthy backends; empty when none has a weight.
-fn table(mut entries: Vec<maglev::Entry>, size: u32) -> Vec<BackendId> {
+/// The table of a group's healthy backends, of at most `size` slots; empty when none has a weight.
+fn table(selection: Selection, mut entries: Vec<maglev::Entry>, size: u32) -> Vec<BackendId> {
     entries.sort_by_key(|entry| entry.identity);
+    match selection {
+        Selection::ROUND_ROBIN => return turns::cycle(&entries, size),
+        // Once each: the data path compares those that it looks at by their weight.
+        Selection::LEAST_CONNECTIONS => {
+            let weighted = entries.iter().filter(|entry| entry.weight > 0);
+            return weighted.map(|entry| BackendId(entry.value)).collect();
+        }
+        _ => {}
+    }
     let mut turns = vec![maglev::Turn::default(); entries.len()];
     let mut slots = vec![0; size as usize];
     if maglev::build(&entries, &mut turns, &mut slots) {
@@ -197,6 +230,11 @@ fn table(mut entries: Vec<maglev::Entry>, size: u32) -> Vec<BackendId> {
     } else {
         Vec::new()
     }
+}
+
+/// A part of a second counts as one.
+fn whole_secs(time: Duration) -> u32 {
+    (time.as_secs() + u64::from(time.subsec_nanos() > 0)) as u32
 }
 
 /// Whether the pool runs out before the flow table does.

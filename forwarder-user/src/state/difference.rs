@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt::Debug};
 
 use crate::{
     change::{Action, Change},
-    config::{Backend, Config, Group, HealthCheck, Listener, NatMode, Probe, Protocol},
+    config::{Backend, Config, Group, Listener, NatMode, Persistence, Probe, Protocol, Selection},
     error::Error,
 };
 
@@ -64,19 +64,17 @@ pub fn differences(before: Option<&Config>, after: &Config) -> Vec<Change> {
         },
     );
     // Of groups without their backends, which are compared one by one.
-    let bare = |config: &Config| -> BTreeMap<String, (NatMode, Option<HealthCheck>)> {
-        config
-            .groups
-            .iter()
-            .map(|(name, group)| (name.clone(), (group.nat, group.health.clone())))
-            .collect()
+    let bare = |config: &Config| -> BTreeMap<String, Group> {
+        let of = |(name, group): (&String, &Group)| {
+            let bare = Group {
+                backends: BTreeMap::new(),
+                ..group.clone()
+            };
+            (name.clone(), bare)
+        };
+        config.groups.iter().map(of).collect()
     };
-    compare.maps(
-        "group",
-        &bare(before_or_nothing),
-        &bare(after),
-        |(nat, health)| describe_group(*nat, health.as_ref()),
-    );
+    compare.maps("group", &bare(before_or_nothing), &bare(after), describe_group);
     let backends = |config: &Config| -> BTreeMap<String, Backend> {
         let of = |(name, group): (&String, &Group)| {
             let name = name.clone();
@@ -147,17 +145,33 @@ impl Compare<'_> {
     }
 }
 
-fn describe_group(nat: NatMode, health: Option<&HealthCheck>) -> String {
-    let nat = match nat {
+fn describe_group(group: &Group) -> String {
+    let nat = match group.nat {
         NatMode::Full => "full NAT",
         NatMode::Dnat => "DNAT",
     };
-    let health = match health.map(|health| (&health.probe, health.interval)) {
+    let selection = match group.selection {
+        Selection::Maglev => "",
+        Selection::SourceIp => ", by source IP",
+        Selection::RoundRobin => ", in turn",
+        Selection::LeastConnections => ", by least connections",
+    };
+    let health = match group
+        .health
+        .as_ref()
+        .map(|health| (&health.probe, health.interval))
+    {
         None => "no health check".to_owned(),
         Some((Probe::Tcp, interval)) => format!("TCP check every {interval:?}"),
         Some((Probe::Http { path, .. }, interval)) => format!("HTTP check of {path} every {interval:?}"),
     };
-    format!("{nat}, {health}")
+    let mut text = format!("{nat}{selection}, {health}");
+    if let Some(Persistence { timeout, prefix_bits }) = group.persistence {
+        text.push_str(&format!(
+            ", clients of one /{prefix_bits} stay together for {timeout:?}"
+        ));
+    }
+    text
 }
 
 fn describe_backend(backend: &Backend) -> String {

@@ -7,7 +7,6 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use bytemuck::Zeroable as _;
 use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId},
@@ -121,8 +120,12 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
         let value = BackendGroup {
             first_slot: first,
             slot_count,
+            overflow_slot_count: 0,
             nat: group.nat,
-            ..BackendGroup::zeroed()
+            selection: group.selection,
+            persistence_secs: group.persistence_secs,
+            persistence_bits: group.persistence_bits,
+            reserved: 0,
         };
         writes.push(MapWrite::Group(*id, Some(value)));
     }
