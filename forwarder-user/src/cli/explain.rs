@@ -93,8 +93,11 @@ fn arrival(packet: &Explanation) -> String {
 fn choice_lines(choice: &Choice) -> Vec<String> {
     let mut path = vec![format!("listener {}", choice.listener)];
     path.extend(choice.group.as_ref().map(|group| format!("group {group}")));
-    if let (Some(slot), Some(slots)) = (choice.slot, choice.slots) {
-        path.push(format!("slot {slot} of {slots}"));
+    match (choice.decided_by.as_deref(), choice.slot, choice.slots) {
+        (Some("persistence"), ..) => path.push("where its client's last flow went".to_owned()),
+        (Some("overflow"), Some(slot), Some(slots)) => path.push(format!("overflow slot {slot} of {slots}")),
+        (_, Some(slot), Some(slots)) => path.push(format!("slot {slot} of {slots}")),
+        _ => {}
     }
     path.extend(
         choice
@@ -220,6 +223,8 @@ mod tests {
                 group: Some("web-eu".to_owned()),
                 slot: Some(1931),
                 slots: Some(65_537),
+                selection: Some("maglev".to_owned()),
+                decided_by: Some("slot".to_owned()),
                 backend: Some(BackendChoice {
                     name: "ecs01".to_owned(),
                     address: "10.20.0.5:8443".parse().unwrap(),

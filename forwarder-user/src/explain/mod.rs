@@ -4,9 +4,10 @@
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
+use bytemuck::Zeroable as _;
 use forwarder_common::{
     abi::{
-        backend::{Backend, BackendId, BackendState},
+        backend::{Backend, BackendGroup, BackendId, BackendState, Selection},
         flow::{Direction, FlowBinding, FlowEntry, FlowId, FlowState, HopKind},
     },
     datapath::{Action, Route},
@@ -92,8 +93,13 @@ pub struct Choice {
     pub slot: Option<u32>,
     /// How many slots the group has.
     pub slots: Option<u32>,
+    /// The group's way to select: `maglev`, `source-ip`, `round-robin` or `least-connections`.
+    pub selection: Option<String>,
+    /// What decided: `slot` of the group's table, `overflow`, a slot of the table behind it, or `persistence`, as the
+    /// client's last flow went there.
+    pub decided_by: Option<String>,
     pub backend: Option<BackendChoice>,
-    /// Backends in slots before, which take no new flows.
+    /// Backends that were looked at before, which take no new flows or have more than the one chosen.
     pub passed_over: Vec<BackendChoice>,
 }
 
@@ -201,7 +207,7 @@ impl Explanation {
 /// How the backend of a new flow was chosen; `None`: no listener was asked, or none has the destination.
 fn choice(walk: &Walk, table: &FlowTable<'_>) -> Option<Choice> {
     let mut choice: Option<Choice> = None;
-    let mut first_slot = 0;
+    let mut tables = BackendGroup::zeroed();
     for step in &walk.steps {
         match (step, &mut choice) {
             (Step::Listener(listener), None) => {
@@ -210,16 +216,27 @@ fn choice(walk: &Walk, table: &FlowTable<'_>) -> Option<Choice> {
                     group: None,
                     slot: None,
                     slots: None,
+                    selection: None,
+                    decided_by: None,
                     backend: None,
                     passed_over: Vec::new(),
                 });
             }
             (Step::Group(id, group), Some(choice)) => {
                 choice.group = Some(table.names.group(*id));
-                choice.slots = Some(group.slot_count);
-                first_slot = group.first_slot;
+                choice.selection = Some(selection_name(group.selection).to_owned());
+                tables = *group;
             }
-            (Step::Slot(index, _), Some(choice)) => choice.slot = Some(index.wrapping_sub(first_slot)),
+            (Step::Persistence(_), Some(choice)) => choice.decided_by = Some("persistence".to_owned()),
+            (Step::Slot(index, _), Some(choice)) => {
+                let slot = index.wrapping_sub(tables.first_slot);
+                let (decided_by, slot, slots) = match slot.checked_sub(tables.slot_count) {
+                    None => ("slot", slot, tables.slot_count),
+                    Some(behind) => ("overflow", behind, tables.overflow_slot_count),
+                };
+                choice.decided_by = Some(decided_by.to_owned());
+                (choice.slot, choice.slots) = (Some(slot), Some(slots));
+            }
             (Step::Backend(id, backend), Some(choice)) => {
                 let looked_at = BackendChoice::of(table, *id, backend);
                 if let Some(before) = choice.backend.replace(looked_at)
@@ -238,7 +255,23 @@ fn choice(walk: &Walk, table: &FlowTable<'_>) -> Option<Choice> {
     {
         choice.passed_over.push(last);
     }
+    // With least connections the one chosen is looked at again.
+    if let Some(choice) = &mut choice {
+        let chosen = choice.backend.clone();
+        choice
+            .passed_over
+            .retain(|backend| Some(backend) != chosen.as_ref());
+    }
     choice
+}
+
+fn selection_name(selection: Selection) -> &'static str {
+    match selection {
+        Selection::SOURCE_IP => "source-ip",
+        Selection::ROUND_ROBIN => "round-robin",
+        Selection::LEAST_CONNECTIONS => "least-connections",
+        _ => "maglev",
+    }
 }
 
 /// The live flow that a packet belongs to, and its direction there.
