@@ -23,7 +23,7 @@ use std::{
 
 use forwarder_user::{
     diagnose::{Cause, Diagnosis, Subject, diagnose},
-    health::{ProbeFailure, tcp},
+    health::{Origin, ProbeFailure, tcp},
     network::Network,
 };
 use nix::sched::{CloneFlags, setns};
@@ -189,13 +189,13 @@ fn in_lab(name: &str, test: impl AsyncFnOnce(&Lab, &Network) + Send) {
 async fn expect_answer() {
     // The first packets of a new link wait for ARP on three links.
     let generous = Duration::from_secs(5);
-    tcp::probe(SERVER, PROBE, generous)
+    tcp::probe(SERVER, &Origin::Address(PROBE), generous)
         .await
         .expect("the sound path must work");
 }
 
 async fn explain(network: &Network) -> (ProbeFailure, Diagnosis) {
-    let failure = tcp::probe(SERVER, PROBE, TIMEOUT)
+    let failure = tcp::probe(SERVER, &Origin::Address(PROBE), TIMEOUT)
         .await
         .expect_err("the broken path must fail");
     let subject = Subject {

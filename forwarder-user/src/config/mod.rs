@@ -16,11 +16,13 @@ use std::{
 use forwarder_common::abi::snat::PORTS_PER_ADDRESS;
 use ipnet::Ipv4Net;
 
+pub mod health;
 pub mod load;
 pub mod reader;
 pub mod schema;
 pub mod validate;
 
+pub use health::{BodyMatch, HealthCheck, HttpProbe, Method, Probe, StatusRange, Trust, TunnelCheck};
 pub use validate::{DEFAULT_HALF_OPEN_TIMEOUT, DEFAULT_IDLE_TIMEOUT};
 
 /// A configuration that passed every check.
@@ -97,6 +99,8 @@ pub struct Interface {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tunnel {
     pub mode: TunnelMode,
+    /// `None`: whether it carries packets is only seen by the backends behind it.
+    pub health: Option<TunnelCheck>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,40 +201,6 @@ pub struct Backend {
     pub weight: u16,
     /// Most flows at a time; `None`: no limit of its own.
     pub max_flows: Option<u32>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HealthCheck {
-    pub probe: Probe,
-    /// 100 ms to 300 s.
-    pub interval: Duration,
-    /// 50 ms to 300 s.
-    pub timeout: Duration,
-    /// Successes in a row that make an unhealthy backend healthy, 1 to 10.
-    pub rise: u32,
-    /// Failures in a row that make a healthy backend unhealthy, 1 to 10.
-    pub fall: u32,
-    /// Port to probe; `None`: the backend's own.
-    pub port: Option<u16>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Probe {
-    /// A TCP handshake.
-    Tcp,
-    /// An HTTP/1.1 GET whose status must be one of `expect`.
-    Http {
-        path: String,
-        host: Option<String>,
-        expect: Vec<StatusRange>,
-    },
-}
-
-/// Inclusive range of HTTP status codes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StatusRange {
-    pub first: u16,
-    pub last: u16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -371,6 +371,19 @@ impl<'a> Table<'a> {
         Ok(read(&self.inner(key, None, Some(at), shape, entries)))
     }
 
+    /// Reads the table `key`, if it is there.
+    pub fn optional_table<T>(
+        &self,
+        key: &'static str,
+        shape: &'static Shape,
+        read: impl FnOnce(&Table<'_>) -> T,
+    ) -> Result<Option<T>, Reported> {
+        if self.get(key).is_none() {
+            return Ok(None);
+        }
+        self.table(key, shape, read).map(Some)
+    }
+
     /// Reads the table `key`, which must be there.
     pub fn required_table<T>(
         &self,

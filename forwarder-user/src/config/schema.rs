@@ -18,8 +18,9 @@ use ipnet::Ipv4Net;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    NatMode, OnStop, Ports, Protocol, Redirect, Selection, StatusRange, TunnelMode, XdpMode,
-    reader::{Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, number, one_of},
+    NatMode, OnStop, Ports, Protocol, Redirect, Selection, TunnelMode, XdpMode,
+    health::read::{HEALTH, Health, TUNNEL_HEALTH, TunnelHealth},
+    reader::{Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, one_of},
 };
 
 /// Range of `agent.max_flows`.
@@ -32,16 +33,8 @@ pub const PERSISTENT_CLIENTS: RangeInclusive<u32> = 1..=*MAX_FLOWS.end();
 pub const SNAT_PREFIXES: RangeInclusive<usize> = 1..=MAX_RANGES;
 /// CIDRs of one network, and allowed ranges of backends: enough for any routing plan, few enough to print.
 pub const CIDRS: RangeInclusive<usize> = 1..=256;
-/// Entries of a health check's `expect`.
-pub const EXPECTATIONS: RangeInclusive<usize> = 1..=32;
 /// Range of a port.
 pub const PORT: RangeInclusive<u16> = 1..=65535;
-/// Range of a health check's `interval`, in milliseconds.
-pub const INTERVAL_MS: RangeInclusive<u64> = 100..=300_000;
-/// Range of a health check's `timeout`, in milliseconds.
-pub const TIMEOUT_MS: RangeInclusive<u64> = 50..=300_000;
-/// Range of a health check's `rise` and `fall`.
-pub const THRESHOLD: RangeInclusive<u32> = 1..=10;
 /// Range of a listener's `idle_timeout`, in milliseconds.
 pub const IDLE_TIMEOUT_MS: RangeInclusive<u64> = 10_000..=4_000_000;
 /// Range of a listener's `half_open_timeout`, in milliseconds.
@@ -56,8 +49,6 @@ pub const SOURCES: RangeInclusive<usize> = 1..=100_000;
 pub const FLOW_LIMIT: RangeInclusive<u32> = 1..=*MAX_FLOWS.end();
 /// Range of the number of a routing table; 253 to 255 are the kernel's default, main and local ones.
 pub const TABLE: RangeInclusive<u32> = 1..=u32::MAX;
-/// Status codes of HTTP (RFC 9110 §15: three digits, the first of which is 1 to 5).
-pub const STATUS: RangeInclusive<u16> = 100..=599;
 
 /// Longest name of a group, backend, network or listener, in bytes; that of a DNS label.
 const NAME_BYTES: usize = 63;
@@ -101,7 +92,7 @@ const INTERFACE: Shape = Shape {
 };
 const TUNNEL: Shape = Shape {
     header: "tunnel.NAME",
-    keys: &["mode"],
+    keys: &["mode", "health"],
 };
 const NETWORK: Shape = Shape {
     header: "network.NAME",
@@ -117,12 +108,6 @@ const GROUP: Shape = Shape {
         "persistence_prefix",
         "health",
         "backend",
-    ],
-};
-const HEALTH: Shape = Shape {
-    header: "group.NAME.health",
-    keys: &[
-        "kind", "path", "host", "expect", "interval", "timeout", "rise", "fall", "port",
     ],
 };
 const BACKEND: Shape = Shape {
@@ -147,7 +132,17 @@ const LISTENER: Shape = Shape {
 
 /// Every table of the language with every key.
 pub const SHAPES: &[&Shape] = &[
-    &FILE, &AGENT, &SNAT, &INTERFACE, &TUNNEL, &NETWORK, &GROUP, &HEALTH, &BACKEND, &LISTENER,
+    &FILE,
+    &AGENT,
+    &SNAT,
+    &INTERFACE,
+    &TUNNEL,
+    &TUNNEL_HEALTH,
+    &NETWORK,
+    &GROUP,
+    &HEALTH,
+    &BACKEND,
+    &LISTENER,
 ];
 
 /// The whole file.
@@ -194,6 +189,7 @@ pub struct Interface {
 #[derive(Clone, Debug)]
 pub struct Tunnel {
     pub mode: OptionalField<TunnelMode>,
+    pub health: Result<Option<TunnelHealth>, Reported>,
 }
 
 /// `[network.NAME]`
@@ -215,29 +211,6 @@ pub struct Group {
     pub persistence_prefix: OptionalField<u8>,
     pub health: Result<Health, Reported>,
     pub backends: Named<Backend>,
-}
-
-/// What a health check sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HealthKind {
-    Tcp,
-    Http,
-    /// Nothing: backends are taken as healthy.
-    None,
-}
-
-/// `[group.NAME.health]`
-#[derive(Clone, Debug)]
-pub struct Health {
-    pub kind: OptionalField<HealthKind>,
-    pub path: OptionalField<String>,
-    pub host: OptionalField<String>,
-    pub expect: OptionalField<Vec<Field<StatusRange>>>,
-    pub interval: OptionalField<Duration>,
-    pub timeout: OptionalField<Duration>,
-    pub rise: OptionalField<u32>,
-    pub fall: OptionalField<u32>,
-    pub port: OptionalField<u16>,
 }
 
 /// `[group.NAME.backend.NAME]`
@@ -307,6 +280,7 @@ impl Document {
             }),
             tunnels: file.named("tunnel", &TUNNEL, interface_name, |table| Tunnel {
                 mode: table.optional("mode", tunnel_mode),
+                health: table.optional_table("health", &TUNNEL_HEALTH, TunnelHealth::read),
             }),
             networks: file.named("network", &NETWORK, name, |table| Network {
                 cidrs: table.required_list("cidrs", "[\"192.168.0.0/16\"]", CIDRS, prefix),
@@ -355,27 +329,6 @@ impl Document {
     }
 }
 
-impl Health {
-    fn read(table: &Table<'_>) -> Self {
-        let kinds = one_of(&[
-            ("tcp", HealthKind::Tcp),
-            ("http", HealthKind::Http),
-            ("none", HealthKind::None),
-        ]);
-        Self {
-            kind: table.optional("kind", kinds),
-            path: table.optional("path", http_path),
-            host: table.optional("host", http_host),
-            expect: table.optional_list("expect", EXPECTATIONS, status_range),
-            interval: table.optional("interval", duration(INTERVAL_MS)),
-            timeout: table.optional("timeout", duration(TIMEOUT_MS)),
-            rise: table.optional("rise", integer(THRESHOLD)),
-            fall: table.optional("fall", integer(THRESHOLD)),
-            port: table.optional("port", integer(PORT)),
-        }
-    }
-}
-
 /// The rule of names that a name breaks, if any.
 fn name(name: &str) -> Option<&'static str> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
@@ -391,7 +344,7 @@ fn interface_name(interface: &str) -> Option<&'static str> {
     })
 }
 
-fn boolean(value: &DeValue<'_>) -> Result<bool, Wrong> {
+pub(super) fn boolean(value: &DeValue<'_>) -> Result<bool, Wrong> {
     value.as_bool().ok_or_else(|| Wrong::must_be("true or false"))
 }
 
@@ -439,7 +392,7 @@ fn parsed<T: FromStr>(value: &DeValue<'_>) -> Option<T> {
 
 const IPV4_ONLY: &str = "IPv6 is not supported yet";
 
-fn address(value: &DeValue<'_>) -> Result<Ipv4Addr, Wrong> {
+pub(super) fn address(value: &DeValue<'_>) -> Result<Ipv4Addr, Wrong> {
     parsed(value).ok_or_else(|| {
         let wrong = Wrong::must_be("an IPv4 address such as \"10.0.0.1\"");
         if parsed::<Ipv6Addr>(value).is_some() {
@@ -492,6 +445,13 @@ fn socket_path(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
     }
 }
 
+pub(super) fn absolute_path(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
+    let path = value.as_str().map(Path::new);
+    let path = path.filter(|path| path.is_absolute() && !path.to_string_lossy().contains(char::is_control));
+    path.map(Path::to_owned)
+        .ok_or_else(|| Wrong::must_be("an absolute path"))
+}
+
 /// A directory of a BPF file system, which reserves names with a dot for itself (bpf_lookup, kernel/bpf/inode.c).
 fn pin_directory(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
     let wrong = || Wrong::must_be("an absolute path without dots");
@@ -511,53 +471,12 @@ fn tunnel_mode(value: &DeValue<'_>) -> Result<TunnelMode, Wrong> {
     one_of(&[("kernel", TunnelMode::Kernel)])(value)
 }
 
-/// Visible ASCII, so that it can stand in a request line or header (RFC 9110 §5.5, RFC 9112 §3).
-fn is_visible(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())
-}
-
-fn http_path(value: &DeValue<'_>) -> Result<String, Wrong> {
-    let path = value
-        .as_str()
-        .filter(|path| path.starts_with('/') && is_visible(path) && !path.contains('#'));
-    path.map(str::to_owned).ok_or_else(|| {
-        Wrong::must_be("a path that starts with \"/\" and has no space or \"#\"")
-            .hint("percent-encode such characters")
-    })
-}
-
-fn http_host(value: &DeValue<'_>) -> Result<String, Wrong> {
-    let host = value
-        .as_str()
-        .filter(|host| is_visible(host) && !host.contains(['/', '@', '?', '#']));
-    host.map(str::to_owned)
-        .ok_or_else(|| Wrong::must_be("a host name such as \"example.org\""))
-}
-
-/// `200`, `"200"` or `"200-399"`.
-fn status_range(value: &DeValue<'_>) -> Result<StatusRange, Wrong> {
-    let ends = match value {
-        DeValue::Integer(code) => number(code).map(|code| (code, code)),
-        DeValue::String(text) => {
-            let (first, last) = text.split_once('-').unwrap_or((text, text));
-            first.trim().parse().ok().zip(last.trim().parse().ok())
-        }
-        _ => None,
-    };
-    let range = ends.map(|(first, last)| StatusRange { first, last });
-    range
-        .filter(|range| {
-            STATUS.contains(&range.first) && STATUS.contains(&range.last) && range.first <= range.last
-        })
-        .ok_or_else(|| Wrong::must_be("a status code or range within 100 to 599, such as 200 or \"200-399\""))
-}
-
 /// Units of durations with their milliseconds, the longest first.
 const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
 
 /// A whole number with a unit: `"250ms"`, `"2s"`, `"1m"`, `"1h"`. One unit only, so that there is one way
 /// to write a duration and nothing to guess.
-fn duration(range_ms: RangeInclusive<u64>) -> impl Fn(&DeValue<'_>) -> Result<Duration, Wrong> {
+pub(super) fn duration(range_ms: RangeInclusive<u64>) -> impl Fn(&DeValue<'_>) -> Result<Duration, Wrong> {
     move |value| {
         let wrong = || {
             let (first, last) = (show_duration(*range_ms.start()), show_duration(*range_ms.end()));
@@ -599,6 +518,9 @@ fn show_duration(ms: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::health::read::{
+        EXPECTATIONS, INTERVAL_MS, JITTER_PERCENT, PAYLOAD_BYTES, TEXT_BYTES, THRESHOLD, TIMEOUT_MS, WORDS,
+    };
 
     const DOCS: &str = include_str!("../../../docs/configuration.md");
 
@@ -617,29 +539,6 @@ mod tests {
             assert_eq!(read(&format!("{wrong:?}")), None, "{wrong}");
         }
         assert_eq!(read("2"), None);
-    }
-
-    #[test]
-    fn status_codes_are_numbers_or_ranges() {
-        let read = |text| {
-            status_range(&value(text))
-                .ok()
-                .map(|range| (range.first, range.last))
-        };
-        assert_eq!(read("200"), Some((200, 200)));
-        assert_eq!(read(r#""204""#), Some((204, 204)));
-        assert_eq!(read(r#""200-399""#), Some((200, 399)));
-        for wrong in [
-            "99",
-            "600",
-            r#""399-200""#,
-            r#""200-""#,
-            r#""2xx""#,
-            r#""""#,
-            "true",
-        ] {
-            assert_eq!(read(wrong), None, "{wrong}");
-        }
     }
 
     #[test]
@@ -717,6 +616,7 @@ mod tests {
                 show_duration(*range.end())
             )
         };
+        let shares = |range: RangeInclusive<u32>| format!("{}% to {}%", range.start(), range.end());
         let port = format!("{} to {}", PORT.start(), PORT.end());
         for (header, key, range) in [
             ("agent", "max_flows", numbers(MAX_FLOWS)),
@@ -732,6 +632,17 @@ mod tests {
             ),
             ("group.NAME", "persistence_prefix", "1 to 32".to_owned()),
             ("group.NAME.health", "expect", counts(EXPECTATIONS)),
+            ("group.NAME.health", "command", counts(WORDS)),
+            ("group.NAME.health", "send", counts(PAYLOAD_BYTES)),
+            ("group.NAME.health", "answer", counts(PAYLOAD_BYTES)),
+            ("group.NAME.health", "body", counts(TEXT_BYTES)),
+            ("group.NAME.health", "jitter", shares(JITTER_PERCENT)),
+            ("tunnel.NAME.health", "interval", durations(INTERVAL_MS)),
+            ("tunnel.NAME.health", "timeout", durations(TIMEOUT_MS)),
+            ("tunnel.NAME.health", "rise", numbers(THRESHOLD)),
+            ("tunnel.NAME.health", "fall", numbers(THRESHOLD)),
+            ("tunnel.NAME.health", "jitter", shares(JITTER_PERCENT)),
+            ("tunnel.NAME.health", "port", port.clone()),
             ("group.NAME.health", "interval", durations(INTERVAL_MS)),
             ("group.NAME.health", "timeout", durations(TIMEOUT_MS)),
             ("group.NAME.health", "rise", numbers(THRESHOLD)),

@@ -18,10 +18,13 @@ use ipnet::Ipv4Net;
 
 use super::{
     Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, Persistence,
-    Ports, Probe, Protocol, Redirect, RoutingTable, Selection, SnatPool, StatusRange, Tunnel, TunnelMode,
-    XdpMode,
+    Ports, Protocol, Redirect, RoutingTable, Selection, SnatPool, Tunnel, TunnelMode, XdpMode,
+    health::{
+        read::HealthKind,
+        rules::{group_check, tunnel_check},
+    },
     reader::{At, Entry, Field, Named, OptionalField, Report, Reported, did_you_mean},
-    schema::{self, Document, HealthKind, SNAT_PREFIXES},
+    schema::{self, Document, SNAT_PREFIXES},
 };
 use crate::error::Error;
 
@@ -42,15 +45,6 @@ pub const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 /// Linux gives up on a SYN after 6 retries, 127 s in all; RFC 5382 REQ-5 lets a NAT drop a partial open
 /// after 4 minutes. A client that has not sent a SYN for this long has given up or will open anew.
 pub const DEFAULT_HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(75);
-const DEFAULT_INTERVAL: Duration = Duration::from_secs(2);
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
-const DEFAULT_RISE: u32 = 2;
-const DEFAULT_FALL: u32 = 3;
-const DEFAULT_PATH: &str = "/";
-const DEFAULT_EXPECT: StatusRange = StatusRange {
-    first: 200,
-    last: 399,
-};
 
 /// Where backends may be unless the operator says otherwise: private addresses (RFC 1918) and shared
 /// address space (RFC 6598).
@@ -91,11 +85,7 @@ pub fn validate(document: &Document, report: &Report) -> Result<Config, Reported
             redirect: or(&interface.redirect, Redirect::Auto)?,
         })
     });
-    let tunnels = convert(&document.tunnels, |_, tunnel| {
-        Ok(Tunnel {
-            mode: or(&tunnel.mode, TunnelMode::Kernel)?,
-        })
-    });
+    let tunnels = convert(&document.tunnels, |name, tunnel| check.tunnel(name, tunnel));
     let networks = convert(&document.networks, |name, network| check.network(name, network));
     let groups = convert(&document.groups, |name, group| check.group(name, group));
     if let (Ok(agent), Ok(groups)) = (&agent, &groups) {
@@ -143,18 +133,18 @@ fn readable<T>(entries: &Named<T>) -> impl Iterator<Item = (&str, &Entry<T>, &T)
 }
 
 /// The value of an optional key, or its default.
-fn or<T: Clone>(field: &OptionalField<T>, default: T) -> Result<T, Reported> {
+pub(super) fn or<T: Clone>(field: &OptionalField<T>, default: T) -> Result<T, Reported> {
     Ok(option(field)?.unwrap_or(default))
 }
 
-fn option<T: Clone>(field: &OptionalField<T>) -> Result<Option<T>, Reported> {
+pub(super) fn option<T: Clone>(field: &OptionalField<T>) -> Result<Option<T>, Reported> {
     match field {
         Ok(field) => Ok(field.as_ref().map(|field| field.value.clone())),
         Err(reported) => Err(*reported),
     }
 }
 
-fn required<T: Clone>(field: &Field<T>) -> Result<T, Reported> {
+pub(super) fn required<T: Clone>(field: &Field<T>) -> Result<T, Reported> {
     match field {
         Ok(field) => Ok(field.value.clone()),
         Err(reported) => Err(*reported),
@@ -162,7 +152,7 @@ fn required<T: Clone>(field: &Field<T>) -> Result<T, Reported> {
 }
 
 /// Every entry of a list, if every entry could be read.
-fn all<T: Clone>(list: &[Field<T>]) -> Result<Vec<T>, Reported> {
+pub(super) fn all<T: Clone>(list: &[Field<T>]) -> Result<Vec<T>, Reported> {
     list.iter().map(required).collect()
 }
 
@@ -588,6 +578,18 @@ impl<'d> Check<'d> {
         }
     }
 
+    fn tunnel(&self, name: &str, tunnel: &schema::Tunnel) -> Result<Tunnel, Reported> {
+        let place = format!("tunnel {name:?}");
+        let health = match tunnel.health.as_ref().map_err(|reported| *reported)? {
+            Some(health) => Some(tunnel_check(self.report, &place, health)?),
+            None => None,
+        };
+        Ok(Tunnel {
+            mode: or(&tunnel.mode, TunnelMode::Kernel)?,
+            health,
+        })
+    }
+
     fn network(&self, name: &str, network: &schema::Network) -> Result<Network, Reported> {
         let cidrs = network
             .cidrs
@@ -664,7 +666,11 @@ impl<'d> Check<'d> {
             );
             self.error(later.at, what, "to send a server more flows, raise its weight");
         }
-        let health = self.health(&place, group);
+        let health = group
+            .health
+            .as_ref()
+            .map_err(|reported| *reported)
+            .and_then(|health| group_check(self.report, &place, health, self.default_kind(name)));
         let backends = convert(&group.backends, |name, backend| {
             self.backend(&format!("{place}, backend {name:?}"), backend)
         });
@@ -775,9 +781,11 @@ impl<'d> Check<'d> {
                 let hint = "for example: port = 8080. Only for listeners with a range of ports it may be left out: \
                             then each flow keeps the port that the client asked for";
                 self.error(entry.at, what, hint);
-            } else if health.is_some_and(|health| health.port.is_none()) {
+            } else if health.is_some_and(|health| health.port.is_none() && health.probe.needs_port()) {
                 let what = format!("{place}, backend {name:?}: it has no port, so there is none to probe");
-                let hint = format!("write port = ... below [group.{group_name}.health], or kind = \"none\"");
+                let hint = format!(
+                    "write port = ... below [group.{group_name}.health], or kind = \"icmp\" or \"none\""
+                );
                 self.error(entry.at, what, hint);
             }
         }
@@ -834,54 +842,23 @@ impl<'d> Check<'d> {
         }
     }
 
-    fn health(&self, place: &str, group: &schema::Group) -> Result<Option<HealthCheck>, Reported> {
-        let health = group.health.as_ref().map_err(|reported| *reported)?;
-        let kind = or(&health.kind, HealthKind::Tcp)?;
-        if kind == HealthKind::Tcp {
-            let place_of = |field: &OptionalField<String>| Some(field.as_ref().ok()?.as_ref()?.at);
-            let expect = health
-                .expect
-                .as_ref()
-                .ok()
-                .and_then(|expect| Some(expect.as_ref()?.at));
-            let keys = [
-                ("path", place_of(&health.path)),
-                ("host", place_of(&health.host)),
-                ("expect", expect),
-            ];
-            for (key, at) in keys {
-                if let Some(at) = at {
-                    let hint =
-                        format!("write kind = \"http\" (without it the kind is \"tcp\"), or remove {key}");
-                    self.error(
-                        at,
-                        format!("{place}, health: {key} is for kind = \"http\" only"),
-                        hint,
-                    );
-                }
-            }
+    /// The kind of check of a group that says nothing of it: a handshake, unless it serves UDP only, as a server of
+    /// UDP need not have a TCP port.
+    fn default_kind(&self, group_name: &str) -> HealthKind {
+        let mut protocols = readable(&self.document.listeners)
+            .filter(|(_, _, listener)| {
+                let group = listener.group.as_ref();
+                group.is_ok_and(|group| group.value == group_name)
+            })
+            .map(|(_, _, listener)| or(&listener.protocol, Protocol::Tcp))
+            .peekable();
+        let serves_udp_only =
+            protocols.peek().is_some() && protocols.all(|protocol| matches!(protocol, Ok(Protocol::Udp)));
+        if serves_udp_only {
+            HealthKind::Udp
+        } else {
+            HealthKind::Tcp
         }
-        let probe = match kind {
-            HealthKind::None => return Ok(None),
-            HealthKind::Tcp => Probe::Tcp,
-            HealthKind::Http => Probe::Http {
-                path: or(&health.path, DEFAULT_PATH.to_owned())?,
-                host: option(&health.host)?,
-                expect: match &health.expect {
-                    Ok(Some(expect)) => all(&expect.value)?,
-                    Ok(None) => vec![DEFAULT_EXPECT],
-                    Err(reported) => return Err(*reported),
-                },
-            },
-        };
-        Ok(Some(HealthCheck {
-            probe,
-            interval: or(&health.interval, DEFAULT_INTERVAL)?,
-            timeout: or(&health.timeout, DEFAULT_TIMEOUT)?,
-            rise: or(&health.rise, DEFAULT_RISE)?,
-            fall: or(&health.fall, DEFAULT_FALL)?,
-            port: option(&health.port)?,
-        }))
     }
 
     fn listener(&self, name: &str, listener: &schema::Listener) -> Result<Listener, Reported> {
@@ -961,7 +938,10 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::{config::load::parse, error::Errors};
+    use crate::{
+        config::{HttpProbe, Method, Probe, StatusRange, Trust, TunnelCheck, load::parse},
+        error::Errors,
+    };
 
     const REST: &str = r#"
         [interface.eth0]
@@ -1023,6 +1003,7 @@ mod tests {
                 timeout: Duration::from_secs(1),
                 rise: 2,
                 fall: 3,
+                jitter_percent: 10,
                 port: None,
             })
         );
@@ -1048,11 +1029,111 @@ mod tests {
         }];
         assert_eq!(
             probe,
-            Probe::Http {
+            Probe::Http(HttpProbe {
+                method: Method::Get,
                 path: "/".to_owned(),
                 host: None,
-                expect
-            }
+                expect,
+                body: None
+            })
+        );
+    }
+
+    fn probe_of(health: &str) -> Probe {
+        let text = format!("snat.prefixes = [\"100.64.0.0/26\"]\n[group.web.health]\n{health}");
+        let config = with(&text).unwrap_or_else(|errors| panic!("{health}: {errors}"));
+        config.groups["web"].health.clone().unwrap().probe
+    }
+
+    #[test]
+    fn every_kind_of_check_is_read() {
+        let udp = |send: &[u8], answer: Option<&[u8]>| Probe::Udp {
+            send: send.to_vec(),
+            answer: answer.map(<[u8]>::to_vec),
+        };
+        let grpc = |service: &str| Probe::Grpc {
+            service: service.to_owned(),
+            host: None,
+        };
+        let command = ["/bin/check", "-f"].map(str::to_owned).to_vec();
+        for (health, expected) in [
+            ("kind = \"icmp\"", Probe::Icmp),
+            ("kind = \"udp\"", udp(b"", None)),
+            (
+                "kind = \"udp\"\nsend = \"ping\\r\\n\"\nanswer_hex = \"00 ff\"",
+                udp(b"ping\r\n", Some(&[0, 255])),
+            ),
+            ("kind = \"grpc\"", grpc("")),
+            ("kind = \"grpc\"\nservice = \"shop.Cart\"", grpc("shop.Cart")),
+            (
+                "kind = \"command\"\ncommand = [\"/bin/check\", \"-f\"]",
+                Probe::Command(command),
+            ),
+        ] {
+            assert_eq!(probe_of(health), expected, "{health}");
+        }
+    }
+
+    #[test]
+    fn certificates_are_looked_at_if_asked_to() {
+        let trust = |keys: &str| match probe_of(&format!("kind = \"https\"\n{keys}")) {
+            Probe::Https(_, trust) => trust,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(trust(""), Trust::Anyone);
+        assert_eq!(trust("verify = true"), Trust::Host);
+        assert_eq!(trust("ca = \"/etc/ca.pem\""), Trust::File("/etc/ca.pem".into()));
+    }
+
+    #[test]
+    fn a_group_of_udp_listeners_only_is_asked_by_udp() {
+        let kind = |listeners: &str| {
+            let text = format!(
+                "snat.prefixes = [\"100.64.0.0/26\"]\n[interface.eth0]\n[group.dns.backend.ns]\n\
+                 address = \"10.0.0.53\"\nport = 53\n{listeners}"
+            );
+            let config = parse(&text, Path::new("test.toml")).unwrap();
+            config.groups["dns"].health.clone().unwrap().probe.kind()
+        };
+        let listener = |protocol: &str| {
+            format!(
+                "[listener.{protocol}]\nvip = \"10.0.0.100\"\nport = 53\nprotocol = \"{protocol}\"\ngroup = \"dns\"\n"
+            )
+        };
+        let (tcp, udp) = (listener("tcp"), listener("udp"));
+        assert_eq!(kind(&udp), "udp");
+        assert_eq!(kind(&format!("{tcp}{udp}")), "tcp");
+        assert_eq!(kind(&format!("{udp}[group.dns.health]\nkind = \"tcp\"")), "tcp");
+        assert_eq!(
+            kind(&format!("{udp}[group.dns.health]\ninterval = \"5s\"")),
+            "udp"
+        );
+    }
+
+    #[test]
+    fn a_tunnel_is_checked_if_it_says_how() {
+        let text = r#"
+            snat.prefixes = ["100.64.0.0/26"]
+            [tunnel.a]
+            [tunnel.b.health]
+            address = "169.254.42.2"
+        "#;
+        let tunnels = with(text).unwrap().tunnels;
+        assert_eq!(tunnels["a"].health, None);
+        assert_eq!(
+            tunnels["b"].health,
+            Some(TunnelCheck {
+                address: Ipv4Addr::new(169, 254, 42, 2),
+                check: HealthCheck {
+                    probe: Probe::Icmp,
+                    interval: Duration::from_secs(1),
+                    timeout: Duration::from_secs(1),
+                    rise: 2,
+                    fall: 3,
+                    jitter_percent: 10,
+                    port: None,
+                }
+            })
         );
     }
 

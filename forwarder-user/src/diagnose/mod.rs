@@ -15,7 +15,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use ipnet::Ipv4Net;
 
 use crate::{
-    health::{ProbeFailure, tcp},
+    health::{Origin, ProbeFailure, tcp},
     network::{Interface, Network, Route},
 };
 
@@ -98,7 +98,7 @@ async fn ask_again(network: &Network, subject: &Subject) -> Refusal {
     let admitted = async {
         let route = network.route_to(backend, Some(subject.probe_source)).await.ok()?;
         let own = own_address(network, subject, &route).await?;
-        let outcome = tcp::probe(subject.backend, own, PATIENCE).await;
+        let outcome = tcp::probe(subject.backend, &Origin::Address(own), PATIENCE).await;
         outcome.is_ok().then_some(own)
     };
     let pinger = Pinger::new(subject.probe_source);

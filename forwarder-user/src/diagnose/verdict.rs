@@ -67,8 +67,14 @@ pub enum Cause {
     Reset,
     /// The server answers with a status that the check does not expect.
     BadStatus,
-    /// The server answers something else than HTTP.
+    /// The server answers, but not what the check expects.
     BadAnswer,
+    /// No TLS session comes about with the server.
+    BadTls,
+    /// The server answers that it does not serve.
+    NotServing,
+    /// The command that checks the backend says no.
+    CommandFailed,
     /// The server accepted and does not answer in time.
     Timeout,
     /// The probe address is missing on this gateway.
@@ -102,6 +108,9 @@ impl Cause {
             Self::Reset => "reset",
             Self::BadStatus => "bad-status",
             Self::BadAnswer => "bad-answer",
+            Self::BadTls => "bad-tls",
+            Self::NotServing => "not-serving",
+            Self::CommandFailed => "command-failed",
             Self::Timeout => "timeout",
             Self::ProbeSourceNotLocal => "probe-source-not-local",
             Self::GatewayFault => "gateway-fault",
@@ -205,8 +214,38 @@ pub(super) fn from_failure(subject: &Subject, failure: &ProbeFailure) -> Option<
             format!("{backend} does not answer in HTTP/1: {failure}"),
         )
         .hint("check the port, or use a health check of kind \"tcp\""),
+        ProbeFailure::UnexpectedBody { .. }
+        | ProbeFailure::UnexpectedAnswer { .. }
+        | ProbeFailure::NotGrpc(_) => {
+            Diagnosis::new(Cause::BadAnswer, format!("{backend} answers, but {failure}"))
+                .hint("repair the server, or correct what the health check sends and expects")
+        }
+        ProbeFailure::Tls(why) => Diagnosis::new(
+            Cause::BadTls,
+            format!("no TLS session with {backend} comes about: {why}"),
+        )
+        .hint("check that the port speaks TLS, and `host`, `verify` and `ca` of the health check"),
+        ProbeFailure::GrpcStatus { .. } | ProbeFailure::NotServing(_) => {
+            Diagnosis::new(Cause::NotServing, format!("{backend} does not serve: {failure}")).hint(
+                "see the server's log; status 5 means that it has no such `service`, 12 no health service",
+            )
+        }
+        ProbeFailure::CommandFailed { .. } | ProbeFailure::CommandTimedOut { .. } => {
+            Diagnosis::new(Cause::CommandFailed, failure.to_string())
+                .hint(format!("run the command by hand for {backend}"))
+        }
+        ProbeFailure::PortUnreachable => Diagnosis::new(
+            Cause::Refused,
+            format!("server {address} says that nothing listens on UDP port {port}"),
+        )
+        .hint("start the server process, or correct the backend's port"),
+        ProbeFailure::CannotProbe(why) => Diagnosis::new(
+            Cause::GatewayFault,
+            format!("this gateway could not probe: {why}"),
+        )
+        .hint("correct the health check, or give this gateway what it lacks"),
         ProbeFailure::TimedOut {
-            stage: Stage::Answer,
+            stage: Stage::Answer | Stage::Tls,
             after,
         } => Diagnosis::new(
             Cause::Timeout,
@@ -219,6 +258,7 @@ pub(super) fn from_failure(subject: &Subject, failure: &ProbeFailure) -> Option<
             stage: Stage::Connect,
             ..
         }
+        | ProbeFailure::NoAnswer { .. }
         | ProbeFailure::Unreachable(_)
         | ProbeFailure::Other(_) => return None,
     })
@@ -428,13 +468,21 @@ fn backend_said_something(subject: &Subject, evidence: &Evidence) -> Option<Diag
     let (by, why) = match evidence.backend_from_probe {
         Echo::Answered => {
             let port = subject.backend.port();
+            let asked = match &evidence.failure {
+                ProbeFailure::NoAnswer { .. } if port == 0 => {
+                    let text = format!("server {server} answers echo requests again, or some of them");
+                    return Some(Diagnosis::new(Cause::Unknown, text));
+                }
+                ProbeFailure::NoAnswer { .. } => "UDP",
+                _ => "TCP",
+            };
             return Some(
                 Diagnosis::new(
                     Cause::PortFiltered,
-                    format!("server {server} answers echo requests, but TCP port {port} stays silent"),
+                    format!("server {server} answers echo requests, but {asked} port {port} stays silent"),
                 )
                 .hint(format!(
-                    "admit {} to TCP port {port} in the server's inbound rule (security group, host firewall)",
+                    "admit {} to {asked} port {port} in the server's inbound rule (security group, host firewall)",
                     prefixes(&subject.snat_prefixes)
                 ))
                 .fixes([admit_fix(subject)]),

@@ -121,6 +121,9 @@ impl Cause {
                 | Path::Reset
                 | Path::BadStatus
                 | Path::BadAnswer
+                | Path::BadTls
+                | Path::NotServing
+                | Path::CommandFailed
                 | Path::Timeout
                 | Path::Unknown,
             ) => 13,

@@ -18,7 +18,7 @@ use crate::{
     config::{Config, Group, HealthCheck, Probe, Protocol, RoutingTable},
     diagnose::{self, Diagnosis, Subject},
     error::Error,
-    health::{self, ProbeFailure, Stage, Target, tcp},
+    health::{self, Origin, ProbeFailure, Stage, Target, tcp},
     network::{self, Network, PolicyRule, RouteError, Rule, Selector},
 };
 
@@ -284,7 +284,7 @@ async fn probe_all(network: &Network, facts: &Facts, sources: &[(Ipv4Net, Ipv4Ad
             // Without a port of its own it can be asked where the check says only.
             let target = check
                 .as_ref()
-                .filter(|check| check.port.or(backend.port).is_some())
+                .filter(|check| check.port.or(backend.port).is_some() || !check.probe.needs_port())
                 .map(|check| Target::new(group_name, name, backend, check));
             probes.push(async move {
                 let route = network
@@ -379,6 +379,7 @@ fn check(config: &Config, name: &str, group: &Group) -> Option<HealthCheck> {
             timeout: PATIENCE,
             rise: 1,
             fall: 1,
+            jitter_percent: 0,
             port: None,
         }),
     }
@@ -461,7 +462,7 @@ async fn look_for_ports(facts: &mut Facts) {
         let asked = ports.iter().filter(|port| Some(**port) != backend.probed_port);
         let answers = asked.map(|port| async {
             let target = SocketAddrV4::new(backend.address, *port);
-            let outcome = tcp::probe(target, source, PORT_PATIENCE).await;
+            let outcome = tcp::probe(target, &Origin::Address(source), PORT_PATIENCE).await;
             outcome.is_ok().then_some(*port)
         });
         let found: Vec<_> = stream::iter(answers).buffered(MAX_DIAGNOSES).collect().await;

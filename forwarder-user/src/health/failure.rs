@@ -14,6 +14,8 @@ use thiserror::Error;
 pub enum Stage {
     /// The TCP handshake did not complete.
     Connect,
+    /// Connected, but the TLS handshake did not complete.
+    Tls,
     /// Connected, but no answer to the request.
     Answer,
 }
@@ -50,6 +52,64 @@ pub enum ProbeFailure {
     /// An answer that is not HTTP/1.
     #[error("the answer is not HTTP/1: {0}")]
     MalformedAnswer(String),
+    /// The body of an HTTP answer, or its first part, without what the check expects.
+    #[error("the body does not contain {expected}")]
+    UnexpectedBody {
+        /// As the configuration writes it.
+        expected: String,
+    },
+    /// No TLS session came about, for example for a certificate that the check does not accept.
+    #[error("TLS: {0}")]
+    Tls(String),
+    /// A datagram or an echo request that nobody answered.
+    #[error("no answer within {after:?}")]
+    NoAnswer {
+        /// The check's timeout.
+        after: Duration,
+    },
+    /// The server (or a firewall in its name) answered a datagram with ICMP "port unreachable".
+    #[error("port unreachable: the server answers, but nothing listens on this UDP port")]
+    PortUnreachable,
+    /// A datagram came back, but not the one that the check expects.
+    #[error("the answer does not contain {expected}; it is {answer}")]
+    UnexpectedAnswer {
+        /// As text, what is not printable escaped.
+        expected: String,
+        /// The same of what came, cut where it is long.
+        answer: String,
+    },
+    /// An answer that is not gRPC.
+    #[error("the answer is not gRPC: {0}")]
+    NotGrpc(String),
+    /// The server answered the call with an error of gRPC.
+    #[error("gRPC status {code}{}", told(.message))]
+    GrpcStatus {
+        /// 1 to 16; 5 (not found): the server does not know the service.
+        code: u32,
+        message: String,
+    },
+    /// The server says that the service does not serve: the status of `grpc.health.v1`.
+    #[error("the service says {0}")]
+    NotServing(&'static str),
+    /// The command ended with another status than 0.
+    #[error("the command ended with {status}{}", told(.said))]
+    CommandFailed {
+        /// `exit status 1`, `signal 9`.
+        status: String,
+        /// The last line of its standard error; empty if there was none.
+        said: String,
+    },
+    /// The command did not end in time and was killed.
+    #[error("the command did not end within {after:?}{}", told(.said))]
+    CommandTimedOut {
+        /// The check's timeout.
+        after: Duration,
+        /// The last line of its standard error; empty if there was none.
+        said: String,
+    },
+    /// This gateway lacks a file that the probe needs; see [`ProbeFailure::is_local`].
+    #[error("this gateway could not probe: {0}")]
+    CannotProbe(String),
     /// The probe address is not an address of this host; see [`ProbeFailure::is_local`].
     #[error("the probe address {0} is not an address of this gateway")]
     SourceNotLocal(Ipv4Addr),
@@ -64,7 +124,17 @@ pub enum ProbeFailure {
 fn timed_out(stage: Stage, after: Duration) -> String {
     match stage {
         Stage::Connect => format!("no answer to the connection attempt within {after:?}"),
+        Stage::Tls => format!("connected, but the TLS handshake did not complete within {after:?}"),
         Stage::Answer => format!("connected, but no answer to the request within {after:?}"),
+    }
+}
+
+/// What somebody said about a failure, behind it.
+fn told(text: &str) -> String {
+    if text.is_empty() {
+        String::new()
+    } else {
+        format!(": {text}")
     }
 }
 
@@ -86,7 +156,10 @@ impl ProbeFailure {
     /// do not change its health.
     #[must_use]
     pub fn is_local(&self) -> bool {
-        matches!(self, Self::SourceNotLocal(_) | Self::NotSent(_))
+        matches!(
+            self,
+            Self::SourceNotLocal(_) | Self::NotSent(_) | Self::CannotProbe(_)
+        )
     }
 
     /// A stable kebab-case name, for labels of metrics and JSON.
@@ -101,6 +174,20 @@ impl ProbeFailure {
             Self::TimedOut {
                 stage: Stage::Answer, ..
             } => "answer-timeout",
+            Self::TimedOut {
+                stage: Stage::Tls, ..
+            } => "tls-timeout",
+            Self::UnexpectedBody { .. } => "unexpected-body",
+            Self::Tls(_) => "tls",
+            Self::NoAnswer { .. } => "no-answer",
+            Self::PortUnreachable => "port-unreachable",
+            Self::UnexpectedAnswer { .. } => "unexpected-answer",
+            Self::NotGrpc(_) => "not-grpc",
+            Self::GrpcStatus { .. } => "grpc-status",
+            Self::NotServing(_) => "not-serving",
+            Self::CommandFailed { .. } => "command-failed",
+            Self::CommandTimedOut { .. } => "command-timeout",
+            Self::CannotProbe(_) => "cannot-probe",
             Self::Unreachable(_) => "unreachable",
             Self::Reset => "reset",
             Self::Closed => "closed",

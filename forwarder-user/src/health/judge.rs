@@ -70,6 +70,12 @@ impl Judge {
         }
     }
 
+    /// Unhealthy from now on, until the next result: a success is enough, a failure starts the run of successes over.
+    pub fn doubt(&mut self) {
+        self.health = Some(Health::Unhealthy);
+        self.contradictions = self.rise - 1;
+    }
+
     /// Takes one result into account; `Some(new health)` if it changed the verdict, which the first result
     /// always does.
     pub fn observe(&mut self, passed: bool) -> Option<Health> {
@@ -208,5 +214,16 @@ mod tests {
                 prop_assert_eq!(judge.observe(healthy), None);
             }
         }
+    }
+
+    #[test]
+    fn a_doubted_target_needs_one_success_or_all_of_them() {
+        let mut judge = Judge::knowing(3, 2, Some(Health::Healthy));
+        judge.doubt();
+        assert_eq!(judge.health(), Some(Health::Unhealthy));
+        assert_eq!(judge.observe(true), Some(Health::Healthy));
+        judge.doubt();
+        let results = [false, true, true, true].map(|passed| judge.observe(passed));
+        assert_eq!(results, [None, None, None, Some(Health::Healthy)]);
     }
 }

@@ -1,13 +1,14 @@
 //! Health checks: probes every backend through the path that traffic takes and says when its health turns.
 //!
 //! ```text
-//! start() --> scheduler task --(due)--> tcp::probe | http::probe --(result)--> Judge --> Report
+//! start() --> scheduler task --(due)--> Prober: tcp, http, ... --(result)--> Judge --> Report
 //!    ^ update()      |  one probe per target, at most MAX_PROBES at once          |
 //!    Watch           '---------------- schedule::Cadence <------------------------'
 //! ```
 //!
 //! One task owns all state, so there are no locks and no order of events to wonder about. `judge` and
-//! `schedule` are pure, `tcp` and `http` do one probe each. A fault of the gateway itself (its probe
+//! `schedule` are pure; `tcp`, `http`, `https`, `udp`, `grpc`, `icmp` and `command` do one probe each, `origin` says
+//! where it leaves from. Tunnels are targets as well, of a watch of their own. A fault of the gateway itself (its probe
 //! address is gone, no free descriptors) is reported but leaves health as it is: it would take out all backends
 //! at once while traffic flows.
 //!
@@ -24,50 +25,79 @@ use std::{
 };
 
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
     task::{AbortHandle, JoinError, JoinHandle, JoinSet},
     time::{Instant, sleep_until},
 };
 
-use crate::config::{Backend, HealthCheck, Probe};
+use crate::config::{Backend, HealthCheck, Probe, TunnelCheck};
 
+mod command;
 pub mod failure;
+mod grpc;
 pub mod http;
+mod https;
+mod icmp;
 pub mod judge;
+pub mod origin;
 pub mod schedule;
 pub mod tcp;
 #[cfg(test)]
 mod testing;
+mod udp;
 
 pub use failure::{ProbeFailure, Stage};
 pub use judge::{Health, Judge};
+pub use origin::Origin;
 use schedule::Cadence;
 
 /// Probes under way at once. 10 000 backends at 2 s interval and 1 s timeout need 5 000 in the worst case, that
 /// none answers; in any other, far fewer. Due probes beyond it wait their turn, which only lengthens intervals.
 pub const MAX_PROBES: usize = 5000;
 
-/// One backend to probe.
+/// One backend to probe, or the far side of a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// Name of the backend group.
+    /// Name of the backend group, or of the tunnel.
     pub group: String,
-    /// Name of the backend, unique in its group.
+    /// Name of the backend, unique in its group; empty of a tunnel.
     pub backend: String,
-    /// Where the probe goes: the backend's address, and its port or the check's.
+    /// Where the probe goes: the backend's address, and its port or the check's; port 0 where the probe needs none.
     pub address: SocketAddrV4,
     pub check: HealthCheck,
+    /// The device that the probe leaves by, whatever the routes say; `None`: it leaves from the probe address.
+    pub device: Option<Arc<str>>,
 }
 
 impl Target {
     /// The target that checks `backend`, called `name`, of `group`.
     #[must_use]
     pub fn new(group: &str, name: &str, backend: &Backend, check: &HealthCheck) -> Self {
+        let port = match check.probe {
+            Probe::Icmp => None,
+            _ => check.port.or(backend.port),
+        };
         Self {
             group: group.to_owned(),
             backend: name.to_owned(),
-            address: SocketAddrV4::new(backend.address, check.port.or(backend.port).unwrap_or(0)),
+            address: SocketAddrV4::new(backend.address, port.unwrap_or(0)),
             check: check.clone(),
+            device: None,
+        }
+    }
+
+    /// The target that checks the tunnel that is called `name`.
+    ///
+    /// It is asked by the tunnel's device and from its address: the far side has to know that one, whereas a route back
+    /// to the pool is the backends' affair.
+    #[must_use]
+    pub fn tunnel(name: &str, TunnelCheck { address, check }: &TunnelCheck) -> Self {
+        Self {
+            group: name.to_owned(),
+            backend: String::new(),
+            address: SocketAddrV4::new(*address, check.port.unwrap_or(0)),
+            check: check.clone(),
+            device: Some(name.into()),
         }
     }
 }
@@ -85,10 +115,14 @@ pub struct Report {
     pub health: Option<Health>,
 }
 
+/// A group's and a backend's name.
+type Name = (String, String);
+
 /// A running set of health checks; dropping it stops them.
 #[derive(Debug)]
 pub struct Watch {
     targets: watch::Sender<Vec<Target>>,
+    doubts: mpsc::UnboundedSender<Vec<Name>>,
     scheduler: JoinHandle<()>,
 }
 
@@ -100,6 +134,13 @@ impl Watch {
     /// is reported any more. If a group and backend occur twice, the last one counts.
     pub fn update(&self, targets: Vec<Target>) {
         self.targets.send_replace(targets);
+    }
+
+    /// Takes these targets as unhealthy until they prove otherwise, and asks them promptly: the next success makes one
+    /// healthy, whatever its `rise`. For those whose health was decided by something else in the meantime.
+    pub fn doubt(&self, names: Vec<(String, String)>) {
+        // The scheduler ends only with this watch, or when nobody reads its reports.
+        let _ = self.doubts.send(names);
     }
 }
 
@@ -127,11 +168,13 @@ pub fn start(
     reports: mpsc::Sender<Report>,
 ) -> Watch {
     let (sender, receiver) = watch::channel(targets);
+    let (doubts, doubted) = mpsc::unbounded_channel();
     let mut scheduler = Scheduler::new(source, reports);
     scheduler.known = known;
-    let scheduler = tokio::spawn(scheduler.run(receiver));
+    let scheduler = tokio::spawn(scheduler.run(receiver, doubted));
     Watch {
         targets: sender,
+        doubts,
         scheduler,
     }
 }
@@ -155,7 +198,7 @@ struct Ended {
 }
 
 struct Scheduler {
-    source: Ipv4Addr,
+    prober: Arc<Prober>,
     reports: mpsc::Sender<Report>,
     /// Where the grid of each cadence begins.
     epoch: Instant,
@@ -172,7 +215,7 @@ struct Scheduler {
 impl Scheduler {
     fn new(source: Ipv4Addr, reports: mpsc::Sender<Report>) -> Self {
         Self {
-            source,
+            prober: Arc::new(Prober::new(source)),
             reports,
             epoch: Instant::now(),
             entries: HashMap::new(),
@@ -184,7 +227,11 @@ impl Scheduler {
         }
     }
 
-    async fn run(mut self, mut targets: watch::Receiver<Vec<Target>>) {
+    async fn run(
+        mut self,
+        mut targets: watch::Receiver<Vec<Target>>,
+        mut doubted: mpsc::UnboundedReceiver<Vec<Name>>,
+    ) {
         targets.mark_changed();
         loop {
             let next = self.due.peek().map(|Reverse((at, _))| *at);
@@ -196,6 +243,7 @@ impl Scheduler {
                     let list = targets.borrow_and_update().clone();
                     self.replace_targets(list);
                 }
+                Some(names) = doubted.recv() => self.doubt(&names),
                 Some(ended) = self.probes.join_next() => {
                     let Some(report) = self.conclude(ended) else { continue };
                     if self.reports.send(report).await.is_err() {
@@ -249,7 +297,7 @@ impl Scheduler {
             None => Judge::knowing(check.rise, check.fall, known),
             Some(_) => Judge::new(check.rise, check.fall),
         };
-        let cadence = Cadence::new(check.interval, &name);
+        let cadence = Cadence::new(check.interval, check.jitter_percent, &name);
         let id = self.next_id;
         self.next_id += 1;
         self.due.push(Reverse((cadence.first(Instant::now()), id)));
@@ -263,6 +311,20 @@ impl Scheduler {
             },
         );
         self.by_name.insert(name, id);
+    }
+
+    /// As [`Watch::doubt`]. A probe under way was sent before and counts no more.
+    fn doubt(&mut self, names: &[Name]) {
+        for name in names {
+            let Some(old) = self.by_name.get(name).copied().and_then(|id| self.remove(id)) else {
+                continue;
+            };
+            let target = Target::clone(&old.target);
+            self.add(name.clone(), target, Some(old));
+            if let Some(entry) = self.by_name.get(name).and_then(|id| self.entries.get_mut(id)) {
+                entry.judge.doubt();
+            }
+        }
     }
 
     fn remove(&mut self, id: EntryId) -> Option<Entry> {
@@ -281,13 +343,13 @@ impl Scheduler {
             self.due.pop();
             if let Some(entry) = self.entries.get_mut(&id) {
                 let target = Arc::clone(&entry.target);
-                let source = self.source;
+                let prober = Arc::clone(&self.prober);
                 entry.probe = Some(self.probes.spawn(async move {
                     let began = Instant::now();
                     Ended {
                         entry: id,
                         began,
-                        result: probe(&target, source).await,
+                        result: prober.probe(&target).await,
                     }
                 }));
             }
@@ -326,13 +388,55 @@ impl Scheduler {
     }
 }
 
-/// Probes one target once, now.
+/// Probes one target once, now, from the address `source`.
 pub async fn probe(target: &Target, source: Ipv4Addr) -> Result<Duration, ProbeFailure> {
-    let HealthCheck { probe, timeout, .. } = &target.check;
-    match probe {
-        Probe::Tcp => tcp::probe(target.address, source, *timeout).await,
-        Probe::Http { path, host, expect } => {
-            http::probe(target.address, source, *timeout, path, host.as_deref(), expect).await
+    Prober::new(source).probe(target).await
+}
+
+/// What probes share: sockets, settings, turns.
+struct Prober {
+    source: Ipv4Addr,
+    tls: https::Settings,
+    echoes: icmp::Echoes,
+    commands: Semaphore,
+}
+
+impl Prober {
+    fn new(source: Ipv4Addr) -> Self {
+        Self {
+            source,
+            tls: https::Settings::default(),
+            echoes: icmp::Echoes::default(),
+            commands: Semaphore::new(command::MAX_COMMANDS),
+        }
+    }
+
+    /// Probes one target once, now.
+    async fn probe(&self, target: &Target) -> Result<Duration, ProbeFailure> {
+        let Target { address, check, .. } = target;
+        let (address, limit) = (*address, check.timeout);
+        let origin = match &target.device {
+            Some(device) => Origin::Device(device.clone()),
+            None => Origin::Address(self.source),
+        };
+        match &check.probe {
+            Probe::Tcp => tcp::probe(address, &origin, limit).await,
+            Probe::Http(http) => http::probe(address, &origin, limit, http).await,
+            Probe::Https(http, trust) => https::probe(address, &origin, limit, http, trust, &self.tls).await,
+            Probe::Udp { send, answer } => udp::probe(address, &origin, limit, send, answer.as_deref()).await,
+            Probe::Grpc { service, host } => {
+                grpc::probe(address, &origin, limit, service, host.as_deref()).await
+            }
+            Probe::Icmp => icmp::probe(*address.ip(), &origin, limit, &self.echoes).await,
+            Probe::Command(words) => {
+                let subject = command::Subject {
+                    group: &target.group,
+                    backend: &target.backend,
+                    target: address,
+                    source: self.source,
+                };
+                command::probe(words, subject, limit, &self.commands).await
+            }
         }
     }
 }
@@ -342,7 +446,7 @@ mod tests {
     use tokio::{net::TcpListener, time::timeout};
 
     use super::{
-        testing::{LOOPBACK, Server, refusing, v4},
+        testing::{LOOPBACK, Server, get, refusing, v4},
         *,
     };
     use crate::config::StatusRange;
@@ -356,6 +460,7 @@ mod tests {
             timeout: Duration::from_secs(2),
             rise: 2,
             fall: 2,
+            jitter_percent: 0,
             port: None,
         };
         Target {
@@ -363,6 +468,7 @@ mod tests {
             backend: backend.into(),
             address,
             check,
+            device: None,
         }
     }
 
@@ -466,20 +572,11 @@ mod tests {
     async fn an_http_check_sees_the_status() {
         let server = Server::answer(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n").await;
         let mut target = target("web-1", server.address);
-        target.check.probe = Probe::Http {
-            path: "/".into(),
-            host: None,
-            expect: vec![
-                StatusRange {
-                    first: 200,
-                    last: 299,
-                },
-                StatusRange {
-                    first: 404,
-                    last: 404,
-                },
-            ],
-        };
+        let mut http = get("/");
+        http.expect = [(200, 299), (404, 404)]
+            .map(|(first, last)| StatusRange { first, last })
+            .to_vec();
+        target.check.probe = Probe::Http(http);
         let (sender, mut reports) = mpsc::channel(16);
         let _watch = fresh(vec![target], LOOPBACK, sender);
         let report = next(&mut reports).await;
@@ -556,6 +653,80 @@ mod tests {
             }
         };
         assert_eq!(report.transition, Some(Health::Unhealthy));
+    }
+
+    #[tokio::test]
+    async fn a_doubted_target_is_asked_promptly_and_its_next_success_is_enough() {
+        let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
+        let mut up = target("up", v4(listener.local_addr().unwrap()));
+        up.check.interval = Duration::from_secs(300);
+        up.check.rise = 10;
+        let mut down = target("down", refusing());
+        down.check.interval = Duration::from_secs(300);
+        let (sender, mut reports) = mpsc::channel(16);
+        let watch = fresh(vec![up, down], LOOPBACK, sender);
+        for _ in 0..2 {
+            assert!(next(&mut reports).await.transition.is_some());
+        }
+        let names = ["up", "down", "unknown"].map(|name| ("web".to_owned(), name.to_owned()));
+        watch.doubt(names.to_vec());
+        // Within ten seconds, not within five minutes.
+        let mut seen = HashMap::new();
+        for _ in 0..2 {
+            let report = next(&mut reports).await;
+            seen.insert(report.target.backend.clone(), (report.transition, report.health));
+        }
+        assert_eq!(seen["up"], (Some(Health::Healthy), Some(Health::Healthy)));
+        assert_eq!(seen["down"], (None, Some(Health::Unhealthy)));
+    }
+
+    #[tokio::test]
+    async fn a_tunnel_is_asked_by_its_device() {
+        let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
+        let address = v4(listener.local_addr().unwrap());
+        let check = TunnelCheck {
+            address: *address.ip(),
+            check: HealthCheck {
+                port: Some(address.port()),
+                ..target("", address).check
+            },
+        };
+        // RFC 5737 TEST-NET-1: no host has it, and none is needed.
+        let source = Ipv4Addr::new(192, 0, 2, 1);
+        probe(&Target::tunnel("lo", &check), source).await.unwrap();
+        let failure = probe(&Target::tunnel("gone", &check), source).await.unwrap_err();
+        assert_eq!(failure.name(), "other");
+    }
+
+    #[tokio::test]
+    async fn every_kind_of_probe_reaches_its_server() {
+        let mut target = target("ecs01", refusing());
+        target.check.timeout = Duration::from_secs(5);
+        let command = ["/bin/sh", "-c", "test $FORWARDER_BACKEND = ecs01"].map(str::to_owned);
+        let udp = Probe::Udp {
+            send: Vec::new(),
+            answer: None,
+        };
+        let grpc = Probe::Grpc {
+            service: String::new(),
+            host: None,
+        };
+        for (probe_of, expected) in [
+            (Probe::Tcp, Err("refused")),
+            (Probe::Http(get("/")), Err("refused")),
+            (
+                Probe::Https(get("/"), crate::config::Trust::Anyone),
+                Err("refused"),
+            ),
+            (udp, Err("port-unreachable")),
+            (grpc, Err("refused")),
+            (Probe::Command(command.to_vec()), Ok(())),
+        ] {
+            target.check.probe = probe_of;
+            let outcome = probe(&target, LOOPBACK).await;
+            let outcome = outcome.map(drop).map_err(|failure| failure.name());
+            assert_eq!(outcome, expected, "{:?}", target.check.probe);
+        }
     }
 
     #[tokio::test]

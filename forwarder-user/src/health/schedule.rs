@@ -6,6 +6,10 @@
 //! yesterday's. The *first* probes don't wait for the grid, as a starting gateway has no backends until they
 //! return: they are spread over [`START_WINDOW`] in the order of their phases.
 //!
+//! Each probe is some way off its point of the grid, the *jitter*, which differs from point to point: gateways that
+//! have the same configuration and started at the same moment do not ask a server in step for ever. It is a hash as
+//! well, and at most a quarter of the interval, so that two probes on the grid are never closer than half an interval.
+//!
 //! A probe that takes longer than its interval (the timeout may be longer) skips grid points: there is never
 //! more than one probe of a target under way. Where the timeout is not longer than the interval, an outage is
 //! found within fall × interval + timeout of its begin.
@@ -30,21 +34,29 @@ pub struct Cadence {
     phase: Duration,
     /// Where in `0..1` of its interval the phase lies, in units of 2^-32.
     fraction: u32,
+    /// How far off the grid a probe may be, at most a quarter of `interval`.
+    jitter: Duration,
+    /// What the jitter of each point is derived from.
+    seed: u64,
 }
 
 impl Cadence {
-    /// The cadence of the target that `name` identifies. An `interval` of 0 counts as 1 ms.
+    /// The cadence of the target that `name` identifies. An `interval` of 0 counts as 1 ms, a jitter of more than 25 %
+    /// as that.
     #[must_use]
-    pub fn new(interval: Duration, name: &impl Hash) -> Self {
+    pub fn new(interval: Duration, jitter_percent: u32, name: &impl Hash) -> Self {
         let interval = interval.max(Duration::from_millis(1));
         // Keys of `new` are fixed, so the phases are the same at each start.
         let mut hasher = DefaultHasher::new();
         name.hash(&mut hasher);
-        let fraction = (hasher.finish() >> 32) as u32;
+        let seed = hasher.finish();
+        let fraction = (seed >> 32) as u32;
         Self {
             interval,
             phase: scale(interval, fraction),
             fraction,
+            jitter: interval * jitter_percent.min(25) / 100,
+            seed,
         }
     }
 
@@ -56,7 +68,8 @@ impl Cadence {
 
     /// When the probe after one that began at `began` and ended at `ended` starts: at the first point of the
     /// grid, counted from `epoch`, that is not before `ended` and at least half an interval after `began`
-    /// (the first probe is off the grid, and two probes close together would tell nothing new).
+    /// (the first probe is off the grid, and two probes close together would tell nothing new); or the jitter before or
+    /// after it, but never before `ended`.
     #[must_use]
     pub fn next(&self, epoch: Instant, began: Instant, ended: Instant) -> Instant {
         let origin = epoch + self.phase;
@@ -64,7 +77,17 @@ impl Cadence {
         let since = earliest.saturating_duration_since(origin).as_nanos();
         let interval = self.interval.as_nanos();
         let points = since.div_ceil(interval);
-        origin + Duration::from_nanos(u64::try_from(points * interval).unwrap_or(u64::MAX))
+        let point = origin + Duration::from_nanos(u64::try_from(points * interval).unwrap_or(u64::MAX));
+        if self.jitter.is_zero() {
+            return point;
+        }
+        let mut hasher = DefaultHasher::new();
+        (self.seed, points).hash(&mut hasher);
+        let offset = scale(2 * self.jitter, (hasher.finish() >> 32) as u32);
+        (point + offset)
+            .checked_sub(self.jitter)
+            .unwrap_or(point)
+            .max(ended)
     }
 }
 
@@ -87,7 +110,7 @@ mod tests {
         let mut first_per_ms = [0_u32; 200];
         let mut grid_per_10_ms = [0_u32; 200];
         for number in 0..10_000 {
-            let cadence = Cadence::new(interval, &("web", format!("backend-{number}")));
+            let cadence = Cadence::new(interval, 10, &("web", format!("backend-{number}")));
             let first = cadence.first(epoch);
             first_per_ms[(first - epoch).as_millis() as usize] += 1;
             let next = cadence.next(epoch, first, first);
@@ -108,12 +131,12 @@ mod tests {
     fn the_phase_depends_on_the_name_only() {
         let interval = Duration::from_secs(1);
         assert_eq!(
-            Cadence::new(interval, &("web", "a")),
-            Cadence::new(interval, &("web", "a"))
+            Cadence::new(interval, 10, &("web", "a")),
+            Cadence::new(interval, 10, &("web", "a"))
         );
         assert_ne!(
-            Cadence::new(interval, &("web", "a")),
-            Cadence::new(interval, &("web", "b"))
+            Cadence::new(interval, 10, &("web", "a")),
+            Cadence::new(interval, 10, &("web", "b"))
         );
     }
 
@@ -127,7 +150,7 @@ mod tests {
             let interval = Duration::from_millis(interval_ms);
             let took = Duration::from_millis(timeout_ms);
             let epoch = Instant::now();
-            let cadence = Cadence::new(interval, &name);
+            let cadence = Cadence::new(interval, 0, &name);
 
             let first = cadence.first(epoch);
             prop_assert!(first - epoch < START_WINDOW.min(interval));
@@ -142,6 +165,35 @@ mod tests {
             prop_assert!(third >= second + took);
             prop_assert!(third - (second + took) <= interval);
             prop_assert_eq!((third - second).as_nanos() % interval.as_nanos(), 0);
+        }
+
+        #[test]
+        fn jitter_moves_probes_but_never_close_together(
+            interval_ms in 100_u64..300_000,
+            jitter_percent in 1_u32..=25,
+            name in ".{0,12}",
+        ) {
+            let interval = Duration::from_millis(interval_ms);
+            let jitter = interval * jitter_percent / 100;
+            let epoch = Instant::now();
+            let grid = Cadence::new(interval, 0, &name);
+            let cadence = Cadence::new(interval, jitter_percent, &name);
+            let mut began = cadence.first(epoch);
+            let mut point = grid.next(epoch, began, began);
+            let mut offsets = Vec::new();
+            for round in 0..20 {
+                let next = cadence.next(epoch, began, began);
+                prop_assert!(next + jitter >= point && next <= point + jitter);
+                let least = if round == 0 { interval / 4 } else { interval / 2 };
+                // Parts of the interval are rounded to nanoseconds.
+                prop_assert!(next - began + Duration::from_nanos(9) >= least);
+                offsets.push(next + jitter - point);
+                began = next;
+                point += interval;
+            }
+            // Not all the same: they are spread over twice the jitter.
+            let spread = *offsets.iter().max().unwrap_or(&jitter) - *offsets.iter().min().unwrap_or(&jitter);
+            prop_assert!(spread > jitter / 2, "{:?}", offsets);
         }
     }
 }

@@ -16,10 +16,7 @@
 //! A handshake is answered by the server's kernel: a process that hangs but still listens passes. That is
 //! what the HTTP probe is for.
 
-use std::{
-    net::{Ipv4Addr, SocketAddrV4},
-    time::Duration,
-};
+use std::{net::SocketAddrV4, time::Duration};
 
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use tokio::{
@@ -28,7 +25,10 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::failure::{ProbeFailure, Stage};
+use super::{
+    failure::{ProbeFailure, Stage},
+    origin::Origin,
+};
 
 /// How long a connection that gave its verdict waits for the server to close: more than most round trips.
 pub(super) const FAREWELL: Duration = Duration::from_millis(500);
@@ -36,7 +36,7 @@ pub(super) const FAREWELL: Duration = Duration::from_millis(500);
 /// What a probe reads of a greeting or a body before it stops being polite, in bytes.
 pub(super) const MAX_READ_BYTES: usize = 64 * 1024;
 
-/// Makes one TCP handshake with `target` from `source`.
+/// Makes one TCP handshake with `target` from `origin`.
 ///
 /// Returns the time until the handshake was complete. `timeout` covers everything up to the verdict.
 ///
@@ -45,33 +45,28 @@ pub(super) const MAX_READ_BYTES: usize = 64 * 1024;
 /// a second.
 pub async fn probe(
     target: SocketAddrV4,
-    source: Ipv4Addr,
+    origin: &Origin,
     timeout: Duration,
 ) -> Result<Duration, ProbeFailure> {
     let start = Instant::now();
-    let stream = connect(target, source, start, timeout).await?;
+    let stream = connect(target, origin, start, timeout).await?;
     let elapsed = start.elapsed();
     // Beside the verdict, which a server that never closes must not delay; ends by itself.
     tokio::spawn(say_goodbye(stream));
     Ok(elapsed)
 }
 
-/// A connection to `target` from `source`, made before `start + limit`.
+/// A connection to `target` from `origin`, made before `start + limit`.
 pub(super) async fn connect(
     target: SocketAddrV4,
-    source: Ipv4Addr,
+    origin: &Origin,
     start: Instant,
     limit: Duration,
 ) -> Result<TcpStream, ProbeFailure> {
     let fail = |error: &std::io::Error| ProbeFailure::from_io(error, Stage::Connect, start.elapsed());
     let socket = TcpSocket::new_v4().map_err(|error| fail(&error))?;
     setsockopt(&socket, IpBindAddressNoPort, &true).map_err(ProbeFailure::NotSent)?;
-    socket
-        .bind(SocketAddrV4::new(source, 0).into())
-        .map_err(|error| match error.kind() {
-            std::io::ErrorKind::AddrNotAvailable => ProbeFailure::SourceNotLocal(source),
-            _ => fail(&error),
-        })?;
+    origin.bind(&socket)?;
     match timeout_at(start + limit, socket.connect(target.into())).await {
         Err(_elapsed) => Err(ProbeFailure::TimedOut {
             stage: Stage::Connect,
@@ -102,15 +97,17 @@ async fn say_goodbye(mut stream: TcpStream) {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
-    use crate::health::testing::{LOOPBACK, Server, refusing};
+    use crate::health::testing::{Server, loopback, refusing};
 
     const LIMIT: Duration = Duration::from_secs(5);
 
     #[tokio::test]
     async fn passes_when_the_server_accepts_and_ends_without_a_reset() {
         let server = Server::read_to_end().await;
-        let elapsed = probe(server.address, LOOPBACK, LIMIT).await.unwrap();
+        let elapsed = probe(server.address, &loopback(), LIMIT).await.unwrap();
         assert!(elapsed < LIMIT);
         // EOF, no data, no ECONNRESET.
         assert_eq!(server.ended().await.unwrap(), b"");
@@ -119,7 +116,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_speaks_first_sees_no_reset() {
         let server = Server::greet(b"220 ready\r\n").await;
-        probe(server.address, LOOPBACK, LIMIT).await.unwrap();
+        probe(server.address, &loopback(), LIMIT).await.unwrap();
         assert_eq!(server.ended().await.unwrap(), b"");
     }
 
@@ -127,14 +124,30 @@ mod tests {
     async fn the_probe_leaves_from_the_probe_address() {
         let server = Server::read_to_end().await;
         let source = Ipv4Addr::new(127, 0, 0, 42);
-        probe(server.address, source, LIMIT).await.unwrap();
+        probe(server.address, &Origin::Address(source), LIMIT)
+            .await
+            .unwrap();
         assert_eq!(server.peer().await.ip(), source);
+    }
+
+    #[tokio::test]
+    async fn a_probe_may_be_tied_to_a_device() {
+        let server = Server::read_to_end().await;
+        let device = |name: &str| Origin::Device(name.into());
+        probe(server.address, &device("lo"), LIMIT).await.unwrap();
+        server.ended().await.unwrap();
+        let failure = probe(refusing(), &device("no-such-device"), LIMIT)
+            .await
+            .unwrap_err();
+        assert_eq!(failure, ProbeFailure::Other(nix::errno::Errno::ENODEV));
+        // Of a tunnel that is no finding about this gateway, but about the tunnel.
+        assert!(!failure.is_local());
     }
 
     #[tokio::test]
     async fn refused() {
         assert_eq!(
-            probe(refusing(), LOOPBACK, LIMIT).await,
+            probe(refusing(), &loopback(), LIMIT).await,
             Err(ProbeFailure::Refused)
         );
     }
@@ -144,7 +157,7 @@ mod tests {
         let server = Server::never_accepting().await;
         let limit = Duration::from_millis(50);
         assert_eq!(
-            probe(server.address, LOOPBACK, limit).await,
+            probe(server.address, &loopback(), limit).await,
             Err(ProbeFailure::TimedOut {
                 stage: Stage::Connect,
                 after: limit
@@ -156,7 +169,9 @@ mod tests {
     async fn a_source_that_is_not_ours_is_a_local_fault() {
         // RFC 5737 TEST-NET-1: no host has it.
         let source = Ipv4Addr::new(192, 0, 2, 1);
-        let failure = probe(refusing(), source, LIMIT).await.unwrap_err();
+        let failure = probe(refusing(), &Origin::Address(source), LIMIT)
+            .await
+            .unwrap_err();
         assert_eq!(failure, ProbeFailure::SourceNotLocal(source));
         assert!(failure.is_local());
     }

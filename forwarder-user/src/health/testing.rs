@@ -13,7 +13,29 @@ use tokio::{
     task::JoinHandle,
 };
 
+use super::origin::Origin;
+use crate::config::{HttpProbe, Method, StatusRange};
+
 pub(super) const LOOPBACK: Ipv4Addr = Ipv4Addr::LOCALHOST;
+
+/// Probes of tests leave from here.
+pub(super) fn loopback() -> Origin {
+    Origin::Address(LOOPBACK)
+}
+
+/// A GET whose answer is good from 200 to 399.
+pub(super) fn get(path: &str) -> HttpProbe {
+    HttpProbe {
+        method: Method::Get,
+        path: path.to_owned(),
+        host: None,
+        expect: vec![StatusRange {
+            first: 200,
+            last: 399,
+        }],
+        body: None,
+    }
+}
 
 pub(super) struct Server {
     pub(super) address: SocketAddrV4,

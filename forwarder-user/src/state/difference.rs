@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, fmt::Debug};
 
 use crate::{
     change::{Action, Change},
-    config::{Backend, Config, Group, Listener, NatMode, Persistence, Probe, Protocol, Selection},
+    config::{
+        Backend, Config, Group, Listener, NatMode, Persistence, Protocol, Selection, TunnelCheck, TunnelMode,
+    },
     error::Error,
 };
 
@@ -48,9 +50,17 @@ pub fn differences(before: Option<&Config>, after: &Config) -> Vec<Change> {
         &after.interfaces,
         |_| String::new(),
     );
-    compare.maps("tunnel", &before_or_nothing.tunnels, &after.tunnels, |_| {
-        String::new()
-    });
+    compare.maps(
+        "tunnel",
+        &before_or_nothing.tunnels,
+        &after.tunnels,
+        |tunnel| match &tunnel.health {
+            None => String::new(),
+            Some(TunnelCheck { address, check }) => {
+                format!("{} of {address} every {:?}", check.probe, check.interval)
+            }
+        },
+    );
     compare.maps(
         "network",
         &before_or_nothing.networks,
@@ -156,14 +166,9 @@ fn describe_group(group: &Group) -> String {
         Selection::RoundRobin => ", in turn",
         Selection::LeastConnections => ", by least connections",
     };
-    let health = match group
-        .health
-        .as_ref()
-        .map(|health| (&health.probe, health.interval))
-    {
+    let health = match &group.health {
         None => "no health check".to_owned(),
-        Some((Probe::Tcp, interval)) => format!("TCP check every {interval:?}"),
-        Some((Probe::Http { path, .. }, interval)) => format!("HTTP check of {path} every {interval:?}"),
+        Some(check) => format!("{} every {:?}", check.probe, check.interval),
     };
     let mut text = format!("{nat}{selection}, {health}");
     if let Some(Persistence { timeout, prefix_bits }) = group.persistence {
@@ -205,6 +210,11 @@ fn describe_listener(listener: &Listener) -> String {
 
 /// What differs although it is fixed while the agent runs: one error for each key.
 pub fn restart_needed(before: &Config, after: &Config) -> Vec<Error> {
+    // How a tunnel is checked has nothing to do with what is attached to it.
+    let devices = |config: &Config| -> Vec<(String, TunnelMode)> {
+        let modes = config.tunnels.iter();
+        modes.map(|(name, tunnel)| (name.clone(), tunnel.mode)).collect()
+    };
     let (old, new) = (&before.agent, &after.agent);
     let flows_end = "stop the agent, `forwarder detach`, start it: flows end";
     let flows_stay = "restart the agent with on_stop = \"keep\" in force: flows go on";
@@ -237,7 +247,7 @@ pub fn restart_needed(before: &Config, after: &Config) -> Vec<Error> {
             flows_stay,
         ),
         ("[interface]", before.interfaces != after.interfaces, flows_stay),
-        ("[tunnel]", before.tunnels != after.tunnels, flows_stay),
+        ("[tunnel]", devices(before) != devices(after), flows_stay),
     ];
     fixed
         .into_iter()

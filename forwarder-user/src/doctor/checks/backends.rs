@@ -156,7 +156,7 @@ fn refused(facts: &Facts, backend: &Backend) -> Finding {
     let is_http = facts.config.groups[&backend.group]
         .health
         .as_ref()
-        .is_some_and(|check| matches!(check.probe, Probe::Http { .. }));
+        .is_some_and(|check| matches!(check.probe, Probe::Http(_) | Probe::Https(..)));
     let Some(open) = likely_port(facts, backend) else {
         let what = format!(
             "server {} refuses connections to port {port}: nothing listens there",
