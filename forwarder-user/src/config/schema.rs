@@ -42,6 +42,12 @@ pub const INTERVAL_MS: RangeInclusive<u64> = 100..=300_000;
 pub const TIMEOUT_MS: RangeInclusive<u64> = 50..=300_000;
 /// Range of a health check's `rise` and `fall`.
 pub const THRESHOLD: RangeInclusive<u32> = 1..=10;
+/// Range of `rejected` and `silent` of a passive check; zero switches the sign off.
+pub const PASSIVE_FLOWS: RangeInclusive<u32> = 0..=10_000;
+/// Range of a passive check's `silent_after`, in milliseconds.
+pub const SILENT_AFTER_MS: RangeInclusive<u64> = 100..=60_000;
+/// Range of a passive check's ejection times, in milliseconds.
+pub const EJECTION_TIME_MS: RangeInclusive<u64> = 1_000..=3_600_000;
 /// Range of a listener's `idle_timeout`, in milliseconds.
 pub const IDLE_TIMEOUT_MS: RangeInclusive<u64> = 10_000..=4_000_000;
 /// Range of a listener's `half_open_timeout`, in milliseconds.
@@ -116,6 +122,7 @@ const GROUP: Shape = Shape {
         "persistence_timeout",
         "persistence_prefix",
         "health",
+        "passive",
         "backend",
     ],
 };
@@ -123,6 +130,18 @@ const HEALTH: Shape = Shape {
     header: "group.NAME.health",
     keys: &[
         "kind", "path", "host", "expect", "interval", "timeout", "rise", "fall", "port",
+    ],
+};
+const PASSIVE: Shape = Shape {
+    header: "group.NAME.passive",
+    keys: &[
+        "enabled",
+        "rejected",
+        "silent",
+        "silent_after",
+        "max_ejected_percent",
+        "ejection_time",
+        "max_ejection_time",
     ],
 };
 const BACKEND: Shape = Shape {
@@ -147,7 +166,7 @@ const LISTENER: Shape = Shape {
 
 /// Every table of the language with every key.
 pub const SHAPES: &[&Shape] = &[
-    &FILE, &AGENT, &SNAT, &INTERFACE, &TUNNEL, &NETWORK, &GROUP, &HEALTH, &BACKEND, &LISTENER,
+    &FILE, &AGENT, &SNAT, &INTERFACE, &TUNNEL, &NETWORK, &GROUP, &HEALTH, &PASSIVE, &BACKEND, &LISTENER,
 ];
 
 /// The whole file.
@@ -214,6 +233,7 @@ pub struct Group {
     pub persistence_timeout: OptionalField<Duration>,
     pub persistence_prefix: OptionalField<u8>,
     pub health: Result<Health, Reported>,
+    pub passive: Result<Passive, Reported>,
     pub backends: Named<Backend>,
 }
 
@@ -238,6 +258,18 @@ pub struct Health {
     pub rise: OptionalField<u32>,
     pub fall: OptionalField<u32>,
     pub port: OptionalField<u16>,
+}
+
+/// `[group.NAME.passive]`
+#[derive(Clone, Debug)]
+pub struct Passive {
+    pub enabled: OptionalField<bool>,
+    pub rejected: OptionalField<u32>,
+    pub silent: OptionalField<u32>,
+    pub silent_after: OptionalField<Duration>,
+    pub max_ejected_percent: OptionalField<u8>,
+    pub ejection_time: OptionalField<Duration>,
+    pub max_ejection_time: OptionalField<Duration>,
 }
 
 /// `[group.NAME.backend.NAME]`
@@ -329,6 +361,7 @@ impl Document {
                 persistence_timeout: table.optional("persistence_timeout", duration(PERSISTENCE_TIMEOUT_MS)),
                 persistence_prefix: table.optional("persistence_prefix", integer(PERSISTENCE_PREFIX)),
                 health: table.table("health", &HEALTH, Health::read),
+                passive: table.table("passive", &PASSIVE, Passive::read),
                 backends: table.required_named("backend", &BACKEND, name, |table| Backend {
                     address: table.required("address", "\"192.168.1.10\"", address),
                     port: table.optional("port", integer(PORT)),
@@ -372,6 +405,20 @@ impl Health {
             rise: table.optional("rise", integer(THRESHOLD)),
             fall: table.optional("fall", integer(THRESHOLD)),
             port: table.optional("port", integer(PORT)),
+        }
+    }
+}
+
+impl Passive {
+    fn read(table: &Table<'_>) -> Self {
+        Self {
+            enabled: table.optional("enabled", boolean),
+            rejected: table.optional("rejected", integer(PASSIVE_FLOWS)),
+            silent: table.optional("silent", integer(PASSIVE_FLOWS)),
+            silent_after: table.optional("silent_after", duration(SILENT_AFTER_MS)),
+            max_ejected_percent: table.optional("max_ejected_percent", integer(0..=100)),
+            ejection_time: table.optional("ejection_time", duration(EJECTION_TIME_MS)),
+            max_ejection_time: table.optional("max_ejection_time", duration(EJECTION_TIME_MS)),
         }
     }
 }
