@@ -3,7 +3,7 @@
 //! ```text
 //! cli -> doctor -> diagnose              facts of the host and of every path, judged by pure checks
 //! cli -> agent -> state -> config        names and wishes become tables; pure
-//!          |  \-> health, network, diagnose   what is going on out there
+//!          |  \-> health, passive, network, diagnose   what is going on out there
 //!          \---> datapath                     the kernel's objects; the only place that knows aya
 //! status -> metrics, api                 what is known, for people and programs
 //! explain, flows -> inspect -> api       looks at the data path beside the agent's loop
@@ -24,6 +24,7 @@ pub mod health;
 pub mod inspect;
 pub mod metrics;
 pub mod network;
+pub mod passive;
 pub mod pool_watch;
 pub mod requirements;
 pub mod reset;

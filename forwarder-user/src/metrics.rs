@@ -14,7 +14,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::status::{Status, Traffic};
+use crate::status::{Ejections, Status, Traffic};
 
 /// What [`render`] returns, for HTTP (OpenMetrics 1.0 §4).
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -331,9 +331,9 @@ impl Measure {
 }
 
 /// All of [`BackendStatus::health`](crate::status::BackendStatus::health).
-const HEALTH: [&str; 3] = ["healthy", "unhealthy", "unknown"];
+const HEALTH: [&str; 4] = ["healthy", "unhealthy", "unknown", "ejected"];
 
-fn backends() -> [Family; 5] {
+fn backends() -> [Family; 6] {
     let of_backends = |read: fn(&crate::status::BackendStatus) -> Value| {
         move |status: &Status| {
             let mut samples = Vec::new();
@@ -350,7 +350,7 @@ fn backends() -> [Family; 5] {
         Family::new(
             Kind::Gauge,
             "group_backends",
-            "Backends of the group, by health; unknown before the first probe.",
+            "Backends of the group, by health; unknown before the first probe, ejected by passive checks.",
             &["group", "health"],
             |status| {
                 let mut samples = Vec::new();
@@ -387,6 +387,24 @@ fn backends() -> [Family; 5] {
             "Share of the group's slots, and so of its new flows, that the backend has now, 0 to 1.",
             of_one,
             of_backends(|backend| Value::Real(backend.share)),
+        ),
+        Family::new(
+            Kind::Counter,
+            "backend_ejections",
+            "How often passive checks took the backend out: it rejected flows, or it was silent.",
+            &["group", "backend", "cause"],
+            |status| {
+                let mut samples = Vec::new();
+                for group in &status.groups {
+                    for backend in &group.backends {
+                        let Ejections { rejected, silent } = backend.ejections;
+                        for (cause, count) in [("rejected", rejected), ("silent", silent)] {
+                            samples.push(Sample::whole([&group.name, &backend.name, cause], count));
+                        }
+                    }
+                }
+                samples
+            },
         ),
         Family::new(
             Kind::Gauge,

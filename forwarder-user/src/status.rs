@@ -122,6 +122,8 @@ pub struct GroupStatus {
     pub nat: String,
     pub healthy_backends: usize,
     pub unhealthy_backends: usize,
+    /// Healthy as far as active checks know, and ejected by passive ones.
+    pub ejected_backends: usize,
     /// Sum over its backends.
     #[serde(flatten)]
     pub traffic: Traffic,
@@ -135,13 +137,17 @@ pub struct BackendStatus {
     /// None: the one that the client asked for.
     pub port: Option<u16>,
     pub weight: u16,
-    /// `healthy`, `unhealthy`, or `unknown` before the first probe.
+    /// `healthy`, `unhealthy`, `unknown` before the first probe, or `ejected`: healthy as far as active checks know, but
+    /// passive ones took it out.
     pub health: String,
     /// Share of the group's slots, 0 to 1.
     pub share: f64,
     /// Why the last probe failed; none if it passed.
     pub failure: Option<String>,
     pub diagnosis: Option<DiagnosisStatus>,
+    /// Why passive checks took it out; none if they did not.
+    pub ejection: Option<EjectionStatus>,
+    pub ejections: Ejections,
     #[serde(flatten)]
     pub traffic: Traffic,
 }
@@ -163,6 +169,24 @@ pub struct DiagnosisStatus {
     pub cause: String,
     pub text: String,
     pub hint: Option<String>,
+}
+
+/// Why a backend is out, and for how long.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EjectionStatus {
+    /// `rejected`: it answered new flows with TCP resets. `silent`: nothing came from it.
+    pub cause: String,
+    /// Until its time is over; at 0 it waits for a probe that passes.
+    pub remaining_secs: f64,
+    /// Ejections in a row, this one included.
+    pub times: u32,
+}
+
+/// How often a backend was ejected since the agent's start, by cause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ejections {
+    pub rejected: u64,
+    pub silent: u64,
 }
 
 /// SNAT bindings, each of which one flow holds.

@@ -143,6 +143,7 @@ impl Agent {
         self.observed = observed;
         self.config = Arc::new(config);
         self.publish_names();
+        self.configure_passive();
         let names: HashSet<&BackendName> = self.applied.ids.backends.keys().collect();
         self.notes.retain(|name, _| names.contains(name));
         for name in names {

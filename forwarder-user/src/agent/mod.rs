@@ -50,6 +50,7 @@ use crate::{
 };
 
 mod change;
+mod passive;
 mod policy;
 mod start;
 mod status;
@@ -272,6 +273,7 @@ struct Agent {
     backend_rates: HashMap<BackendId, Rates>,
     warnings: Vec<String>,
     pool_watch: PoolWatch,
+    passive: passive::PassiveChecks,
     /// For those who look at the live maps.
     names: watch::Sender<Arc<Names>>,
     started_at: Instant,
@@ -331,6 +333,7 @@ impl Agent {
                     unheard.remove(&name);
                     self.diagnose_if_due(&name, &report, &diagnosing, &diagnosis_sender);
                 }
+                Some(event) = self.passive.happened() => self.judged(event)?,
                 Some((name, diagnosis)) = diagnoses.recv() => self.diagnosed(&name, diagnosis),
                 changed = changes.changed() => match changed {
                     Some(changed) => self.network_changed(&changed).await?,
@@ -447,6 +450,7 @@ impl Agent {
 
     fn heard(&mut self, name: &BackendName, report: &Report) -> Result<(), Error> {
         let (group, backend) = name;
+        self.passive_heard(name, report);
         if let Some(notes) = self.notes.get_mut(name) {
             notes.failure = report.result.as_ref().err().cloned();
             if notes.failure.is_none() {

@@ -20,7 +20,7 @@ use forwarder_common::{
 use tokio::sync::watch;
 use tracing::{debug, info};
 
-use super::{Agent, BackendNotes, Sample, change::inherited_health};
+use super::{Agent, BackendNotes, Sample, change::inherited_health, passive::PassiveChecks};
 use crate::{
     config::{self, Config, NatMode},
     datapath::{
@@ -32,6 +32,7 @@ use crate::{
         pin::PinDirectory,
         reader,
         view::{Live, LiveMaps},
+        watch::BackendWatch,
     },
     error::Error,
     inspect::Inspector,
@@ -68,6 +69,7 @@ impl Agent {
         let mut ebpf = object::load_pinned(&sizes, pins, &free_list)?;
         let program_log = program_log(&mut ebpf);
         let live_maps = LiveMaps::open(&ebpf)?;
+        let backend_watch = BackendWatch::open(&ebpf)?;
         let (control, mut flow_maps, counters) = maps::take(&mut ebpf, &sizes, Some(pins))?;
         let before = reader::read(&control)?;
         let capacity = Capacity {
@@ -104,6 +106,7 @@ impl Agent {
                 .iter()
                 .map(|one| (one.ifindex, one.interface))
                 .collect(),
+            ejected: HashSet::new(),
             // Flows ask for their routes anew: the programs or the interfaces may be others.
             route_generation: before.desired.settings.route_generation.wrapping_add(1),
             flags: attachments
@@ -156,6 +159,7 @@ impl Agent {
             backend_rates: HashMap::new(),
             warnings: Vec::new(),
             pool_watch: PoolWatch::default(),
+            passive: PassiveChecks::start(backend_watch),
             names,
             started_at,
         };
@@ -163,6 +167,7 @@ impl Agent {
         let desired = crate::state::desired::Desired::of(&agent.config, &applied.ids, &agent.observed);
         agent.write(Applied { desired, ..applied })?;
         agent.sample = agent.read_sample()?;
+        agent.configure_passive();
         agent.resolve_next_hops().await;
         Ok((agent, inspector))
     }

@@ -88,21 +88,24 @@ impl Agent {
             },
             healthy_backends: 0,
             unhealthy_backends: 0,
+            ejected_backends: 0,
             traffic: Traffic::default(),
             backends: Vec::new(),
         };
         for (backend_name, backend) in &group.backends {
             let key = (name.to_owned(), backend_name.clone());
             let id = self.applied.ids.backends[&key];
+            let ejection = self.passive.ejection(&key);
             let health = match (&group.health, self.observed.health.get(&key)) {
+                (None, _) | (_, Some(Health::Healthy)) if ejection.is_some() => "ejected",
                 (None, _) | (_, Some(Health::Healthy)) => "healthy",
                 (_, Some(Health::Unhealthy)) => "unhealthy",
                 (_, None) => "unknown",
             };
-            if health == "healthy" {
-                status.healthy_backends += 1;
-            } else {
-                status.unhealthy_backends += 1;
+            match health {
+                "healthy" => status.healthy_backends += 1,
+                "ejected" => status.ejected_backends += 1,
+                _ => status.unhealthy_backends += 1,
             }
             let count = census.backends.get(&id).copied().unwrap_or_default();
             let rates = self.backend_rates.get(&id).copied().unwrap_or_default();
@@ -123,6 +126,8 @@ impl Agent {
                     text: diagnosis.text.clone(),
                     hint: diagnosis.hint.clone(),
                 }),
+                ejection,
+                ejections: self.passive.ejections(&key),
                 traffic,
             });
         }

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     api::STATUS_PATH,
     error::Errors,
-    status::{BackendStatus, DiagnosisStatus, GroupStatus, PoolStatus, Rates, Status},
+    status::{BackendStatus, DiagnosisStatus, EjectionStatus, GroupStatus, PoolStatus, Rates, Status},
 };
 
 /// From which share on the pool's use is worth a remark.
@@ -152,6 +152,28 @@ fn backends(group: &GroupStatus) -> Vec<String> {
 /// Why a backend does not answer, and what to do.
 fn trouble(backend: &BackendStatus) -> Vec<String> {
     let mut text = Vec::new();
+    if let Some(EjectionStatus {
+        cause,
+        remaining_secs,
+        times,
+    }) = &backend.ejection
+    {
+        let what = match cause.as_str() {
+            "rejected" => "it answered new flows with TCP resets",
+            _ => "nothing came back from it",
+        };
+        let again = if *times > 1 {
+            format!(", {times} times in a row")
+        } else {
+            String::new()
+        };
+        let left = if *remaining_secs > 0.0 {
+            format!("{} left", duration(remaining_secs.ceil() as u64))
+        } else {
+            "back with the next probe that passes".to_owned()
+        };
+        text.push(format!("  ejected{again}: {what}; {left}"));
+    }
     match (&backend.diagnosis, &backend.failure) {
         (
             Some(DiagnosisStatus {
@@ -316,6 +338,7 @@ mod tests {
     fn a_failure_without_a_diagnosis_is_shown() {
         let mut backend = sample().groups[1].backends[1].clone();
         backend.diagnosis = None;
+        backend.ejection = None;
         assert_eq!(trouble(&backend), ["  last probe: no connection within 1s"]);
     }
 

@@ -166,6 +166,8 @@ pub struct Group {
     pub persistence: Option<Persistence>,
     /// `None`: backends are taken as healthy without asking.
     pub health: Option<HealthCheck>,
+    /// `None`: what the data path counts ejects nobody.
+    pub passive: Option<Passive>,
     /// By name; never empty.
     pub backends: BTreeMap<String, Backend>,
 }
@@ -190,6 +192,25 @@ pub struct Persistence {
     pub timeout: Duration,
     /// Clients are the same whose addresses share so many leading bits, 1 to 32.
     pub prefix_bits: u8,
+}
+
+/// When the data path's counters take a backend out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Passive {
+    /// Flows rejected in a row, 1 to 10 000; `None`: any number.
+    pub rejected: Option<u32>,
+    /// Flows without any packet back, 1 to 10 000; `None`: any number.
+    pub silent: Option<u32>,
+    /// For how long they have been so, 100 ms to 60 s.
+    pub silent_after: Duration,
+    /// Do requests without any packet back count like flows? Only TCP answers every one.
+    pub counts_requests: bool,
+    /// Share of the group's backends that may be out, 0 to 100; with more, nobody is ejected.
+    pub max_ejected_percent: u8,
+    /// How long a first ejection lasts, 1 s to 1 h; each in a row twice as long as the one before.
+    pub ejection_time: Duration,
+    /// The longest, `ejection_time` to 1 h.
+    pub max_ejection_time: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -35,6 +35,12 @@ pub const SNAT_PREFIXES: RangeInclusive<usize> = 1..=MAX_RANGES;
 pub const CIDRS: RangeInclusive<usize> = 1..=256;
 /// Range of a port.
 pub const PORT: RangeInclusive<u16> = 1..=65535;
+/// Range of `rejected` and `silent` of a passive check; zero switches the sign off.
+pub const PASSIVE_FLOWS: RangeInclusive<u32> = 0..=10_000;
+/// Range of a passive check's `silent_after`, in milliseconds.
+pub const SILENT_AFTER_MS: RangeInclusive<u64> = 100..=60_000;
+/// Range of a passive check's ejection times, in milliseconds.
+pub const EJECTION_TIME_MS: RangeInclusive<u64> = 1_000..=3_600_000;
 /// Range of a listener's `idle_timeout`, in milliseconds.
 pub const IDLE_TIMEOUT_MS: RangeInclusive<u64> = 10_000..=4_000_000;
 /// Range of a listener's `half_open_timeout`, in milliseconds.
@@ -107,7 +113,20 @@ const GROUP: Shape = Shape {
         "persistence_timeout",
         "persistence_prefix",
         "health",
+        "passive",
         "backend",
+    ],
+};
+const PASSIVE: Shape = Shape {
+    header: "group.NAME.passive",
+    keys: &[
+        "enabled",
+        "rejected",
+        "silent",
+        "silent_after",
+        "max_ejected_percent",
+        "ejection_time",
+        "max_ejection_time",
     ],
 };
 const BACKEND: Shape = Shape {
@@ -141,6 +160,7 @@ pub const SHAPES: &[&Shape] = &[
     &NETWORK,
     &GROUP,
     &HEALTH,
+    &PASSIVE,
     &BACKEND,
     &LISTENER,
 ];
@@ -210,7 +230,20 @@ pub struct Group {
     pub persistence_timeout: OptionalField<Duration>,
     pub persistence_prefix: OptionalField<u8>,
     pub health: Result<Health, Reported>,
+    pub passive: Result<Passive, Reported>,
     pub backends: Named<Backend>,
+}
+
+/// `[group.NAME.passive]`
+#[derive(Clone, Debug)]
+pub struct Passive {
+    pub enabled: OptionalField<bool>,
+    pub rejected: OptionalField<u32>,
+    pub silent: OptionalField<u32>,
+    pub silent_after: OptionalField<Duration>,
+    pub max_ejected_percent: OptionalField<u8>,
+    pub ejection_time: OptionalField<Duration>,
+    pub max_ejection_time: OptionalField<Duration>,
 }
 
 /// `[group.NAME.backend.NAME]`
@@ -303,6 +336,7 @@ impl Document {
                 persistence_timeout: table.optional("persistence_timeout", duration(PERSISTENCE_TIMEOUT_MS)),
                 persistence_prefix: table.optional("persistence_prefix", integer(PERSISTENCE_PREFIX)),
                 health: table.table("health", &HEALTH, Health::read),
+                passive: table.table("passive", &PASSIVE, Passive::read),
                 backends: table.required_named("backend", &BACKEND, name, |table| Backend {
                     address: table.required("address", "\"192.168.1.10\"", address),
                     port: table.optional("port", integer(PORT)),
@@ -325,6 +359,20 @@ impl Document {
                 half_open_timeout: table.optional("half_open_timeout", duration(HALF_OPEN_TIMEOUT_MS)),
                 reset_on_idle: table.optional("reset_on_idle", boolean),
             }),
+        }
+    }
+}
+
+impl Passive {
+    fn read(table: &Table<'_>) -> Self {
+        Self {
+            enabled: table.optional("enabled", boolean),
+            rejected: table.optional("rejected", integer(PASSIVE_FLOWS)),
+            silent: table.optional("silent", integer(PASSIVE_FLOWS)),
+            silent_after: table.optional("silent_after", duration(SILENT_AFTER_MS)),
+            max_ejected_percent: table.optional("max_ejected_percent", integer(0..=100)),
+            ejection_time: table.optional("ejection_time", duration(EJECTION_TIME_MS)),
+            max_ejection_time: table.optional("max_ejection_time", duration(EJECTION_TIME_MS)),
         }
     }
 }

@@ -17,8 +17,8 @@ use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
 use ipnet::Ipv4Net;
 
 use super::{
-    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, Persistence,
-    Ports, Protocol, Redirect, RoutingTable, Selection, SnatPool, Tunnel, TunnelMode, XdpMode,
+    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, Passive,
+    Persistence, Ports, Protocol, Redirect, RoutingTable, Selection, SnatPool, Tunnel, TunnelMode, XdpMode,
     health::{
         read::HealthKind,
         rules::{group_check, tunnel_check},
@@ -45,6 +45,12 @@ pub const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 /// Linux gives up on a SYN after 6 retries, 127 s in all; RFC 5382 REQ-5 lets a NAT drop a partial open
 /// after 4 minutes. A client that has not sent a SYN for this long has given up or will open anew.
 pub const DEFAULT_HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(75);
+const DEFAULT_REJECTED: u32 = 5;
+const DEFAULT_SILENT: u32 = 5;
+const DEFAULT_SILENT_AFTER: Duration = Duration::from_millis(500);
+const DEFAULT_MAX_EJECTED_PERCENT: u8 = 50;
+const DEFAULT_EJECTION_TIME: Duration = Duration::from_secs(10);
+const DEFAULT_MAX_EJECTION_TIME: Duration = Duration::from_secs(300);
 
 /// Where backends may be unless the operator says otherwise: private addresses (RFC 1918) and shared
 /// address space (RFC 6598).
@@ -671,6 +677,7 @@ impl<'d> Check<'d> {
             .as_ref()
             .map_err(|reported| *reported)
             .and_then(|health| group_check(self.report, &place, health, self.default_kind(name)));
+        let passive = self.passive(&place, name, group);
         let backends = convert(&group.backends, |name, backend| {
             self.backend(&format!("{place}, backend {name:?}"), backend)
         });
@@ -702,6 +709,7 @@ impl<'d> Check<'d> {
             selection: or(&group.selection, Selection::Maglev)?,
             persistence: self.persistence(&place, group)?,
             health: health?,
+            passive: passive?,
             backends: backends?,
         })
     }
@@ -861,6 +869,49 @@ impl<'d> Check<'d> {
         }
     }
 
+    fn passive(&self, place: &str, name: &str, group: &schema::Group) -> Result<Option<Passive>, Reported> {
+        let written = group.passive.as_ref().map_err(|reported| *reported)?;
+        // A closed port is no fault of a server that is asked for whatever port the client wants.
+        let has_ports = readable(&group.backends).all(|(_, _, backend)| !matches!(backend.port, Ok(None)));
+        // UDP need not be answered at all.
+        let has_udp = readable(&self.document.listeners).any(|(_, _, listener)| {
+            let is_here = listener.group.as_ref().is_ok_and(|group| group.value == name);
+            is_here && or(&listener.protocol, Protocol::Tcp).is_ok_and(|it| it == Protocol::Udp)
+        });
+        let count = |default, is_on| if is_on { default } else { 0 };
+        let rejected = or(&written.rejected, count(DEFAULT_REJECTED, has_ports))?;
+        let silent = or(&written.silent, count(DEFAULT_SILENT, has_ports && !has_udp))?;
+        let ejection_time = or(&written.ejection_time, DEFAULT_EJECTION_TIME)?;
+        let max_ejection_time = or(
+            &written.max_ejection_time,
+            DEFAULT_MAX_EJECTION_TIME.max(ejection_time),
+        )?;
+        if let (Ok(Some(longest)), true) = (&written.max_ejection_time, max_ejection_time < ejection_time) {
+            let what = format!(
+                "{place}, passive: max_ejection_time is {} s, less than ejection_time, {} s",
+                max_ejection_time.as_secs_f64(),
+                ejection_time.as_secs_f64()
+            );
+            self.error(
+                longest.at,
+                what,
+                "ejection_time is the first one's length, max_ejection_time the longest: raise it, or leave it out",
+            );
+        }
+        let passive = Passive {
+            rejected: (rejected > 0).then_some(rejected),
+            silent: (silent > 0).then_some(silent),
+            silent_after: or(&written.silent_after, DEFAULT_SILENT_AFTER)?,
+            counts_requests: !has_udp,
+            max_ejected_percent: or(&written.max_ejected_percent, DEFAULT_MAX_EJECTED_PERCENT)?,
+            ejection_time,
+            max_ejection_time,
+        };
+        let is_on = or(&written.enabled, true)?;
+        let has_sign = passive.rejected.is_some() || passive.silent.is_some();
+        Ok((is_on && has_sign).then_some(passive))
+    }
+
     fn listener(&self, name: &str, listener: &schema::Listener) -> Result<Listener, Reported> {
         let place = format!("listener {name:?}");
         if let Ok(vip) = &listener.vip {
@@ -942,6 +993,33 @@ mod tests {
         config::{HttpProbe, Method, Probe, StatusRange, Trust, TunnelCheck, load::parse},
         error::Errors,
     };
+
+    #[test]
+    fn passive_signs_are_off_where_a_living_server_may_show_them() {
+        let group = |passive: &str, port: &str, listener: &str| {
+            let text = format!(
+                "[snat]\nprefixes = [\"100.64.0.0/26\"]\n[interface.eth0]\n[group.web.health]\nport = 80\n{passive}\n\
+                 [group.web.backend.a]\naddress = \"10.0.0.11\"\n{port}\n[listener.web]\nvip = \"10.0.0.100\"\n\
+                 group = \"web\"\n{listener}\n"
+            );
+            parse(&text, Path::new("test.toml")).unwrap().groups["web"].passive
+        };
+        let signs = |passive: Option<Passive>| passive.map(|it| (it.rejected, it.silent, it.counts_requests));
+        let (own, tcp, udp) = ("port = 80", "port = 80", "port = 80\nprotocol = \"udp\"");
+        assert_eq!(signs(group("", own, tcp)), Some((Some(5), Some(5), true)));
+        assert_eq!(signs(group("", own, udp)), Some((Some(5), None, false)));
+        assert_eq!(signs(group("", "", "port = \"any\"")), None);
+        let written = "[group.web.passive]\nsilent = 9";
+        assert_eq!(signs(group(written, own, udp)), Some((Some(5), Some(9), false)));
+        let written = "[group.web.passive]\nrejected = 7";
+        assert_eq!(
+            signs(group(written, "", "port = \"any\"")),
+            Some((Some(7), None, true))
+        );
+        assert_eq!(group("[group.web.passive]\nenabled = false", own, tcp), None);
+        let longer = group("[group.web.passive]\nejection_time = \"10m\"", own, tcp).unwrap();
+        assert_eq!(longer.max_ejection_time, Duration::from_secs(600));
+    }
 
     const REST: &str = r#"
         [interface.eth0]

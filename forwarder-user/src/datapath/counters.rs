@@ -52,7 +52,10 @@ fn per_cpu<T: bytemuck::Pod>(
     }
 }
 
-fn traffic(map: &PerCpuArray<MapData, AsPod<TrafficCounters>>, index: u32) -> Result<TrafficCounters, Error> {
+pub(super) fn traffic(
+    map: &PerCpuArray<MapData, AsPod<TrafficCounters>>,
+    index: u32,
+) -> Result<TrafficCounters, Error> {
     let mut sum = TrafficCounters::default();
     for AsPod(one) in per_cpu(map, index)? {
         sum.flows_opened += one.flows_opened;

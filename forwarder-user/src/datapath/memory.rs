@@ -203,6 +203,11 @@ impl LiveMemory {
         })
     }
 
+    /// The number at an index.
+    pub fn get(&self, index: u32) -> u64 {
+        self.memory.long(index as usize * size_of::<u64>()).load(Relaxed)
+    }
+
     /// Counts one flow out.
     pub fn leave(&self, index: u32) {
         self.memory

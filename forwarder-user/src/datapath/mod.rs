@@ -2,7 +2,7 @@
 //!
 //! `object` loads, `attach` hooks programs to interfaces, `maps` has typed handles, `writer` executes the plan,
 //! `counters` and `flows` read, `memory` maps the two tables that are too large for system calls, `view` lets the walk
-//! read without writing. `pin` makes all of it outlive the agent; `reader` and `free_list` take over what an earlier
+//! read without writing, `watch` reads what passive checks look at. `pin` makes all of it outlive the agent; `reader` and `free_list` take over what an earlier
 //! agent has left.
 
 pub mod attach;
@@ -18,4 +18,5 @@ pub mod pod;
 pub mod reader;
 pub mod times;
 pub mod view;
+pub mod watch;
 pub mod writer;

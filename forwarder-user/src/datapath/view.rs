@@ -106,14 +106,14 @@ impl LiveMaps {
 }
 
 /// Another handle of a map, typed.
-fn again<T: TryFrom<Map, Error = MapError>>(ebpf: &Ebpf, name: &str) -> Result<T, Error> {
+pub(super) fn again<T: TryFrom<Map, Error = MapError>>(ebpf: &Ebpf, name: &str) -> Result<T, Error> {
     Map::from_map_data(data(ebpf, name)?)
         .and_then(T::try_from)
         .map_err(|error| kernel_error(&format!("open the map \"{name}\" once more"), &error))
 }
 
 /// How many entries a map has.
-fn capacity(map: &MapData) -> Result<u32, Error> {
+pub(super) fn capacity(map: &MapData) -> Result<u32, Error> {
     match map.info() {
         Ok(info) => Ok(info.max_entries()),
         Err(error) => Err(kernel_error("ask for the size of a map", &error)),
@@ -121,9 +121,14 @@ fn capacity(map: &MapData) -> Result<u32, Error> {
 }
 
 /// Another handle of a map.
-fn data(ebpf: &Ebpf, name: &str) -> Result<MapData, Error> {
-    let Some(Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::LpmTrie(data)) =
-        ebpf.map(name)
+pub(super) fn data(ebpf: &Ebpf, name: &str) -> Result<MapData, Error> {
+    let Some(
+        Map::Array(data)
+        | Map::PerCpuArray(data)
+        | Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::LpmTrie(data),
+    ) = ebpf.map(name)
     else {
         let what = format!("the BPF object has no map \"{name}\" that can be looked at");
         return Err(Error::failed(what).hint("rebuild the binary"));

@@ -1,7 +1,7 @@
 //! Table contents as they should be, from the configuration, the backends' health and the attached interfaces.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     time::Duration,
 };
 
@@ -35,11 +35,34 @@ const HASH_SEED: u32 = 0x6d61_676c;
 pub struct Observations {
     /// By group and backend name; absent: not probed yet, so not healthy.
     pub health: HashMap<(String, String), Health>,
+    /// Backends that passive checks took out, by group and name.
+    pub ejected: HashSet<(String, String)>,
     /// By interface index.
     pub interfaces: BTreeMap<u32, Interface>,
     pub route_generation: u32,
     /// Bits of `settings::flag`.
     pub flags: u32,
+}
+
+impl Observations {
+    /// The backends of a group that take new flows: those that neither active nor passive checks took out. If none is
+    /// left, an ejected one is better than none.
+    pub fn healthy<'a>(&self, name: &str, group: &'a config::Group) -> HashSet<&'a str> {
+        let mut key = (name.to_owned(), String::new());
+        let (mut healthy, mut ejected) = (HashSet::new(), HashSet::new());
+        for backend in group.backends.keys() {
+            key.1.clone_from(backend);
+            if group.health.is_some() && self.health.get(&key) != Some(&Health::Healthy) {
+                continue;
+            }
+            if self.ejected.contains(&key) {
+                ejected.insert(backend.as_str());
+            } else {
+                healthy.insert(backend.as_str());
+            }
+        }
+        if healthy.is_empty() { ejected } else { healthy }
+    }
 }
 
 /// A group with its Maglev table.
@@ -156,10 +179,11 @@ impl Desired {
 
     fn add_group(&mut self, name: &str, group: &config::Group, ids: &Ids, observed: &Observations) {
         let mut entries = Vec::new();
+        let healthy = observed.healthy(name, group);
         for (backend_name, backend) in &group.backends {
             let key = (name.to_owned(), backend_name.clone());
             let id = ids.backends[&key];
-            let is_healthy = group.health.is_none() || observed.health.get(&key) == Some(&Health::Healthy);
+            let is_healthy = healthy.contains(backend_name.as_str());
             let state = if is_healthy {
                 BackendState::HEALTHY
             } else {
@@ -256,4 +280,37 @@ pub fn pool(snat: &config::SnatPool) -> SnatPool {
         };
     }
     pool
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_backend_takes_new_flows_if_active_and_passive_checks_say_so() {
+        let text = "[snat]\nprefixes = [\"100.64.0.0/26\"]\n[interface.eth0]\n\
+            [group.web.backend]\na = { address = \"10.0.0.1\", port = 80 }\nb = { address = \"10.0.0.2\", port = 80 }\n\
+            c = { address = \"10.0.0.3\", port = 80 }\n[listener.web]\nvip = \"10.0.0.100\"\nport = 80\ngroup = \"web\"\n";
+        let config = config::load::parse(text, Path::new("test.toml")).unwrap();
+        let key = |name: &str| ("web".to_owned(), name.to_owned());
+        let healthy = |health: &[&str], ejected: &[&str]| {
+            let observed = Observations {
+                health: health.iter().map(|name| (key(name), Health::Healthy)).collect(),
+                ejected: ejected.iter().map(|name| key(name)).collect(),
+                ..Observations::default()
+            };
+            let mut names: Vec<_> = observed
+                .healthy("web", &config.groups["web"])
+                .into_iter()
+                .collect();
+            names.sort_unstable();
+            names.join("")
+        };
+        assert_eq!(healthy(&["a", "b"], &[]), "ab", "c is not known yet");
+        assert_eq!(healthy(&["a", "b", "c"], &["b"]), "ac");
+        assert_eq!(healthy(&["b"], &["b", "c"]), "b", "a suspect is better than none");
+        assert_eq!(healthy(&[], &["b"]), "", "but not one that fails its probes");
+    }
 }

@@ -155,6 +155,19 @@ impl Namespace {
             .map(drop)
     }
 
+    /// Drops every packet that comes in, as a crashed kernel does; [`Self::revive`] ends it.
+    pub fn black_hole(&self) -> Result<()> {
+        let script = "table ip black_hole {
+                chain inbound { type filter hook prerouting priority raw; policy drop; }
+            }";
+        self.run_with_input("nft -f -", Some(script)).map(drop)
+    }
+
+    /// Takes packets again after [`Self::black_hole`].
+    pub fn revive(&self) -> Result<()> {
+        self.run("nft delete table ip black_hole").map(drop)
+    }
+
     /// Admits nothing from outside but new connections from `sources`, as a security group's inbound rules
     /// do; replies and what the host sends to itself pass.
     pub fn security_group(&self, sources: &[&str]) -> Result<()> {

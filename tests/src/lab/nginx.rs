@@ -123,6 +123,17 @@ http {{
         }
     }
 
+    /// Ends the process at once, as `kill -9` does.
+    pub fn kill(&mut self) -> Result<()> {
+        match self.process.take() {
+            Some(process) => {
+                process.signal(Signal::SIGKILL);
+                process.stop().map(drop)
+            }
+            None => Ok(()),
+        }
+    }
+
     /// How an operator would start the server; with `-s quit` behind it, how to stop it.
     pub fn command_line(&self) -> String {
         format!(

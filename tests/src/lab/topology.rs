@@ -329,6 +329,11 @@ impl Site {
         self.nginx_mut(name)?.0.stop()
     }
 
+    /// Kills a server's nginx (`kill -9`).
+    pub fn kill_nginx(&mut self, name: &str) -> Result<()> {
+        self.nginx_mut(name)?.0.kill()
+    }
+
     /// Starts a server's nginx again.
     pub fn start_nginx(&mut self, name: &str) -> Result<()> {
         let (nginx, lab) = self.nginx_mut(name)?;
