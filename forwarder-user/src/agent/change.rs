@@ -22,6 +22,7 @@ use crate::{
         difference::{differences, restart_needed},
         ids::Ids,
         plan::{Applied, MapWrite},
+        tables::NextTables,
     },
 };
 
@@ -30,6 +31,7 @@ struct Planned {
     config: Config,
     observed: Observations,
     after: Applied,
+    tables: NextTables,
     writes: Vec<MapWrite>,
     answer: ChangeAnswer,
 }
@@ -108,8 +110,9 @@ impl Agent {
             health: inherited_health(&self.applied, &self.observed.health, &config, &ids),
             ..self.observed.clone()
         };
+        let mut tables = self.tables.cache.now();
         let mut after = Applied {
-            desired: Desired::of(&config, &ids, &observed),
+            desired: Desired::with_tables(&config, &ids, &observed, &mut tables),
             ids,
             placement,
         };
@@ -126,6 +129,7 @@ impl Agent {
             config,
             observed,
             after,
+            tables: tables.finish(),
             writes,
             answer,
         })
@@ -136,10 +140,12 @@ impl Agent {
             config,
             observed,
             after,
+            tables,
             writes,
             mut answer,
         } = planned;
         self.execute(after, &writes)?;
+        self.tables.cache.replace(tables);
         self.observed = observed;
         self.config = Arc::new(config);
         self.publish_names();

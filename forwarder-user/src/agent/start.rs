@@ -20,7 +20,7 @@ use forwarder_common::{
 use tokio::sync::watch;
 use tracing::{debug, info};
 
-use super::{Agent, BackendNotes, Sample, change::inherited_health};
+use super::{Agent, BackendNotes, Sample, change::inherited_health, tables::Tables};
 use crate::{
     config::{self, Config, NatMode},
     datapath::{
@@ -39,7 +39,7 @@ use crate::{
     pool_watch::PoolWatch,
     reset::ResetSender,
     state::{
-        desired::{Observations, pool},
+        desired::{Desired, Observations, pool},
         ids::{Capacity, Ids},
         names::Names,
         placement::NoRoom,
@@ -146,7 +146,7 @@ impl Agent {
             observed,
             applied: before,
             left_at_sweep: 0,
-            shares: HashMap::new(),
+            tables: Tables::new(),
             sample: Sample {
                 taken_at: started_at,
                 listeners: HashMap::new(),
@@ -160,8 +160,11 @@ impl Agent {
             started_at,
         };
         agent.look_for_trouble().await?;
-        let desired = crate::state::desired::Desired::of(&agent.config, &applied.ids, &agent.observed);
+        let mut tables = agent.tables.cache.now();
+        let desired = Desired::with_tables(&agent.config, &applied.ids, &agent.observed, &mut tables);
+        let tables = tables.finish();
         agent.write(Applied { desired, ..applied })?;
+        agent.tables.cache.replace(tables);
         agent.sample = agent.read_sample()?;
         agent.resolve_next_hops().await;
         Ok((agent, inspector))

@@ -116,7 +116,7 @@ impl Agent {
                 port: backend.port,
                 weight: backend.weight,
                 health: health.to_owned(),
-                share: self.shares.get(&id).copied().unwrap_or(0.0),
+                share: self.tables.share(self.applied.ids.groups[name], id),
                 failure: notes.failure.as_ref().map(ToString::to_string),
                 diagnosis: notes.diagnosis.as_ref().map(|diagnosis| DiagnosisStatus {
                     cause: diagnosis.cause.name().to_owned(),

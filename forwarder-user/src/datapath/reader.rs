@@ -82,7 +82,7 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
                 selection: group.selection,
                 persistence_secs: group.persistence_secs,
                 persistence_bits: group.persistence_bits,
-                slots,
+                slots: slots.into(),
             },
         );
     }

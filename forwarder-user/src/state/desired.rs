@@ -21,7 +21,10 @@ use forwarder_common::{
     },
 };
 
-use super::{ids::Ids, turns};
+use super::{
+    ids::Ids,
+    tables::{Fresh, Slots, TableInputs, TableSource},
+};
 use crate::{
     config::{self, Config, Protocol},
     health::Health,
@@ -52,7 +55,7 @@ pub struct GroupTable {
     /// 1 to 32.
     pub persistence_bits: u32,
     /// Empty: no backend takes new flows.
-    pub slots: Vec<BackendId>,
+    pub slots: Slots,
 }
 
 /// What the tables should hold.
@@ -97,8 +100,18 @@ impl Desired {
         }
     }
 
-    /// What should be true.
+    /// What should be true, all tables built now.
     pub fn of(config: &Config, ids: &Ids, observed: &Observations) -> Self {
+        Self::with_tables(config, ids, observed, &mut Fresh)
+    }
+
+    /// What should be true, with the groups' tables from `tables`.
+    pub fn with_tables(
+        config: &Config,
+        ids: &Ids,
+        observed: &Observations,
+        tables: &mut impl TableSource,
+    ) -> Self {
         let mut desired = Self::empty();
         desired.settings = Settings {
             abi_version: ABI_VERSION,
@@ -109,7 +122,7 @@ impl Desired {
         };
         desired.interfaces.clone_from(&observed.interfaces);
         for (name, group) in &config.groups {
-            desired.add_group(name, group, ids, observed);
+            desired.add_group(name, group, ids, observed, tables);
         }
         for (name, listener) in &config.listeners {
             let protocol = match listener.protocol {
@@ -154,7 +167,14 @@ impl Desired {
         desired
     }
 
-    fn add_group(&mut self, name: &str, group: &config::Group, ids: &Ids, observed: &Observations) {
+    fn add_group(
+        &mut self,
+        name: &str,
+        group: &config::Group,
+        ids: &Ids,
+        observed: &Observations,
+        tables: &mut impl TableSource,
+    ) {
         let mut entries = Vec::new();
         for (backend_name, backend) in &group.backends {
             let key = (name.to_owned(), backend_name.clone());
@@ -196,39 +216,19 @@ impl Desired {
             config::Selection::RoundRobin => Selection::ROUND_ROBIN,
             config::Selection::LeastConnections => Selection::LEAST_CONNECTIONS,
         };
-        let slots = table(selection, entries, maglev::size_for(group.backends.len()));
+        let id = ids.groups[name];
+        let inputs = TableInputs::new(selection, maglev::size_for(group.backends.len()), entries);
         let persistence = group.persistence;
         self.groups.insert(
-            ids.groups[name],
+            id,
             GroupTable {
                 nat,
                 selection,
                 persistence_secs: persistence.map_or(0, |persistence| whole_secs(persistence.timeout)),
                 persistence_bits: persistence.map_or(32, |persistence| u32::from(persistence.prefix_bits)),
-                slots,
+                slots: tables.slots(id, inputs),
             },
         );
-    }
-}
-
-/// The table of a group's healthy backends, of at most `size` slots; empty when none has a weight.
-fn table(selection: Selection, mut entries: Vec<maglev::Entry>, size: u32) -> Vec<BackendId> {
-    entries.sort_by_key(|entry| entry.identity);
-    match selection {
-        Selection::ROUND_ROBIN => return turns::cycle(&entries, size),
-        // Once each: the data path compares those that it looks at by their weight.
-        Selection::LEAST_CONNECTIONS => {
-            let weighted = entries.iter().filter(|entry| entry.weight > 0);
-            return weighted.map(|entry| BackendId(entry.value)).collect();
-        }
-        _ => {}
-    }
-    let mut turns = vec![maglev::Turn::default(); entries.len()];
-    let mut slots = vec![0; size as usize];
-    if maglev::build(&entries, &mut turns, &mut slots) {
-        slots.into_iter().map(BackendId).collect()
-    } else {
-        Vec::new()
     }
 }
 
