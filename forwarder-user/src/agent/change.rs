@@ -106,10 +106,18 @@ impl Agent {
                 return Err(Errors(errors));
             }
         };
-        let observed = Observations {
+        let mut observed = Observations {
             health: inherited_health(&self.applied, &self.observed.health, &config, &ids),
+            overrides: self
+                .observed
+                .overrides
+                .iter()
+                .filter(|(name, _)| ids.backends.contains_key(*name))
+                .map(|(name, orders)| (name.clone(), *orders))
+                .collect(),
             ..self.observed.clone()
         };
+        self.begin_slow_starts(&config, &ids, &self.applied.desired.backends, &mut observed);
         let mut tables = self.tables.cache.now();
         let mut after = Applied {
             desired: Desired::with_tables(&config, &ids, &observed, &mut tables),
@@ -264,7 +272,10 @@ pub(super) fn inherited_health(
             }
             match known.get(&key) {
                 Some(known) => drop(health.insert(key, *known)),
-                None if *state == BackendState::HEALTHY => drop(health.insert(key, Health::Healthy)),
+                // A backend drains only while it is healthy.
+                None if [BackendState::HEALTHY, BackendState::DRAINING].contains(state) => {
+                    health.insert(key, Health::Healthy);
+                }
                 None => {}
             }
         }

@@ -43,7 +43,9 @@ use crate::{
 };
 
 mod change;
+mod drain;
 mod policy;
+mod slow_start;
 mod start;
 mod status;
 mod surroundings;
@@ -198,6 +200,8 @@ struct BackendNotes {
     diagnosis: Option<Diagnosis>,
     is_being_diagnosed: bool,
     diagnosed_at: Option<Instant>,
+    /// It takes no new flows.
+    drain: Option<drain::Drain>,
 }
 
 /// Counters at one time, for rates.
@@ -240,6 +244,8 @@ struct Agent {
     /// For those who look at the live maps.
     names: watch::Sender<Arc<Names>>,
     started_at: Instant,
+    /// Every backend has been heard of once.
+    is_ready: bool,
 }
 
 impl Agent {
@@ -264,13 +270,12 @@ impl Agent {
             self.config.snat.probe_address,
             report_sender,
         );
-        let mut is_ready = false;
         let mut heard = Vec::new();
         let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if !is_ready && unheard.is_empty() && !self.tables.cache.is_behind() {
-                is_ready = true;
+            if !self.is_ready && unheard.is_empty() && !self.tables.cache.is_behind() {
+                self.is_ready = true;
                 info!(
                     "ready: {} listeners, {} backends",
                     self.applied.ids.listeners.len(),
@@ -315,10 +320,14 @@ impl Agent {
                     self.sweep.check()?;
                     self.look_for_trouble().await?;
                     self.forget_what_has_left()?;
+                    self.look_after_drains();
+                    self.go_on_with_slow_starts()?;
                     (self.flush_program_log)();
                 }
                 Some(request) = requests.next() => match request {
                     Request::Status(reply) => reply.send(self.status()?),
+                    Request::Backend(path, reply) => reply.send(self.backend(&path)),
+                    Request::Order(order, reply) => reply.send(self.ordered(&order)),
                     Request::Change { submission, apply, reply } => {
                         let outcome = self.submitted(&submission, apply);
                         let is_changed = apply && outcome.is_ok();

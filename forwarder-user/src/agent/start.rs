@@ -1,10 +1,10 @@
 //! The agent's start: on new tables, or on those that an earlier agent has left and that carry traffic.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use aya::Ebpf;
@@ -42,6 +42,7 @@ use crate::{
         desired::{Desired, Observations, pool},
         ids::{Capacity, Ids},
         names::Names,
+        overrides,
         placement::NoRoom,
         plan::Applied,
     },
@@ -100,6 +101,9 @@ impl Agent {
 
         let observed = Observations {
             health: inherited_health(&before, &HashMap::new(), &config, &applied.ids),
+            slow_starts: BTreeMap::new(),
+            now: Duration::ZERO,
+            overrides: overrides::named(&before.desired.overrides, &applied.ids),
             interfaces: attachments
                 .iter()
                 .map(|one| (one.ifindex, one.interface))
@@ -158,6 +162,7 @@ impl Agent {
             pool_watch: PoolWatch::default(),
             names,
             started_at,
+            is_ready: false,
         };
         agent.look_for_trouble().await?;
         let mut tables = agent.tables.cache.now();

@@ -8,7 +8,7 @@ use std::{
 
 use forwarder_common::abi::backend::{BackendId, GroupId};
 use tokio::{sync::mpsc, task::spawn_blocking};
-use tracing::debug;
+use tracing::{debug, info};
 
 use super::Agent;
 use crate::{
@@ -94,6 +94,17 @@ impl Tables {
 impl Agent {
     /// Writes the difference between what is and what should be.
     pub(super) fn reconcile(&mut self) -> Result<(), Error> {
+        let mut observed = std::mem::take(&mut self.observed);
+        let begun = self.begin_slow_starts(
+            &self.config,
+            &self.applied.ids,
+            &self.applied.desired.backends,
+            &mut observed,
+        );
+        self.observed = observed;
+        for (group, backend) in begun {
+            info!(group, backend, "slow start");
+        }
         let desired = Desired::with_tables(
             &self.config,
             &self.applied.ids,
@@ -105,8 +116,10 @@ impl Agent {
             ids: self.applied.ids.clone(),
             placement: self.applied.placement.clone(),
         };
+        let before = self.applied.desired.backends.clone();
         self.write(next)?;
         self.tables.build();
+        self.end_flows_of_failed(&before);
         Ok(())
     }
 

@@ -17,9 +17,9 @@ use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
 use ipnet::Ipv4Net;
 
 use super::{
-    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, Persistence,
-    Ports, Probe, Protocol, Redirect, RoutingTable, Selection, SnatPool, StatusRange, Tunnel, TunnelMode,
-    XdpMode,
+    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, OnUnhealthy,
+    Persistence, Ports, Probe, Protocol, Redirect, RoutingTable, Selection, SnatPool, StatusRange, Tunnel,
+    TunnelMode, XdpMode,
     reader::{At, Entry, Field, Named, OptionalField, Report, Reported, did_you_mean},
     schema::{self, Document, HealthKind, SNAT_PREFIXES},
 };
@@ -695,6 +695,8 @@ impl<'d> Check<'d> {
             remote_ip,
             selection: or(&group.selection, Selection::Maglev)?,
             persistence: self.persistence(&place, group)?,
+            on_unhealthy: or(&group.on_unhealthy, OnUnhealthy::Keep)?,
+            slow_start: or(&group.slow_start, Duration::ZERO)?,
             health: health?,
             backends: backends?,
         })

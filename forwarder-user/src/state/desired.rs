@@ -23,6 +23,7 @@ use forwarder_common::{
 
 use super::{
     ids::Ids,
+    overrides::{Override, Overrides},
     tables::{Fresh, Slots, TableInputs, TableSource},
 };
 use crate::{
@@ -38,6 +39,12 @@ const HASH_SEED: u32 = 0x6d61_676c;
 pub struct Observations {
     /// By group and backend name; absent: not probed yet, so not healthy.
     pub health: HashMap<(String, String), Health>,
+    /// What operators have ordered.
+    pub overrides: Overrides,
+    /// Backends that start slowly, by group and backend name, with the time since when.
+    pub slow_starts: BTreeMap<(String, String), Duration>,
+    /// Time since the agent's start, as far as slow starts are concerned.
+    pub now: Duration,
     /// By interface index.
     pub interfaces: BTreeMap<u32, Interface>,
     pub route_generation: u32,
@@ -64,6 +71,8 @@ pub struct Desired {
     pub settings: Settings,
     pub interfaces: BTreeMap<u32, Interface>,
     pub backends: BTreeMap<BackendId, Backend>,
+    /// Operators' orders; they stand beside the tables, in the records of names.
+    pub overrides: BTreeMap<BackendId, Override>,
     pub groups: BTreeMap<GroupId, GroupTable>,
     pub vips: BTreeMap<[u8; 4], Vip>,
     pub listeners: BTreeMap<ListenerOrder, (ListenerKey, Listener)>,
@@ -92,6 +101,7 @@ impl Desired {
             settings: Settings::default(),
             interfaces: BTreeMap::new(),
             backends: BTreeMap::new(),
+            overrides: BTreeMap::new(),
             groups: BTreeMap::new(),
             vips: BTreeMap::new(),
             listeners: BTreeMap::new(),
@@ -180,10 +190,24 @@ impl Desired {
             let key = (name.to_owned(), backend_name.clone());
             let id = ids.backends[&key];
             let is_healthy = group.health.is_none() || observed.health.get(&key) == Some(&Health::Healthy);
-            let state = if is_healthy {
-                BackendState::HEALTHY
-            } else {
-                BackendState::UNHEALTHY
+            let orders = observed.overrides.get(&key).copied().unwrap_or_default();
+            if !orders.is_none() {
+                self.overrides.insert(id, orders);
+            }
+            let percent = observed
+                .slow_starts
+                .get(&key)
+                .map_or(100, |since| slow_start_percent(group, *since, observed.now));
+            // In hundredths where there may be slow starts, so that small weights have steps, too. Only the ratio of
+            // weights counts.
+            let weight = match (u32::from(weight(backend, &orders)), group.slow_start.is_zero()) {
+                (weight, true) => weight,
+                (weight, false) => weight * percent,
+            };
+            let state = match (is_healthy, takes_new_flows(backend, &orders)) {
+                (false, _) => BackendState::UNHEALTHY,
+                (true, false) => BackendState::DRAINING,
+                (true, true) => BackendState::HEALTHY,
             };
             let address = backend.address.octets();
             self.backends.insert(
@@ -194,15 +218,15 @@ impl Desired {
                     state,
                     reserved: 0,
                     max_flows: backend.max_flows.unwrap_or(0),
-                    weight: u32::from(backend.weight),
+                    weight,
                 },
             );
-            if is_healthy {
+            if state == BackendState::HEALTHY {
                 let identity = maglev::identity(address, backend.port.unwrap_or(0));
                 entries.push(maglev::Entry {
                     value: id.0,
                     identity,
-                    weight: u32::from(backend.weight),
+                    weight,
                 });
             }
         }
@@ -230,6 +254,25 @@ impl Desired {
             },
         );
     }
+}
+
+/// A backend's weight as operators have ordered it, or else as it is configured.
+pub fn weight(backend: &config::Backend, orders: &Override) -> u16 {
+    orders.weight.unwrap_or(backend.weight)
+}
+
+/// Is a healthy backend to take new flows? If not, it drains.
+pub fn takes_new_flows(backend: &config::Backend, orders: &Override) -> bool {
+    !orders.is_drained && weight(backend, orders) > 0
+}
+
+/// How much of its weight a backend has that has started slowly at `since`: 1 to 100.
+pub fn slow_start_percent(group: &config::Group, since: Duration, now: Duration) -> u32 {
+    let millis = group.slow_start.as_millis();
+    let elapsed = now.saturating_sub(since).as_millis();
+    (elapsed * 100)
+        .checked_div(millis)
+        .map_or(100, |percent| percent.clamp(1, 100) as u32)
 }
 
 /// A part of a second counts as one.

@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, fmt::Debug};
 
 use crate::{
     change::{Action, Change},
-    config::{Backend, Config, Group, Listener, NatMode, Persistence, Probe, Protocol, Selection},
+    config::{
+        Backend, Config, Group, Listener, NatMode, OnUnhealthy, Persistence, Probe, Protocol, Selection,
+    },
     error::Error,
 };
 
@@ -166,6 +168,14 @@ fn describe_group(group: &Group) -> String {
         Some((Probe::Http { path, .. }, interval)) => format!("HTTP check of {path} every {interval:?}"),
     };
     let mut text = format!("{nat}{selection}, {health}");
+    text.push_str(match group.on_unhealthy {
+        OnUnhealthy::Keep => "",
+        OnUnhealthy::Reset => ", flows of failed backends are reset",
+        OnUnhealthy::Rehash => ", flows of failed backends move",
+    });
+    if !group.slow_start.is_zero() {
+        text.push_str(&format!(", slow start over {:?}", group.slow_start));
+    }
     if let Some(Persistence { timeout, prefix_bits }) = group.persistence {
         text.push_str(&format!(
             ", clients of one /{prefix_bits} stay together for {timeout:?}"

@@ -68,11 +68,14 @@ impl Applied {
     /// their places now.
     pub fn writes_to(&self, after: &mut Self) -> Vec<MapWrite> {
         let contents = plan(&self.desired, &after.desired, &mut after.placement);
-        if self.ids == after.ids && self.placement.has_same_regions(&after.placement) {
+        if self.ids == after.ids
+            && self.desired.overrides == after.desired.overrides
+            && self.placement.has_same_regions(&after.placement)
+        {
             return contents;
         }
-        let names_before = self.ids.records(&self.placement);
-        let names_after = after.ids.records(&after.placement);
+        let names_before = self.ids.records(&self.placement, &self.desired.overrides);
+        let names_after = after.ids.records(&after.placement, &after.desired.overrides);
         let mut writes: Vec<_> = came(&names_before, &names_after, |key, record| {
             MapWrite::Name(*key, Some(Box::new(*record)))
         })
