@@ -6,6 +6,8 @@
 //! GET /v1/status on the control socket        `Status` as JSON, for `forwarder status`
 //! POST /v1/plan                               a configuration; what it would change, for `forwarder plan`
 //! POST /v1/apply                              the same, and changes it, for `forwarder apply`
+//! GET /v1/backend?group=…&backend=…           one backend of the status
+//! POST /v1/backend                            a `BackendOrder`, for `forwarder drain`, `undrain`, `weight`
 //! /v1/explain, /v1/flows there                see `inspect`
 //! ```
 //!
@@ -31,7 +33,7 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::{DefaultBodyLimit, State},
+    extract::{DefaultBodyLimit, Query, State},
     http::{Method, StatusCode, Uri, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -50,7 +52,8 @@ use crate::{
     change::{ChangeAnswer, Submission},
     error::{EXIT_FAILED, Error, Errors, Location},
     metrics,
-    status::Status,
+    orders::{BackendOrder, BackendPath},
+    status::{BackendStatus, Status},
 };
 
 /// Where the status is, on the control socket.
@@ -59,6 +62,8 @@ pub const STATUS_PATH: &str = "/v1/status";
 pub const PLAN_PATH: &str = "/v1/plan";
 /// Where to have a configuration applied.
 pub const APPLY_PATH: &str = "/v1/apply";
+/// Where one backend is shown, and takes orders.
+pub const BACKEND_PATH: &str = "/v1/backend";
 
 /// Where packets are explained.
 pub const EXPLAIN_PATH: &str = "/v1/explain";
@@ -94,6 +99,10 @@ pub struct Requests(mpsc::Receiver<Request>);
 #[derive(Debug)]
 pub enum Request {
     Status(Reply<Status>),
+    /// One backend.
+    Backend(BackendPath, Reply<Result<BackendStatus, Error>>),
+    /// An order for a backend, and what it is like then.
+    Order(BackendOrder, Reply<Result<BackendStatus, Error>>),
     /// What this configuration would change; and change it, if `apply`.
     Change {
         submission: Submission,
@@ -388,6 +397,7 @@ pub async fn serve_control(
         .route(STATUS_PATH, get(answer_status))
         .route(PLAN_PATH, post(answer_plan))
         .route(APPLY_PATH, post(answer_apply))
+        .route(BACKEND_PATH, get(answer_backend).post(answer_order))
         .layer(DefaultBodyLimit::max(MAX_SUBMISSION))
         .with_state(source)
         .merge(inspection)
@@ -449,6 +459,40 @@ async fn answer_apply(State(source): State<StatusSource>, Json(submission): Json
     answer_change(&source, submission, true).await
 }
 
+async fn answer_backend(State(source): State<StatusSource>, Query(path): Query<BackendPath>) -> Response {
+    answer_one(
+        source
+            .ask_for(ANSWER_TIMEOUT, |reply| Request::Backend(path, reply))
+            .await,
+    )
+}
+
+async fn answer_order(State(source): State<StatusSource>, Json(order): Json<BackendOrder>) -> Response {
+    answer_one(
+        source
+            .ask_for(ANSWER_TIMEOUT, |reply| Request::Order(order, reply))
+            .await,
+    )
+}
+
+fn answer_one(answer: Result<Result<BackendStatus, Error>, NoAnswer>) -> Response {
+    match answer {
+        Ok(Ok(backend)) => Json(backend).into_response(),
+        Ok(Err(error)) => refused(vec![ErrorText::from(&error)]),
+        Err(why) => no_answer(&why),
+    }
+}
+
+/// What the agent refuses, with all that is wrong.
+fn refused(errors: Vec<ErrorText>) -> Response {
+    let first = errors
+        .first()
+        .cloned()
+        .unwrap_or_else(|| ErrorText::new("refused".to_owned(), None));
+    let body = ErrorBody { error: first, errors };
+    (StatusCode::UNPROCESSABLE_ENTITY, Json(body)).into_response()
+}
+
 async fn answer_change(source: &StatusSource, submission: Submission, apply: bool) -> Response {
     let request = |reply| Request::Change {
         submission,
@@ -457,15 +501,7 @@ async fn answer_change(source: &StatusSource, submission: Submission, apply: boo
     };
     match source.ask_for(CHANGE_TIMEOUT, request).await {
         Ok(Ok(answer)) => Json(answer).into_response(),
-        Ok(Err(errors)) => {
-            let errors: Vec<_> = errors.0.iter().map(ErrorText::from).collect();
-            let first = errors
-                .first()
-                .cloned()
-                .unwrap_or_else(|| ErrorText::new("refused".to_owned(), None));
-            let body = ErrorBody { error: first, errors };
-            (StatusCode::UNPROCESSABLE_ENTITY, Json(body)).into_response()
-        }
+        Ok(Err(errors)) => refused(errors.0.iter().map(ErrorText::from).collect()),
         Err(why) => no_answer(&why),
     }
 }
@@ -482,7 +518,9 @@ fn no_answer(why: &NoAnswer) -> Response {
 }
 
 async fn answer_not_found(uri: Uri) -> Response {
-    let hint = format!("there are {STATUS_PATH}, {PLAN_PATH}, {APPLY_PATH}, {EXPLAIN_PATH} and {FLOWS_PATH}");
+    let hint = format!(
+        "there are {STATUS_PATH}, {PLAN_PATH}, {APPLY_PATH}, {BACKEND_PATH}, {EXPLAIN_PATH} and {FLOWS_PATH}"
+    );
     refuse(
         StatusCode::NOT_FOUND,
         format!("nothing is at {}", uri.path()),
@@ -495,7 +533,7 @@ async fn answer_wrong_method(method: Method) -> Response {
     refuse(
         StatusCode::METHOD_NOT_ALLOWED,
         what,
-        Some("GET reads; POST explains packets, plans and applies; DELETE deletes flows"),
+        Some("GET reads; POST explains packets, plans, applies and orders; DELETE deletes flows"),
     )
 }
 
@@ -605,7 +643,7 @@ mod tests {
         assert!(head.starts_with("http/1.1 404"), "{head}");
         assert_eq!(
             body,
-            r#"{"error":{"what":"nothing is at /v2/status","hint":"there are /v1/status, /v1/plan, /v1/apply, /v1/explain and /v1/flows"}}"#
+            r#"{"error":{"what":"nothing is at /v2/status","hint":"there are /v1/status, /v1/plan, /v1/apply, /v1/backend, /v1/explain and /v1/flows"}}"#
         );
         let (head, body) = exchange(connect().await.unwrap(), "DELETE /v1/status").await;
         assert!(head.starts_with("http/1.1 405"), "{head}");

@@ -24,6 +24,7 @@ pub mod health;
 pub mod inspect;
 pub mod metrics;
 pub mod network;
+pub mod orders;
 pub mod passive;
 pub mod pool_watch;
 pub mod requirements;

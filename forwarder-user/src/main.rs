@@ -11,6 +11,7 @@ use forwarder_user::cli::{
     check::check,
     detach::detach,
     doctor::doctor,
+    drain::{drain, undrain, weight},
     explain::explain,
     flows::flows,
     output,
@@ -30,6 +31,9 @@ fn main() -> ExitCode {
         Verb::Doctor(args) => doctor(&args),
         Verb::Plan(args) => plan(&args),
         Verb::Apply(args) => apply(&args),
+        Verb::Drain(args) => drain(&args),
+        Verb::Undrain(args) => undrain(&args),
+        Verb::Weight(args) => weight(&args),
         Verb::Detach(args) => detach(&args),
     };
     match outcome {

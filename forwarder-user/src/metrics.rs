@@ -333,7 +333,7 @@ impl Measure {
 /// All of [`BackendStatus::health`](crate::status::BackendStatus::health).
 const HEALTH: [&str; 4] = ["healthy", "unhealthy", "unknown", "ejected"];
 
-fn backends() -> [Family; 6] {
+fn backends() -> [Family; 8] {
     let of_backends = |read: fn(&crate::status::BackendStatus) -> Value| {
         move |status: &Status| {
             let mut samples = Vec::new();
@@ -380,6 +380,35 @@ fn backends() -> [Family; 6] {
             "The backend's weight, as configured.",
             of_one,
             of_backends(|backend| Value::Whole(u64::from(backend.weight))),
+        ),
+        Family::new(
+            Kind::Gauge,
+            "backend_draining",
+            "1 if the backend takes no new flows whatever its health is, by order or for its weight of 0; else 0.",
+            of_one,
+            of_backends(|backend| Value::Whole(u64::from(backend.drain.is_some()))),
+        ),
+        Family::new(
+            Kind::Counter,
+            "backend_flows_ended",
+            "Flows that the agent ended before their time: drained, when the time of `forwarder drain` was over; reset and rehashed, as the backend failed (on_unhealthy).",
+            &["group", "backend", "cause"],
+            |status| {
+                let mut samples = Vec::new();
+                for group in &status.groups {
+                    for backend in &group.backends {
+                        let ended = backend.flows_ended;
+                        for (cause, count) in [
+                            ("drained", ended.drained),
+                            ("reset", ended.reset),
+                            ("rehashed", ended.rehashed),
+                        ] {
+                            samples.push(Sample::whole([&group.name, &backend.name, cause], count));
+                        }
+                    }
+                }
+                samples
+            },
         ),
         Family::new(
             Kind::Gauge,

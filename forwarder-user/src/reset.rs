@@ -11,6 +11,7 @@ use std::{
 
 use forwarder_common::{
     abi::flow::{FlowBinding, FlowEntry},
+    datapath::tcp_state::Phase,
     wire::{
         Be16, Be32, Ipv4Address, WireHeader as _,
         checksum::{finish, fold, pseudo_header, sum_bytes},
@@ -54,8 +55,12 @@ impl ResetSender {
         }
     }
 
-    /// Tells both ends of a connection; how many resets left.
+    /// Tells both ends of an established connection; how many resets left. An end that is still in the handshake takes
+    /// no such reset, and tries again by itself.
     pub fn end(&self, entry: &FlowEntry) -> u64 {
+        if !is_open(entry) {
+            return 0;
+        }
         let sent = resets(entry).into_iter().filter(|(to, packet)| {
             match self.socket.send_to(packet, &(*to).into()) {
                 Ok(_) => true,
@@ -68,6 +73,12 @@ impl ResetSender {
         });
         sent.count() as u64
     }
+}
+
+/// Is there a connection whose ends can be told?
+pub fn is_open(entry: &FlowEntry) -> bool {
+    entry.binding.protocol == u32::from(PROTOCOL_TCP)
+        && matches!(entry.tcp.phase(), Phase::Established | Phase::Closing)
 }
 
 /// The resets of a connection with where to send them: to the client, and to the backend.

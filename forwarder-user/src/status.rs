@@ -19,6 +19,8 @@ pub struct Status {
     pub interfaces: Vec<InterfaceStatus>,
     pub listeners: Vec<ListenerStatus>,
     pub groups: Vec<GroupStatus>,
+    /// Backends that have left the configuration and whose last flows go on.
+    pub leaving_backends: Vec<LeavingStatus>,
     pub pool: PoolStatus,
     /// By number of the reason, all of them, also those that never occurred.
     pub reasons: Vec<ReasonStatus>,
@@ -136,12 +138,20 @@ pub struct BackendStatus {
     pub address: Ipv4Addr,
     /// None: the one that the client asked for.
     pub port: Option<u16>,
+    /// As configured.
     pub weight: u16,
+    /// The weight that holds in its place, by an operator's order.
+    pub ordered_weight: Option<u16>,
     /// `healthy`, `unhealthy`, `unknown` before the first probe, or `ejected`: healthy as far as active checks know, but
     /// passive ones took it out.
     pub health: String,
     /// Share of the group's slots, 0 to 1.
     pub share: f64,
+    /// It takes no new flows, whatever its health is.
+    pub drain: Option<DrainStatus>,
+    pub flows_ended: FlowsEnded,
+    /// How much of its weight it has while it starts slowly, in percent; none: all.
+    pub slow_start_percent: Option<u32>,
     /// Why the last probe failed; none if it passed.
     pub failure: Option<String>,
     pub diagnosis: Option<DiagnosisStatus>,
@@ -150,6 +160,40 @@ pub struct BackendStatus {
     pub ejections: Ejections,
     #[serde(flatten)]
     pub traffic: Traffic,
+}
+
+/// How far a backend is that takes no new flows while those it has finish.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainStatus {
+    /// `order`, or `weight` where its weight is zero.
+    pub by: String,
+    /// Flows that may still carry packets, as of the last sweep.
+    pub flows_left: u64,
+    /// It has no flows any more.
+    pub is_done: bool,
+    /// Until what is left is ended; none: it may go on.
+    pub ends_in_secs: Option<u32>,
+}
+
+/// Flows that the agent ended before their time, since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowsEnded {
+    /// As they were left when a draining time was over.
+    pub drained: u64,
+    /// As the backend failed and its group has `on_unhealthy = "reset"`.
+    pub reset: u64,
+    /// As the backend failed and its group has `on_unhealthy = "rehash"`.
+    pub rehashed: u64,
+}
+
+/// A backend that has left the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeavingStatus {
+    pub group: String,
+    pub name: String,
+    /// Flows that may still carry packets, as of the last sweep. When it has none, also none that are held back, it is
+    /// gone.
+    pub flows_left: u64,
 }
 
 impl BackendStatus {

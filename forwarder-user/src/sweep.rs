@@ -4,7 +4,7 @@
 //! closed connections, many system calls, which must not delay the agent's loop.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{self, RecvTimeoutError},
@@ -15,16 +15,18 @@ use std::{
 
 use forwarder_common::abi::{
     backend::BackendId,
-    flow::{FlowBinding, FlowId},
+    flow::{FlowBinding, FlowEntry, FlowId},
     listener::ListenerId,
 };
 use tokio::sync::oneshot;
+use tracing::info;
 
-pub use crate::datapath::flows::Census;
+pub use crate::datapath::flows::{Census, EndCause};
 use crate::{
     config::{DEFAULT_HALF_OPEN_TIMEOUT, DEFAULT_IDLE_TIMEOUT},
     datapath::{
         flows::{Sweeper, Timeouts},
+        free_list::await_running_programs,
         times::FlowTimes,
     },
     error::Error,
@@ -45,17 +47,28 @@ const OF_NO_LISTENER: Timeouts = Timeouts {
 /// Timeouts by listener.
 pub type TimeoutTable = HashMap<ListenerId, Timeouts>;
 
-/// How many resets were sent to the ends of idle connections.
+/// What became of flows that the sweep ended although nobody had closed them.
 #[derive(Clone, Debug, Default)]
-pub struct IdleResets {
-    pub listeners: HashMap<ListenerId, u64>,
-    pub backends: HashMap<BackendId, u64>,
+pub struct EndedFlows {
+    /// Resets sent to ends of connections, by listener.
+    pub listener_resets: HashMap<ListenerId, u64>,
+    /// The same by backend.
+    pub backend_resets: HashMap<BackendId, u64>,
+    /// Flows that were ended on purpose.
+    pub flows: HashMap<(BackendId, EndCause), u64>,
+}
+
+impl EndedFlows {
+    fn add_resets(&mut self, entry: &FlowEntry, sent: u64) {
+        *self.listener_resets.entry(entry.listener).or_insert(0) += sent;
+        *self.backend_resets.entry(entry.backend).or_insert(0) += sent;
+    }
 }
 
 /// The running thread; dropping it stops it.
 pub struct SweepThread {
     timeouts: Arc<Mutex<TimeoutTable>>,
-    resets: Arc<Mutex<IdleResets>>,
+    ended: Arc<Mutex<EndedFlows>>,
     latest: Arc<Mutex<Result<Census, Error>>>,
     handle: SweepHandle,
     thread: Option<JoinHandle<()>>,
@@ -72,6 +85,8 @@ pub struct SweepHandle {
 enum Order {
     /// Delete these flows, if they are still there, and say how many were.
     Delete(Vec<(FlowId, FlowBinding)>, oneshot::Sender<u64>),
+    /// End the flows on these backends.
+    End(HashSet<BackendId>, EndCause),
     Stop,
 }
 
@@ -79,6 +94,14 @@ impl SweepHandle {
     /// When flows were opened and used.
     pub fn times(&self) -> &FlowTimes {
         &self.times
+    }
+
+    /// Has the flows on these backends ended, as far as the cause concerns them, with a reset to both ends of their
+    /// connections. Packets that are under way as this is called have passed by then, so a flow that one of them opens
+    /// is found as well.
+    pub fn end(&self, backends: HashSet<BackendId>, cause: EndCause) {
+        // The agent is stopping: another one will see what is left.
+        let _ = self.orders.send(Order::End(backends, cause));
     }
 
     /// Deletes flows, if they are still there; says how many were.
@@ -99,14 +122,14 @@ impl SweepThread {
     /// Starts sweeping.
     pub fn start(mut sweeper: Sweeper, timeouts: TimeoutTable, sender: ResetSender) -> Self {
         let timeouts = Arc::new(Mutex::new(timeouts));
-        let resets = Arc::new(Mutex::new(IdleResets::default()));
+        let ended = Arc::new(Mutex::new(EndedFlows::default()));
         let latest = Arc::new(Mutex::new(Ok(Census::default())));
         let (orders, ordered) = mpsc::channel();
         let handle = SweepHandle {
             orders,
             times: sweeper.times(),
         };
-        let shared = (latest.clone(), timeouts.clone(), resets.clone());
+        let shared = (latest.clone(), timeouts.clone(), ended.clone());
         let thread = thread::spawn(move || {
             let started_at = Instant::now();
             // At once for the first time: there may be flows of an earlier agent.
@@ -119,18 +142,34 @@ impl SweepThread {
                         let _ = done.send(deleted.count() as u64);
                         continue;
                     }
+                    Ok(Order::End(backends, cause)) => {
+                        await_running_programs();
+                        let entries = sweeper.end(&backends, cause);
+                        let mut ended = lock(&shared.2);
+                        for entry in &entries {
+                            *ended.flows.entry((entry.backend, cause)).or_insert(0) += 1;
+                            ended.add_resets(entry, sender.end(entry));
+                        }
+                        drop(ended);
+                        if !entries.is_empty() {
+                            info!(
+                                "{} flows of {} backends ended: {cause:?}",
+                                entries.len(),
+                                backends.len()
+                            );
+                        }
+                        continue;
+                    }
                     Err(RecvTimeoutError::Timeout) => {}
                     Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 }
-                let (latest, timeouts, resets) = &shared;
+                let (latest, timeouts, ended) = &shared;
                 let table = lock(timeouts).clone();
                 let of = |listener| table.get(&listener).copied().unwrap_or(OF_NO_LISTENER);
                 let outcome = sweeper.sweep(started_at.elapsed(), of);
                 for entry in outcome.iter().flat_map(|census| &census.ended_idle) {
                     let sent = sender.end(entry);
-                    let mut resets = lock(resets);
-                    *resets.listeners.entry(entry.listener).or_insert(0) += sent;
-                    *resets.backends.entry(entry.backend).or_insert(0) += sent;
+                    lock(ended).add_resets(entry, sent);
                 }
                 *lock(latest) = outcome;
                 next_sweep = Instant::now() + INTERVAL;
@@ -138,7 +177,7 @@ impl SweepThread {
         });
         Self {
             timeouts,
-            resets,
+            ended,
             latest,
             handle,
             thread: Some(thread),
@@ -155,9 +194,9 @@ impl SweepThread {
         *lock(&self.timeouts) = timeouts;
     }
 
-    /// The resets sent so far.
-    pub fn idle_resets(&self) -> IdleResets {
-        lock(&self.resets).clone()
+    /// Flows ended so far although nobody had closed them.
+    pub fn ended(&self) -> EndedFlows {
+        lock(&self.ended).clone()
     }
 
     /// What the last sweep has found.

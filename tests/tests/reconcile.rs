@@ -249,7 +249,7 @@ impl Store for Memory {
                     );
                 }
                 assert!(*first as usize + slots.len() <= SLOTS as usize, "{write}");
-                for (slot, backend) in self.slots[*first as usize..].iter_mut().zip(slots) {
+                for (slot, backend) in self.slots[*first as usize..].iter_mut().zip(slots.iter()) {
                     *slot = Some(*backend);
                 }
                 None

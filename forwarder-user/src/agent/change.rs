@@ -22,6 +22,7 @@ use crate::{
         difference::{differences, restart_needed},
         ids::Ids,
         plan::{Applied, MapWrite},
+        tables::NextTables,
     },
 };
 
@@ -30,6 +31,7 @@ struct Planned {
     config: Config,
     observed: Observations,
     after: Applied,
+    tables: NextTables,
     writes: Vec<MapWrite>,
     answer: ChangeAnswer,
 }
@@ -104,12 +106,21 @@ impl Agent {
                 return Err(Errors(errors));
             }
         };
-        let observed = Observations {
+        let mut observed = Observations {
             health: inherited_health(&self.applied, &self.observed.health, &config, &ids),
+            overrides: self
+                .observed
+                .overrides
+                .iter()
+                .filter(|(name, _)| ids.backends.contains_key(*name))
+                .map(|(name, orders)| (name.clone(), *orders))
+                .collect(),
             ..self.observed.clone()
         };
+        self.begin_slow_starts(&config, &ids, &self.applied.desired.backends, &mut observed);
+        let mut tables = self.tables.cache.now();
         let mut after = Applied {
-            desired: Desired::of(&config, &ids, &observed),
+            desired: Desired::with_tables(&config, &ids, &observed, &mut tables),
             ids,
             placement,
         };
@@ -126,6 +137,7 @@ impl Agent {
             config,
             observed,
             after,
+            tables: tables.finish(),
             writes,
             answer,
         })
@@ -136,10 +148,12 @@ impl Agent {
             config,
             observed,
             after,
+            tables,
             writes,
             mut answer,
         } = planned;
         self.execute(after, &writes)?;
+        self.tables.cache.replace(tables);
         self.observed = observed;
         self.config = Arc::new(config);
         self.publish_names();
@@ -259,7 +273,10 @@ pub(super) fn inherited_health(
             }
             match known.get(&key) {
                 Some(known) => drop(health.insert(key, *known)),
-                None if *state == BackendState::HEALTHY => drop(health.insert(key, Health::Healthy)),
+                // A backend drains only while it is healthy.
+                None if [BackendState::HEALTHY, BackendState::DRAINING].contains(state) => {
+                    health.insert(key, Health::Healthy);
+                }
                 None => {}
             }
         }

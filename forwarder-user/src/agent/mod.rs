@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    net::{Ipv4Addr, SocketAddrV4},
+    net::SocketAddrV4,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -21,41 +21,41 @@ use tokio::{
     sync::{Semaphore, mpsc, watch},
     time::MissedTickBehavior,
 };
-use tracing::{debug, error, info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     api::{self, Request, Requests, StatusSource},
-    config::{Config, OnStop, RoutingTable},
+    config::{Config, OnStop},
     datapath::{
         attach::Attachment,
         maps::{ControlMaps, CounterMaps},
         pin::PinDirectory,
-        writer::KernelTables,
     },
     diagnose::{self, Diagnosis, Subject},
     error::Error,
     health::{self, Health, ProbeFailure, Report, Target},
     inspect,
-    network::{self, LinkState, Network, RpFilter},
+    network::{self, Network},
     pool_watch::PoolWatch,
-    state::{
-        apply::apply,
-        desired::{Desired, Observations},
-        ids::Capacity,
-        names::Names,
-        plan::{Applied, MapWrite},
-    },
+    state::{desired::Observations, ids::Capacity, names::Names, plan::Applied},
     status::Rates,
     sweep::{SweepThread, TimeoutTable},
 };
 
 mod change;
+mod drain;
 mod passive;
 mod policy;
+mod slow_start;
 mod start;
 mod status;
+mod surroundings;
+mod tables;
 
 pub(crate) use start::sizes;
+pub use surroundings::PROBE_INTERFACE;
+use surroundings::ProbeAddress;
+use tables::Tables;
 
 /// How often rates are computed.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -194,39 +194,6 @@ impl Signals {
     }
 }
 
-/// The probe address, local while the agent runs.
-struct ProbeAddress {
-    address: Ipv4Addr,
-    /// It was not there before.
-    is_ours: bool,
-}
-
-/// Where the probe address is local.
-pub const PROBE_INTERFACE: &str = "lo";
-
-impl ProbeAddress {
-    /// Adds the address, or takes over the one that an earlier agent added.
-    async fn add(agent: &Agent) -> Result<Self, Error> {
-        let address = agent.config.snat.probe_address;
-        let left = agent.pins.probe_address();
-        if let Some(left) = left.filter(|left| *left != address) {
-            agent.network.remove_address(PROBE_INTERFACE, left).await?;
-        }
-        let is_new = agent.network.add_address(PROBE_INTERFACE, address).await?;
-        let is_ours = is_new || left == Some(address);
-        agent.pins.note_probe_address(is_ours.then_some(address))?;
-        Ok(Self { address, is_ours })
-    }
-
-    async fn remove(self, agent: &Agent) {
-        if self.is_ours
-            && let Err(error) = agent.network.remove_address(PROBE_INTERFACE, self.address).await
-        {
-            error!(%error, "the probe address stays behind");
-        }
-    }
-}
-
 /// What is known of a backend besides its health.
 #[derive(Default)]
 struct BackendNotes {
@@ -234,6 +201,8 @@ struct BackendNotes {
     diagnosis: Option<Diagnosis>,
     is_being_diagnosed: bool,
     diagnosed_at: Option<Instant>,
+    /// It takes no new flows.
+    drain: Option<drain::Drain>,
 }
 
 /// Counters at one time, for rates.
@@ -267,7 +236,7 @@ struct Agent {
     /// Number of the last sweep when something left the configuration last.
     left_at_sweep: u64,
     notes: BTreeMap<BackendName, BackendNotes>,
-    shares: HashMap<BackendId, f64>,
+    tables: Tables,
     sample: Sample,
     listener_rates: HashMap<ListenerId, Rates>,
     backend_rates: HashMap<BackendId, Rates>,
@@ -277,6 +246,8 @@ struct Agent {
     /// For those who look at the live maps.
     names: watch::Sender<Arc<Names>>,
     started_at: Instant,
+    /// Every backend has been heard of once.
+    is_ready: bool,
 }
 
 impl Agent {
@@ -301,12 +272,12 @@ impl Agent {
             self.config.snat.probe_address,
             report_sender,
         );
-        let mut is_ready = false;
+        let mut heard = Vec::new();
         let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if !is_ready && unheard.is_empty() {
-                is_ready = true;
+            if !self.is_ready && unheard.is_empty() && !self.tables.cache.is_behind() {
+                self.is_ready = true;
                 info!(
                     "ready: {} listeners, {} backends",
                     self.applied.ids.listeners.len(),
@@ -327,13 +298,21 @@ impl Agent {
                         self.follow_change(&health, &mut unheard).await;
                     }
                 },
-                Some(report) = reports.recv() => {
-                    let name = (report.target.group.clone(), report.target.backend.clone());
-                    self.heard(&name, &report)?;
-                    unheard.remove(&name);
-                    self.diagnose_if_due(&name, &report, &diagnosing, &diagnosis_sender);
+                // All that wait, so that a thousand transitions at once are one change of the tables.
+                1.. = reports.recv_many(&mut heard, QUEUE) => {
+                    let mut is_news = false;
+                    for report in heard.drain(..) {
+                        let name = (report.target.group.clone(), report.target.backend.clone());
+                        is_news |= self.heard(&name, &report);
+                        unheard.remove(&name);
+                        self.diagnose_if_due(&name, &report, &diagnosing, &diagnosis_sender);
+                    }
+                    if is_news {
+                        self.reconcile()?;
+                    }
                 }
                 Some(event) = self.passive.happened() => self.judged(event)?,
+                Some(built) = self.tables.built() => self.take_table(built)?,
                 Some((name, diagnosis)) = diagnoses.recv() => self.diagnosed(&name, diagnosis),
                 changed = changes.changed() => match changed {
                     Some(changed) => self.network_changed(&changed).await?,
@@ -344,10 +323,14 @@ impl Agent {
                     self.sweep.check()?;
                     self.look_for_trouble().await?;
                     self.forget_what_has_left()?;
+                    self.look_after_drains();
+                    self.go_on_with_slow_starts()?;
                     (self.flush_program_log)();
                 }
                 Some(request) = requests.next() => match request {
                     Request::Status(reply) => reply.send(self.status()?),
+                    Request::Backend(path, reply) => reply.send(self.backend(&path)),
+                    Request::Order(order, reply) => reply.send(self.ordered(&order)),
                     Request::Change { submission, apply, reply } => {
                         let outcome = self.submitted(&submission, apply);
                         let is_changed = apply && outcome.is_ok();
@@ -369,57 +352,6 @@ impl Agent {
         }
         self.watch(health, unheard);
         self.resolve_next_hops().await;
-    }
-
-    /// Looks at the host's settings again; logs what is new.
-    async fn look_for_trouble(&mut self) -> Result<(), Error> {
-        let warnings = warnings(&self.network, &self.config, &self.links_down).await?;
-        for warning in warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
-            warn!("{warning}");
-        }
-        self.warnings = warnings;
-        Ok(())
-    }
-
-    /// Writes the difference between what is and what should be.
-    fn reconcile(&mut self) -> Result<(), Error> {
-        let desired = Desired::of(&self.config, &self.applied.ids, &self.observed);
-        let next = Applied {
-            desired,
-            ..self.applied.clone()
-        };
-        self.write(next)
-    }
-
-    /// Leads the tables to `next`.
-    fn write(&mut self, mut next: Applied) -> Result<(), Error> {
-        let writes = self.applied.writes_to(&mut next);
-        self.execute(next, &writes)
-    }
-
-    /// Executes `writes`, which lead to `next`: all or nothing.
-    fn execute(&mut self, next: Applied, writes: &[MapWrite]) -> Result<(), Error> {
-        for write in writes {
-            debug!("write {write}");
-        }
-        let mut tables = KernelTables {
-            control: &mut self.control,
-            counters: &mut self.counters,
-        };
-        apply(&mut tables, writes)?;
-        self.shares.clear();
-        for group in next.desired.groups.values() {
-            let slot = 1.0 / group.slots.len() as f64;
-            for backend in &group.slots {
-                *self.shares.entry(*backend).or_default() += slot;
-            }
-        }
-        let is_renamed = self.applied.ids != next.ids;
-        self.applied = next;
-        if is_renamed {
-            self.publish_names();
-        }
-        Ok(())
     }
 
     /// Has the backends of a changed configuration probed.
@@ -448,7 +380,8 @@ impl Agent {
         targets
     }
 
-    fn heard(&mut self, name: &BackendName, report: &Report) -> Result<(), Error> {
+    /// Notes what a probe has found; `true`: the tables have to follow.
+    fn heard(&mut self, name: &BackendName, report: &Report) -> bool {
         let (group, backend) = name;
         self.passive_heard(name, report);
         if let Some(notes) = self.notes.get_mut(name) {
@@ -458,7 +391,7 @@ impl Agent {
             }
         }
         let Some(health) = report.transition else {
-            return Ok(());
+            return false;
         };
         match (&report.result, health) {
             (Err(failure), Health::Unhealthy) => {
@@ -467,7 +400,7 @@ impl Agent {
             _ => info!(group, backend, address = %report.target.address, "{health}"),
         }
         self.observed.health.insert(name.clone(), health);
-        self.reconcile()
+        true
     }
 
     /// Starts looking for the cause of a failure, if the backend is unhealthy and nobody is looking.
@@ -521,63 +454,6 @@ impl Agent {
         notes.diagnosis = Some(diagnosis);
     }
 
-    /// Makes every flow ask for its route anew, and says which attached links came or went.
-    async fn network_changed(&mut self, changes: &network::Changes) -> Result<(), Error> {
-        for change in &changes.links {
-            if !self
-                .attachments
-                .iter()
-                .any(|attachment| attachment.name == change.name)
-            {
-                continue;
-            }
-            match change.state {
-                LinkState::Up => {
-                    self.links_down.remove(&change.name);
-                    info!(interface = change.name, "link up");
-                }
-                LinkState::Down => {
-                    self.links_down.insert(change.name.clone());
-                    warn!(interface = change.name, "link down");
-                }
-                LinkState::Gone => {
-                    self.links_down.insert(change.name.clone());
-                    error!(
-                        interface = change.name,
-                        "the interface is gone; restart the agent when it is back"
-                    );
-                }
-            }
-        }
-        self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
-        self.reconcile()?;
-        if changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty() {
-            self.resolve_next_hops().await;
-        }
-        Ok(())
-    }
-
-    /// Asks the kernel to find out the link addresses of the backends' next hops, before traffic needs them.
-    async fn resolve_next_hops(&self) {
-        let mut asked = HashSet::new();
-        for backend in self
-            .config
-            .groups
-            .values()
-            .flat_map(|group| group.backends.values())
-        {
-            let Ok(route) = self.network.route_to(backend.address, None).await else {
-                continue;
-            };
-            let next_hop = (route.interface, route.next_hop(backend.address));
-            if asked.insert(next_hop)
-                && let Err(error) = self.network.resolve_neighbour(next_hop.0, next_hop.1).await
-            {
-                debug!(%error, "next hop {} not resolved", next_hop.1);
-            }
-        }
-    }
-
     /// Tells those who look at the live maps what numbers stand for.
     fn publish_names(&self) {
         let names = Names::of(&self.config, &self.applied.ids, &self.attachments);
@@ -613,48 +489,6 @@ impl Agent {
         }
         Ok(())
     }
-}
-
-/// What an operator should look at on this host.
-async fn warnings(network: &Network, config: &Config, down: &HashSet<String>) -> Result<Vec<String>, Error> {
-    let mut warnings = Vec::new();
-    if !network.ip_forward()? {
-        warnings.push(
-            "this host does not forward: traffic to tunnels and unresolved neighbours is dropped; \
-             sysctl -w net.ipv4.ip_forward=1"
-                .to_owned(),
-        );
-    }
-    let has_vrf = config
-        .networks
-        .values()
-        .any(|network| matches!(network.table, Some(RoutingTable::Vrf(_))));
-    if has_vrf && !network.accepts_from_vrf().unwrap_or(true) {
-        warnings.push(
-            "answers to health probes of backends in a VRF are not taken; sysctl -w net.ipv4.tcp_l3mdev_accept=1"
-                .to_owned(),
-        );
-    }
-    // A rewritten request goes up with a source of the pool, to which this host usually has no route.
-    let is_pool_routed = match config.snat.ranges.first() {
-        Some((first, _)) => network.route_to(*first, None).await.is_ok(),
-        None => true,
-    };
-    for name in config.interfaces.keys() {
-        // An interface that is gone has no setting; that it is gone is said elsewhere.
-        let filter = network.rp_filter(name).unwrap_or(RpFilter::Off);
-        if filter.drops_rewritten(is_pool_routed) {
-            warnings.push(format!(
-                "{name}: source validation drops rewritten requests on their way to a tunnel; \
-                 sysctl -w net.ipv4.conf.{name}.rp_filter=0 net.ipv4.conf.all.rp_filter=0"
-            ));
-        }
-    }
-    warnings.extend(
-        down.iter()
-            .map(|name| format!("{name}: the link is down; ip link set {name} up")),
-    );
-    Ok(warnings)
 }
 
 /// What a diagnosis has to know of a backend.

@@ -1,10 +1,10 @@
 //! The agent's start: on new tables, or on those that an earlier agent has left and that carry traffic.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use aya::Ebpf;
@@ -20,7 +20,7 @@ use forwarder_common::{
 use tokio::sync::watch;
 use tracing::{debug, info};
 
-use super::{Agent, BackendNotes, Sample, change::inherited_health, passive::PassiveChecks};
+use super::{Agent, BackendNotes, Sample, change::inherited_health, passive::PassiveChecks, tables::Tables};
 use crate::{
     config::{self, Config, NatMode},
     datapath::{
@@ -40,9 +40,10 @@ use crate::{
     pool_watch::PoolWatch,
     reset::ResetSender,
     state::{
-        desired::{Observations, pool},
+        desired::{Desired, Observations, pool},
         ids::{Capacity, Ids},
         names::Names,
+        overrides,
         placement::NoRoom,
         plan::Applied,
     },
@@ -102,6 +103,9 @@ impl Agent {
 
         let observed = Observations {
             health: inherited_health(&before, &HashMap::new(), &config, &applied.ids),
+            slow_starts: BTreeMap::new(),
+            now: Duration::ZERO,
+            overrides: overrides::named(&before.desired.overrides, &applied.ids),
             interfaces: attachments
                 .iter()
                 .map(|one| (one.ifindex, one.interface))
@@ -149,7 +153,7 @@ impl Agent {
             observed,
             applied: before,
             left_at_sweep: 0,
-            shares: HashMap::new(),
+            tables: Tables::new(),
             sample: Sample {
                 taken_at: started_at,
                 listeners: HashMap::new(),
@@ -162,10 +166,14 @@ impl Agent {
             passive: PassiveChecks::start(backend_watch),
             names,
             started_at,
+            is_ready: false,
         };
         agent.look_for_trouble().await?;
-        let desired = crate::state::desired::Desired::of(&agent.config, &applied.ids, &agent.observed);
+        let mut tables = agent.tables.cache.now();
+        let desired = Desired::with_tables(&agent.config, &applied.ids, &agent.observed, &mut tables);
+        let tables = tables.finish();
         agent.write(Applied { desired, ..applied })?;
+        agent.tables.cache.replace(tables);
         agent.sample = agent.read_sample()?;
         agent.configure_passive();
         agent.resolve_next_hops().await;

@@ -10,18 +10,19 @@ use crate::{
     datapath::{attach::AttachmentKind, flows::FlowCount},
     error::Error,
     health::Health,
+    state::desired::slow_start_percent,
     status::{
-        BackendStatus, DiagnosisStatus, GroupStatus, InterfaceStatus, ListenerStatus, PoolStatus, Rates,
-        ReasonStatus, Status, Traffic,
+        BackendStatus, DiagnosisStatus, FlowsEnded, GroupStatus, InterfaceStatus, ListenerStatus, PoolStatus,
+        Rates, ReasonStatus, Status, Traffic,
     },
-    sweep::{Census, IdleResets},
+    sweep::{Census, EndCause, EndedFlows},
 };
 
 impl Agent {
     /// Everything that is known.
     pub(super) fn status(&self) -> Result<Status, Error> {
         let census = self.sweep.census();
-        let resets = self.sweep.idle_resets();
+        let ended = self.sweep.ended();
         let capacity = u64::from(self.config.agent.max_flows);
         let mut status = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -29,6 +30,7 @@ impl Agent {
             interfaces: Vec::new(),
             listeners: Vec::new(),
             groups: Vec::new(),
+            leaving_backends: self.leaving(&census),
             pool: PoolStatus {
                 capacity,
                 used: census.used,
@@ -50,7 +52,7 @@ impl Agent {
             let count = census.listeners.get(&id).copied().unwrap_or_default();
             let rates = self.listener_rates.get(&id).copied().unwrap_or_default();
             let mut traffic = traffic(&self.counters.listener(id)?, count, rates);
-            traffic.gateway_resets += resets.listeners.get(&id).copied().unwrap_or(0);
+            traffic.gateway_resets += ended.listener_resets.get(&id).copied().unwrap_or(0);
             status.listeners.push(ListenerStatus {
                 name: name.clone(),
                 vip: listener.vip,
@@ -64,7 +66,7 @@ impl Agent {
             });
         }
         for name in self.config.groups.keys() {
-            status.groups.push(self.group_status(name, &census, &resets)?);
+            status.groups.push(self.group_status(name, &census, &ended)?);
         }
         for description in DESCRIPTIONS {
             let counters = self.counters.reason(description.reason)?;
@@ -78,7 +80,12 @@ impl Agent {
         Ok(status)
     }
 
-    fn group_status(&self, name: &str, census: &Census, resets: &IdleResets) -> Result<GroupStatus, Error> {
+    pub(super) fn group_status(
+        &self,
+        name: &str,
+        census: &Census,
+        ended: &EndedFlows,
+    ) -> Result<GroupStatus, Error> {
         let group = &self.config.groups[name];
         let mut status = GroupStatus {
             name: name.to_owned(),
@@ -110,16 +117,29 @@ impl Agent {
             let count = census.backends.get(&id).copied().unwrap_or_default();
             let rates = self.backend_rates.get(&id).copied().unwrap_or_default();
             let mut traffic = traffic(&self.counters.backend(id)?, count, rates);
-            traffic.gateway_resets += resets.backends.get(&id).copied().unwrap_or(0);
+            traffic.gateway_resets += ended.backend_resets.get(&id).copied().unwrap_or(0);
             status.traffic.add(&traffic);
             let notes = &self.notes[&key];
+            let flows = |cause| ended.flows.get(&(id, cause)).copied().unwrap_or(0);
             status.backends.push(BackendStatus {
                 name: backend_name.clone(),
                 address: backend.address,
                 port: backend.port,
                 weight: backend.weight,
+                ordered_weight: self.ordered_weight(&key),
                 health: health.to_owned(),
-                share: self.shares.get(&id).copied().unwrap_or(0.0),
+                share: self.tables.share(self.applied.ids.groups[name], id),
+                drain: self.drain_status(&key, id, census),
+                flows_ended: FlowsEnded {
+                    drained: flows(EndCause::Drain),
+                    reset: flows(EndCause::Reset),
+                    rehashed: flows(EndCause::Rehash),
+                },
+                slow_start_percent: self
+                    .observed
+                    .slow_starts
+                    .get(&key)
+                    .map(|since| slow_start_percent(group, *since, self.observed.now)),
                 failure: notes.failure.as_ref().map(ToString::to_string),
                 diagnosis: notes.diagnosis.as_ref().map(|diagnosis| DiagnosisStatus {
                     cause: diagnosis.cause.name().to_owned(),

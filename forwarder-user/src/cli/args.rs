@@ -3,13 +3,15 @@
 //! Settings of a service have a twin in the environment, so that a unit file can give them. What the agent
 //! does with traffic is not here but in the configuration file.
 
-use std::{net::SocketAddrV4, path::PathBuf};
+use std::{net::SocketAddrV4, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
+    config::schema::parse_duration,
     explain::frame::Flag,
     flows::{DEFAULT_LIMIT, Endpoints, FlowPhase},
+    orders::BackendPath,
 };
 
 /// Forwards traffic from listeners on VIPs to backends in other networks, by XDP.
@@ -31,6 +33,9 @@ pub enum Verb {
     Doctor(DoctorArgs),
     Plan(PlanArgs),
     Apply(ApplyArgs),
+    Drain(DrainArgs),
+    Undrain(UndrainArgs),
+    Weight(WeightArgs),
     Detach(DetachArgs),
 }
 
@@ -240,6 +245,62 @@ pub struct ApplyArgs {
     pub output: OutputArgs,
 }
 
+/// Let a backend take no new flows while those it has finish; also across restarts, until `undrain`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    forwarder drain web/ecs01\n  \
+    forwarder drain web/ecs01 --timeout 5m --wait")]
+pub struct DrainArgs {
+    #[command(flatten)]
+    pub backend: BackendArgs,
+    /// End the flows that are left after this long, with a reset to both ends [default: they may go on]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// Wait until the backend has no flows any more
+    #[arg(long)]
+    pub wait: bool,
+    #[command(flatten)]
+    pub agent: AgentArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Let a drained backend take new flows again
+#[derive(Debug, Args)]
+pub struct UndrainArgs {
+    #[command(flatten)]
+    pub backend: BackendArgs,
+    #[command(flatten)]
+    pub agent: AgentArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Give a backend another weight than the configured one; also across restarts, until --reset
+#[derive(Debug, Args)]
+pub struct WeightArgs {
+    #[command(flatten)]
+    pub backend: BackendArgs,
+    /// Its share beside the other backends of its group; 0: no new flows
+    #[arg(value_name = "N", required_unless_present = "reset")]
+    pub weight: Option<u16>,
+    /// The configured weight again
+    #[arg(long, conflicts_with = "weight")]
+    pub reset: bool,
+    #[command(flatten)]
+    pub agent: AgentArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Which backend is meant.
+#[derive(Debug, Args)]
+pub struct BackendArgs {
+    /// The backend, with its group
+    #[arg(value_name = "GROUP/BACKEND")]
+    pub backend: BackendPath,
+}
+
 /// Remove everything that an agent has left in the kernel; traffic stops, flows end
 #[derive(Debug, Args)]
 pub struct DetachArgs {
@@ -329,6 +390,25 @@ mod tests {
             &[&packet[..], &["--flags", "xmas"]].concat(),
         ] {
             assert!(refused::<ExplainArgs>(line), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_backend_is_drained_for_a_time_and_weighed() {
+        let args: DrainArgs = read(&["web/ecs01", "--timeout", "5m", "--wait"]);
+        assert_eq!(args.backend.backend.to_string(), "web/ecs01");
+        assert_eq!((args.timeout, args.wait), (Some(Duration::from_secs(300)), true));
+        let args: WeightArgs = read(&["web/ecs01", "--reset"]);
+        assert_eq!((args.weight, args.reset), (None, true));
+        for line in [&["web"][..], &["web/ecs01", "--timeout", "5"], &[]] {
+            assert!(refused::<DrainArgs>(line), "{line:?}");
+        }
+        for line in [
+            &["web/ecs01"][..],
+            &["web/ecs01", "65536"],
+            &["web/ecs01", "5", "--reset"],
+        ] {
+            assert!(refused::<WeightArgs>(line), "{line:?}");
         }
     }
 

@@ -9,6 +9,7 @@ pub mod ask;
 pub mod check;
 pub mod detach;
 pub mod doctor;
+pub mod drain;
 pub mod explain;
 pub mod flows;
 pub mod output;

@@ -7,7 +7,9 @@ use forwarder_common::abi::reason::DESCRIPTIONS;
 
 use super::{
     args::{OutputFormat, StatusArgs},
-    ask, output,
+    ask,
+    drain::progress,
+    output,
     table::{Align, lines},
 };
 use crate::{
@@ -53,6 +55,7 @@ fn draw(status: &Status) -> String {
     for group in &status.groups {
         section(&group_title(group), backends(group));
     }
+    section("Left the configuration", leaving(status));
     section("SNAT pool", pool(status.pool));
     section("Interfaces", interfaces(status));
     section("Drops since the start", drops(status));
@@ -149,7 +152,7 @@ fn backends(group: &GroupStatus) -> Vec<String> {
     text
 }
 
-/// Why a backend does not answer, and what to do.
+/// What is not as usual with a backend: orders, why it does not answer, what to do.
 fn trouble(backend: &BackendStatus) -> Vec<String> {
     let mut text = Vec::new();
     if let Some(EjectionStatus {
@@ -174,6 +177,18 @@ fn trouble(backend: &BackendStatus) -> Vec<String> {
         };
         text.push(format!("  ejected{again}: {what}; {left}"));
     }
+    if let Some(drain) = &backend.drain {
+        text.push(format!("  {}", progress(drain)));
+    }
+    if let Some(percent) = backend.slow_start_percent {
+        text.push(format!("  slow start, {percent}% of its weight"));
+    }
+    if let Some(weight) = backend.ordered_weight {
+        text.push(format!(
+            "  weight {weight} by order, {} as configured",
+            backend.weight
+        ));
+    }
     match (&backend.diagnosis, &backend.failure) {
         (
             Some(DiagnosisStatus {
@@ -190,6 +205,19 @@ fn trouble(backend: &BackendStatus) -> Vec<String> {
         (None, None) => {}
     }
     text
+}
+
+/// Backends whose flows go on although they are not configured any more.
+fn leaving(status: &Status) -> Vec<String> {
+    let line = |backend: &crate::status::LeavingStatus| {
+        let flows = backend.flows_left;
+        let plural = if flows == 1 { "" } else { "s" };
+        format!(
+            "{}/{}: draining, {flows} flow{plural} left",
+            backend.group, backend.name
+        )
+    };
+    status.leaving_backends.iter().map(line).collect()
 }
 
 fn pool(pool: PoolStatus) -> Vec<String> {

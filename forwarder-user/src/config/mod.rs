@@ -164,6 +164,10 @@ pub struct Group {
     pub selection: Selection,
     /// Do the flows of a client stay together?
     pub persistence: Option<Persistence>,
+    /// What becomes of the flows of a backend that fails.
+    pub on_unhealthy: OnUnhealthy,
+    /// How long a backend that is new or healthy again takes to reach its whole share; up to 1 h, zero: no time.
+    pub slow_start: Duration,
     /// `None`: backends are taken as healthy without asking.
     pub health: Option<HealthCheck>,
     /// `None`: what the data path counts ejects nobody.
@@ -183,6 +187,17 @@ pub enum Selection {
     RoundRobin,
     /// The one with the fewest flows for its weight.
     LeastConnections,
+}
+
+/// What becomes of the flows of a backend that fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnUnhealthy {
+    /// They stay on it until they end: the default.
+    Keep,
+    /// Both ends of TCP connections are reset; the next packet of a UDP flow opens one elsewhere.
+    Reset,
+    /// Those that another backend can serve go there: UDP, and TCP whose handshake has had no answer.
+    Rehash,
 }
 
 /// A client's new flow goes where its last one went.

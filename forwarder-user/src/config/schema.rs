@@ -18,7 +18,7 @@ use ipnet::Ipv4Net;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    NatMode, OnStop, Ports, Protocol, Redirect, Selection, TunnelMode, XdpMode,
+    NatMode, OnStop, OnUnhealthy, Ports, Protocol, Redirect, Selection, TunnelMode, XdpMode,
     health::read::{HEALTH, Health, TUNNEL_HEALTH, TunnelHealth},
     reader::{Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, one_of},
 };
@@ -27,6 +27,8 @@ use super::{
 pub const MAX_FLOWS: RangeInclusive<u32> = 1024..=16_777_216;
 /// Range of `agent.max_slots`; the upper end is 512 MiB of 4-byte slots.
 pub const MAX_SLOTS: RangeInclusive<u32> = 1024..=134_217_728;
+/// Range of a group's `slow_start`, in milliseconds.
+pub const SLOW_START_MS: RangeInclusive<u64> = 0..=3_600_000;
 /// Range of `agent.max_persistent_clients`.
 pub const PERSISTENT_CLIENTS: RangeInclusive<u32> = 1..=*MAX_FLOWS.end();
 /// Prefixes in `snat.prefixes`, and runs of addresses that remain of them.
@@ -112,6 +114,8 @@ const GROUP: Shape = Shape {
         "selection",
         "persistence_timeout",
         "persistence_prefix",
+        "on_unhealthy",
+        "slow_start",
         "health",
         "passive",
         "backend",
@@ -229,6 +233,8 @@ pub struct Group {
     pub selection: OptionalField<Selection>,
     pub persistence_timeout: OptionalField<Duration>,
     pub persistence_prefix: OptionalField<u8>,
+    pub on_unhealthy: OptionalField<OnUnhealthy>,
+    pub slow_start: OptionalField<Duration>,
     pub health: Result<Health, Reported>,
     pub passive: Result<Passive, Reported>,
     pub backends: Named<Backend>,
@@ -335,6 +341,15 @@ impl Document {
                 ),
                 persistence_timeout: table.optional("persistence_timeout", duration(PERSISTENCE_TIMEOUT_MS)),
                 persistence_prefix: table.optional("persistence_prefix", integer(PERSISTENCE_PREFIX)),
+                on_unhealthy: table.optional(
+                    "on_unhealthy",
+                    one_of(&[
+                        ("keep", OnUnhealthy::Keep),
+                        ("reset", OnUnhealthy::Reset),
+                        ("rehash", OnUnhealthy::Rehash),
+                    ]),
+                ),
+                slow_start: table.optional("slow_start", duration(SLOW_START_MS)),
                 health: table.table("health", &HEALTH, Health::read),
                 passive: table.table("passive", &PASSIVE, Passive::read),
                 backends: table.required_named("backend", &BACKEND, name, |table| Backend {
@@ -537,13 +552,7 @@ pub(super) fn duration(range_ms: RangeInclusive<u64>) -> impl Fn(&DeValue<'_>) -
             }
             _ => return Err(wrong()),
         };
-        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-        let (count, unit) = text.split_at(digits);
-        let factor = UNITS
-            .iter()
-            .find(|(name, _)| *name == unit)
-            .map(|(_, factor)| *factor);
-        let (Ok(count), Some(factor)) = (count.parse::<u64>(), factor) else {
+        let Some((count, factor)) = count_and_unit(text) else {
             return Err(wrong().hint("write a whole number with one unit: \"250ms\", \"2s\", \"1m\", \"1h\""));
         };
         count
@@ -552,6 +561,25 @@ pub(super) fn duration(range_ms: RangeInclusive<u64>) -> impl Fn(&DeValue<'_>) -
             .map(Duration::from_millis)
             .ok_or_else(wrong)
     }
+}
+
+/// A whole number, and the milliseconds of its unit.
+fn count_and_unit(text: &str) -> Option<(u64, u64)> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (count, unit) = text.split_at(digits);
+    let (_, factor) = UNITS.iter().find(|(name, _)| *name == unit)?;
+    Some((count.parse().ok()?, *factor))
+}
+
+/// A duration as the language writes it, for the command line.
+///
+/// # Errors
+/// What it must be.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    count_and_unit(text)
+        .and_then(|(count, factor)| count.checked_mul(factor))
+        .map(Duration::from_millis)
+        .ok_or_else(|| "write a whole number with one unit, such as 30s, 5m or 1h".to_owned())
 }
 
 /// A duration as one would write it: in seconds where they are whole, else in milliseconds.
@@ -678,6 +706,7 @@ mod tests {
                 "persistence_timeout",
                 durations(PERSISTENCE_TIMEOUT_MS),
             ),
+            ("group.NAME", "slow_start", durations(SLOW_START_MS)),
             ("group.NAME", "persistence_prefix", "1 to 32".to_owned()),
             ("group.NAME.health", "expect", counts(EXPECTATIONS)),
             ("group.NAME.health", "command", counts(WORDS)),

@@ -17,8 +17,9 @@ use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
 use ipnet::Ipv4Net;
 
 use super::{
-    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, Passive,
-    Persistence, Ports, Protocol, Redirect, RoutingTable, Selection, SnatPool, Tunnel, TunnelMode, XdpMode,
+    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, OnUnhealthy,
+    Passive, Persistence, Ports, Protocol, Redirect, RoutingTable, Selection, SnatPool, Tunnel, TunnelMode,
+    XdpMode,
     health::{
         read::HealthKind,
         rules::{group_check, tunnel_check},
@@ -708,6 +709,8 @@ impl<'d> Check<'d> {
             remote_ip,
             selection: or(&group.selection, Selection::Maglev)?,
             persistence: self.persistence(&place, group)?,
+            on_unhealthy: or(&group.on_unhealthy, OnUnhealthy::Keep)?,
+            slow_start: or(&group.slow_start, Duration::ZERO)?,
             health: health?,
             passive: passive?,
             backends: backends?,

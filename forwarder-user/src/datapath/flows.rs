@@ -5,12 +5,16 @@
 //! allows. An entry is freed in two steps: its keys leave the flow index in one sweep, its number goes back to
 //! the free list in a later one, when no packet that was under way can be using it.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use forwarder_common::{
     abi::{
         backend::BackendId,
-        flow::{Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
+        flow::{Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, TcpEvents},
         listener::ListenerId,
     },
     datapath::tcp_state::{CLOSED_TIMEOUT, Phase},
@@ -27,6 +31,40 @@ pub struct FlowCount {
     pub active: u64,
     /// All others: half open, closing, closed, idle UDP.
     pub inactive: u64,
+    /// Of the inactive ones: TCP connections that have ended and are only held back.
+    pub closed: u64,
+}
+
+impl FlowCount {
+    /// Flows that may still carry packets.
+    pub fn open(&self) -> u64 {
+        (self.active + self.inactive).saturating_sub(self.closed)
+    }
+}
+
+/// Why flows end before their time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum EndCause {
+    /// Their backend has drained for as long as it may: all of them.
+    Drain,
+    /// Their backend has failed and its group says `reset`: all of them.
+    Reset,
+    /// Their backend has failed and its group says `rehash`: those that another one can serve, which are UDP and TCP
+    /// whose handshake has had no answer.
+    Rehash,
+}
+
+impl EndCause {
+    fn concerns(self, entry: &FlowEntry) -> bool {
+        if !is_tcp(entry) {
+            return true;
+        }
+        match self {
+            // What has ended needs no end.
+            Self::Drain | Self::Reset => entry.tcp.phase() != Phase::Closed,
+            Self::Rehash => entry.tcp.phase() == Phase::HalfOpen && !entry.tcp.has(TcpEvents::ANSWERED),
+        }
+    }
 }
 
 /// What a sweep has found.
@@ -186,6 +224,24 @@ impl<S: FlowStore> Sweeper<S> {
         true
     }
 
+    /// Ends the flows on these backends that the cause concerns; returns what they were like then.
+    pub fn end(&mut self, backends: &HashSet<BackendId>, cause: EndCause) -> Vec<FlowEntry> {
+        let mut ended = Vec::new();
+        for number in 0..self.store.capacity() {
+            let id = FlowId(number);
+            if self.store.state(id) != FlowState::LIVE {
+                continue;
+            }
+            let entry = self.store.read(id);
+            if backends.contains(&entry.backend) && cause.concerns(&entry) && self.delete(id, &entry.binding)
+            {
+                // Again: what its ends expect is as new as can be.
+                ended.push(self.store.read(id));
+            }
+        }
+        ended
+    }
+
     /// What it works on.
     pub fn store(&mut self) -> &mut S {
         &mut self.store
@@ -255,6 +311,7 @@ impl<S: FlowStore> Sweeper<S> {
                     count.active += 1;
                 } else {
                     count.inactive += 1;
+                    count.closed += u64::from(is_closed);
                 }
             }
         }

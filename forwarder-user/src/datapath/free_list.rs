@@ -117,7 +117,7 @@ fn push(maps: &mut FlowMaps, id: FlowId) -> Result<(), Error> {
 
 /// Returns when every program that was running has ended. Programs of network hooks run inside an RCU read-side
 /// section, and a global memory barrier waits for all of those: it is the kernel's `synchronize_rcu`.
-fn await_running_programs() {
+pub fn await_running_programs() {
     // Refused where CPUs run without a timer tick (nohz_full).
     if membarrier(MembarrierCommand::Global).is_err() {
         thread::sleep(GRACE);

@@ -15,6 +15,7 @@ use crate::{
     state::{
         desired::{Desired, GroupTable},
         ids::Ids,
+        overrides,
         placement::Placement,
         plan::Applied,
     },
@@ -30,6 +31,7 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
     let ids = Ids::restore(&records);
     let mut placement = Placement::new(maps.slots.capacity());
     let mut desired = Desired::empty();
+    desired.overrides = overrides::restore(&records);
     let AsPod(settings) = maps.settings.get(&0, 0).map_err(|error| refused(&error))?;
     desired.settings = settings;
     for (key, value) in entries(&maps.interfaces)? {
@@ -82,7 +84,7 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
                 selection: group.selection,
                 persistence_secs: group.persistence_secs,
                 persistence_bits: group.persistence_bits,
-                slots,
+                slots: slots.into(),
             },
         );
     }

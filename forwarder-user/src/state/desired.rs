@@ -21,7 +21,11 @@ use forwarder_common::{
     },
 };
 
-use super::{ids::Ids, turns};
+use super::{
+    ids::Ids,
+    overrides::{Override, Overrides},
+    tables::{Fresh, Slots, TableInputs, TableSource},
+};
 use crate::{
     config::{self, Config, Protocol},
     health::Health,
@@ -37,6 +41,12 @@ pub struct Observations {
     pub health: HashMap<(String, String), Health>,
     /// Backends that passive checks took out, by group and name.
     pub ejected: HashSet<(String, String)>,
+    /// What operators have ordered.
+    pub overrides: Overrides,
+    /// Backends that start slowly, by group and backend name, with the time since when.
+    pub slow_starts: BTreeMap<(String, String), Duration>,
+    /// Time since the agent's start, as far as slow starts are concerned.
+    pub now: Duration,
     /// By interface index.
     pub interfaces: BTreeMap<u32, Interface>,
     pub route_generation: u32,
@@ -75,7 +85,7 @@ pub struct GroupTable {
     /// 1 to 32.
     pub persistence_bits: u32,
     /// Empty: no backend takes new flows.
-    pub slots: Vec<BackendId>,
+    pub slots: Slots,
 }
 
 /// What the tables should hold.
@@ -84,6 +94,8 @@ pub struct Desired {
     pub settings: Settings,
     pub interfaces: BTreeMap<u32, Interface>,
     pub backends: BTreeMap<BackendId, Backend>,
+    /// Operators' orders; they stand beside the tables, in the records of names.
+    pub overrides: BTreeMap<BackendId, Override>,
     pub groups: BTreeMap<GroupId, GroupTable>,
     pub vips: BTreeMap<[u8; 4], Vip>,
     pub listeners: BTreeMap<ListenerOrder, (ListenerKey, Listener)>,
@@ -112,6 +124,7 @@ impl Desired {
             settings: Settings::default(),
             interfaces: BTreeMap::new(),
             backends: BTreeMap::new(),
+            overrides: BTreeMap::new(),
             groups: BTreeMap::new(),
             vips: BTreeMap::new(),
             listeners: BTreeMap::new(),
@@ -120,8 +133,18 @@ impl Desired {
         }
     }
 
-    /// What should be true.
+    /// What should be true, all tables built now.
     pub fn of(config: &Config, ids: &Ids, observed: &Observations) -> Self {
+        Self::with_tables(config, ids, observed, &mut Fresh)
+    }
+
+    /// What should be true, with the groups' tables from `tables`.
+    pub fn with_tables(
+        config: &Config,
+        ids: &Ids,
+        observed: &Observations,
+        tables: &mut impl TableSource,
+    ) -> Self {
         let mut desired = Self::empty();
         desired.settings = Settings {
             abi_version: ABI_VERSION,
@@ -132,7 +155,7 @@ impl Desired {
         };
         desired.interfaces.clone_from(&observed.interfaces);
         for (name, group) in &config.groups {
-            desired.add_group(name, group, ids, observed);
+            desired.add_group(name, group, ids, observed, tables);
         }
         for (name, listener) in &config.listeners {
             let protocol = match listener.protocol {
@@ -177,17 +200,38 @@ impl Desired {
         desired
     }
 
-    fn add_group(&mut self, name: &str, group: &config::Group, ids: &Ids, observed: &Observations) {
+    fn add_group(
+        &mut self,
+        name: &str,
+        group: &config::Group,
+        ids: &Ids,
+        observed: &Observations,
+        tables: &mut impl TableSource,
+    ) {
         let mut entries = Vec::new();
         let healthy = observed.healthy(name, group);
         for (backend_name, backend) in &group.backends {
             let key = (name.to_owned(), backend_name.clone());
             let id = ids.backends[&key];
             let is_healthy = healthy.contains(backend_name.as_str());
-            let state = if is_healthy {
-                BackendState::HEALTHY
-            } else {
-                BackendState::UNHEALTHY
+            let orders = observed.overrides.get(&key).copied().unwrap_or_default();
+            if !orders.is_none() {
+                self.overrides.insert(id, orders);
+            }
+            let percent = observed
+                .slow_starts
+                .get(&key)
+                .map_or(100, |since| slow_start_percent(group, *since, observed.now));
+            // In hundredths where there may be slow starts, so that small weights have steps, too. Only the ratio of
+            // weights counts.
+            let weight = match (u32::from(weight(backend, &orders)), group.slow_start.is_zero()) {
+                (weight, true) => weight,
+                (weight, false) => weight * percent,
+            };
+            let state = match (is_healthy, takes_new_flows(backend, &orders)) {
+                (false, _) => BackendState::UNHEALTHY,
+                (true, false) => BackendState::DRAINING,
+                (true, true) => BackendState::HEALTHY,
             };
             let address = backend.address.octets();
             self.backends.insert(
@@ -198,15 +242,15 @@ impl Desired {
                     state,
                     reserved: 0,
                     max_flows: backend.max_flows.unwrap_or(0),
-                    weight: u32::from(backend.weight),
+                    weight,
                 },
             );
-            if is_healthy {
+            if state == BackendState::HEALTHY {
                 let identity = maglev::identity(address, backend.port.unwrap_or(0));
                 entries.push(maglev::Entry {
                     value: id.0,
                     identity,
-                    weight: u32::from(backend.weight),
+                    weight,
                 });
             }
         }
@@ -220,40 +264,39 @@ impl Desired {
             config::Selection::RoundRobin => Selection::ROUND_ROBIN,
             config::Selection::LeastConnections => Selection::LEAST_CONNECTIONS,
         };
-        let slots = table(selection, entries, maglev::size_for(group.backends.len()));
+        let id = ids.groups[name];
+        let inputs = TableInputs::new(selection, maglev::size_for(group.backends.len()), entries);
         let persistence = group.persistence;
         self.groups.insert(
-            ids.groups[name],
+            id,
             GroupTable {
                 nat,
                 selection,
                 persistence_secs: persistence.map_or(0, |persistence| whole_secs(persistence.timeout)),
                 persistence_bits: persistence.map_or(32, |persistence| u32::from(persistence.prefix_bits)),
-                slots,
+                slots: tables.slots(id, inputs),
             },
         );
     }
 }
 
-/// The table of a group's healthy backends, of at most `size` slots; empty when none has a weight.
-fn table(selection: Selection, mut entries: Vec<maglev::Entry>, size: u32) -> Vec<BackendId> {
-    entries.sort_by_key(|entry| entry.identity);
-    match selection {
-        Selection::ROUND_ROBIN => return turns::cycle(&entries, size),
-        // Once each: the data path compares those that it looks at by their weight.
-        Selection::LEAST_CONNECTIONS => {
-            let weighted = entries.iter().filter(|entry| entry.weight > 0);
-            return weighted.map(|entry| BackendId(entry.value)).collect();
-        }
-        _ => {}
-    }
-    let mut turns = vec![maglev::Turn::default(); entries.len()];
-    let mut slots = vec![0; size as usize];
-    if maglev::build(&entries, &mut turns, &mut slots) {
-        slots.into_iter().map(BackendId).collect()
-    } else {
-        Vec::new()
-    }
+/// A backend's weight as operators have ordered it, or else as it is configured.
+pub fn weight(backend: &config::Backend, orders: &Override) -> u16 {
+    orders.weight.unwrap_or(backend.weight)
+}
+
+/// Is a healthy backend to take new flows? If not, it drains.
+pub fn takes_new_flows(backend: &config::Backend, orders: &Override) -> bool {
+    !orders.is_drained && weight(backend, orders) > 0
+}
+
+/// How much of its weight a backend has that has started slowly at `since`: 1 to 100.
+pub fn slow_start_percent(group: &config::Group, since: Duration, now: Duration) -> u32 {
+    let millis = group.slow_start.as_millis();
+    let elapsed = now.saturating_sub(since).as_millis();
+    (elapsed * 100)
+        .checked_div(millis)
+        .map_or(100, |percent| percent.clamp(1, 100) as u32)
 }
 
 /// A part of a second counts as one.

@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, fmt::Debug};
 use crate::{
     change::{Action, Change},
     config::{
-        Backend, Config, Group, Listener, NatMode, Persistence, Protocol, Selection, TunnelCheck, TunnelMode,
+        Backend, Config, Group, Listener, NatMode, OnUnhealthy, Persistence, Protocol, Selection,
+        TunnelCheck, TunnelMode,
     },
     error::Error,
 };
@@ -171,6 +172,14 @@ fn describe_group(group: &Group) -> String {
         Some(check) => format!("{} every {:?}", check.probe, check.interval),
     };
     let mut text = format!("{nat}{selection}, {health}");
+    text.push_str(match group.on_unhealthy {
+        OnUnhealthy::Keep => "",
+        OnUnhealthy::Reset => ", flows of failed backends are reset",
+        OnUnhealthy::Rehash => ", flows of failed backends move",
+    });
+    if !group.slow_start.is_zero() {
+        text.push_str(&format!(", slow start over {:?}", group.slow_start));
+    }
     if let Some(Persistence { timeout, prefix_bits }) = group.persistence {
         text.push_str(&format!(
             ", clients of one /{prefix_bits} stay together for {timeout:?}"

@@ -18,7 +18,7 @@ use forwarder_common::abi::{
     listener::ListenerId,
 };
 
-use super::placement::Placement;
+use super::{overrides::Override, placement::Placement};
 use crate::{config::Config, error::Error};
 
 /// The numbers of everything in a configuration, and of what has left it but still has flows.
@@ -143,7 +143,11 @@ impl Ids {
     }
 
     /// What is to be written beside the tables.
-    pub fn records(&self, placement: &Placement) -> BTreeMap<NameKey, NameRecord> {
+    pub fn records(
+        &self,
+        placement: &Placement,
+        overrides: &BTreeMap<BackendId, Override>,
+    ) -> BTreeMap<NameKey, NameRecord> {
         let mut records = BTreeMap::new();
         for (name, id) in self.listeners.iter().chain(&self.leaving_listeners) {
             let key = NameKey {
@@ -168,7 +172,13 @@ impl Ids {
                 kind: NameKind::BACKEND,
                 id: id.0,
             };
-            records.insert(key, NameRecord::new(group, name));
+            let mut record = NameRecord::new(group, name);
+            overrides
+                .get(id)
+                .copied()
+                .unwrap_or_default()
+                .write_to(&mut record);
+            records.insert(key, record);
         }
         records
     }
@@ -279,10 +289,27 @@ pub struct NameRecord {
     pub first_slot: u32,
     /// Of a group: slots of one table.
     pub table_slots: u32,
+    /// Of a backend: bits of [`override_flag`].
+    pub override_flags: u32,
+    /// Of a backend with [`override_flag::WEIGHT`]: 0 to 65535.
+    pub weight: u32,
+    /// Of a backend with [`override_flag::UNTIL`]: seconds of CLOCK_MONOTONIC.
+    pub drain_until_secs: u32,
+    pub reserved: u32,
+}
+
+/// What operators have ordered for a backend; see [`Override`].
+pub mod override_flag {
+    /// It takes no new flows.
+    pub const DRAINED: u32 = 1;
+    /// Its flows are ended at a time.
+    pub const UNTIL: u32 = 2;
+    /// It has another weight than in the configuration.
+    pub const WEIGHT: u32 = 4;
 }
 
 impl NameRecord {
-    fn new(group: &str, name: &str) -> Self {
+    pub(super) fn new(group: &str, name: &str) -> Self {
         let mut record = Self::zeroed();
         for (field, text) in [(&mut record.group, group), (&mut record.name, name)] {
             for (to, from) in field.iter_mut().zip(text.bytes()) {
@@ -367,7 +394,10 @@ mod tests {
     #[test]
     fn the_records_tell_the_next_agent_everything() {
         let ids = Ids::assign(&config(&["b", "c"]));
-        assert_eq!(Ids::restore(&ids.records(&Placement::new(4096))), ids);
+        assert_eq!(
+            Ids::restore(&ids.records(&Placement::new(4096), &BTreeMap::new())),
+            ids
+        );
     }
 
     #[test]

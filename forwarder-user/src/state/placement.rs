@@ -133,6 +133,17 @@ impl Placement {
         self.regions.get(&id).map(|region| (region.first, region.size))
     }
 
+    /// Do all groups stand where they do in `other`?
+    pub(super) fn has_same_regions(&self, other: &Self) -> bool {
+        let places = |placement: &Self| -> Vec<_> {
+            let regions = placement.regions.iter();
+            regions
+                .map(|(id, region)| (*id, region.first, region.size))
+                .collect()
+        };
+        places(self) == places(other)
+    }
+
     /// Is there a table of this group?
     pub(super) fn is_written(&self, id: GroupId) -> bool {
         self.regions.get(&id).is_some_and(|region| region.side.is_some())

@@ -21,6 +21,7 @@ use super::{
     desired::{Desired, source_key},
     ids::{Ids, NameKey, NameKind, NameRecord},
     placement::Placement,
+    tables::Slots,
 };
 
 /// One write. A value of `None` removes the entry.
@@ -32,7 +33,7 @@ pub enum MapWrite {
     Backend(BackendId, Option<Backend>),
     Slots {
         first: u32,
-        slots: Vec<BackendId>,
+        slots: Slots,
     },
     Group(GroupId, Option<BackendGroup>),
     Vip(VipKey, Option<Vip>),
@@ -67,8 +68,14 @@ impl Applied {
     /// their places now.
     pub fn writes_to(&self, after: &mut Self) -> Vec<MapWrite> {
         let contents = plan(&self.desired, &after.desired, &mut after.placement);
-        let names_before = self.ids.records(&self.placement);
-        let names_after = after.ids.records(&after.placement);
+        if self.ids == after.ids
+            && self.desired.overrides == after.desired.overrides
+            && self.placement.has_same_regions(&after.placement)
+        {
+            return contents;
+        }
+        let names_before = self.ids.records(&self.placement, &self.desired.overrides);
+        let names_after = after.ids.records(&after.placement, &after.desired.overrides);
         let mut writes: Vec<_> = came(&names_before, &names_after, |key, record| {
             MapWrite::Name(*key, Some(Box::new(*record)))
         })

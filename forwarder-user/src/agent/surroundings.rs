@@ -1,0 +1,156 @@
+//! The host around the data path: links, routes, settings, the probe address.
+
+use std::{collections::HashSet, net::Ipv4Addr};
+
+use tracing::{debug, error, info, warn};
+
+use super::Agent;
+use crate::{
+    config::{Config, RoutingTable},
+    error::Error,
+    network::{self, LinkState, Network, RpFilter},
+};
+
+/// The probe address, local while the agent runs.
+pub(super) struct ProbeAddress {
+    address: Ipv4Addr,
+    /// It was not there before.
+    is_ours: bool,
+}
+
+/// Where the probe address is local.
+pub const PROBE_INTERFACE: &str = "lo";
+
+impl ProbeAddress {
+    /// Adds the address, or takes over the one that an earlier agent added.
+    pub(super) async fn add(agent: &Agent) -> Result<Self, Error> {
+        let address = agent.config.snat.probe_address;
+        let left = agent.pins.probe_address();
+        if let Some(left) = left.filter(|left| *left != address) {
+            agent.network.remove_address(PROBE_INTERFACE, left).await?;
+        }
+        let is_new = agent.network.add_address(PROBE_INTERFACE, address).await?;
+        let is_ours = is_new || left == Some(address);
+        agent.pins.note_probe_address(is_ours.then_some(address))?;
+        Ok(Self { address, is_ours })
+    }
+
+    pub(super) async fn remove(self, agent: &Agent) {
+        if self.is_ours
+            && let Err(error) = agent.network.remove_address(PROBE_INTERFACE, self.address).await
+        {
+            error!(%error, "the probe address stays behind");
+        }
+    }
+}
+
+impl Agent {
+    /// Looks at the host's settings again; logs what is new.
+    pub(super) async fn look_for_trouble(&mut self) -> Result<(), Error> {
+        let warnings = warnings(&self.network, &self.config, &self.links_down).await?;
+        for warning in warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
+            warn!("{warning}");
+        }
+        self.warnings = warnings;
+        Ok(())
+    }
+
+    /// Makes every flow ask for its route anew, and says which attached links came or went.
+    pub(super) async fn network_changed(&mut self, changes: &network::Changes) -> Result<(), Error> {
+        for change in &changes.links {
+            if !self
+                .attachments
+                .iter()
+                .any(|attachment| attachment.name == change.name)
+            {
+                continue;
+            }
+            match change.state {
+                LinkState::Up => {
+                    self.links_down.remove(&change.name);
+                    info!(interface = change.name, "link up");
+                }
+                LinkState::Down => {
+                    self.links_down.insert(change.name.clone());
+                    warn!(interface = change.name, "link down");
+                }
+                LinkState::Gone => {
+                    self.links_down.insert(change.name.clone());
+                    error!(
+                        interface = change.name,
+                        "the interface is gone; restart the agent when it is back"
+                    );
+                }
+            }
+        }
+        self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
+        self.reconcile()?;
+        if changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty() {
+            self.resolve_next_hops().await;
+        }
+        Ok(())
+    }
+
+    /// Asks the kernel to find out the link addresses of the backends' next hops, before traffic needs them.
+    pub(super) async fn resolve_next_hops(&self) {
+        let mut asked = HashSet::new();
+        for backend in self
+            .config
+            .groups
+            .values()
+            .flat_map(|group| group.backends.values())
+        {
+            let Ok(route) = self.network.route_to(backend.address, None).await else {
+                continue;
+            };
+            let next_hop = (route.interface, route.next_hop(backend.address));
+            if asked.insert(next_hop)
+                && let Err(error) = self.network.resolve_neighbour(next_hop.0, next_hop.1).await
+            {
+                debug!(%error, "next hop {} not resolved", next_hop.1);
+            }
+        }
+    }
+}
+
+/// What an operator should look at on this host.
+async fn warnings(network: &Network, config: &Config, down: &HashSet<String>) -> Result<Vec<String>, Error> {
+    let mut warnings = Vec::new();
+    if !network.ip_forward()? {
+        warnings.push(
+            "this host does not forward: traffic to tunnels and unresolved neighbours is dropped; \
+             sysctl -w net.ipv4.ip_forward=1"
+                .to_owned(),
+        );
+    }
+    let has_vrf = config
+        .networks
+        .values()
+        .any(|network| matches!(network.table, Some(RoutingTable::Vrf(_))));
+    if has_vrf && !network.accepts_from_vrf().unwrap_or(true) {
+        warnings.push(
+            "answers to health probes of backends in a VRF are not taken; sysctl -w net.ipv4.tcp_l3mdev_accept=1"
+                .to_owned(),
+        );
+    }
+    // A rewritten request goes up with a source of the pool, to which this host usually has no route.
+    let is_pool_routed = match config.snat.ranges.first() {
+        Some((first, _)) => network.route_to(*first, None).await.is_ok(),
+        None => true,
+    };
+    for name in config.interfaces.keys() {
+        // An interface that is gone has no setting; that it is gone is said elsewhere.
+        let filter = network.rp_filter(name).unwrap_or(RpFilter::Off);
+        if filter.drops_rewritten(is_pool_routed) {
+            warnings.push(format!(
+                "{name}: source validation drops rewritten requests on their way to a tunnel; \
+                 sysctl -w net.ipv4.conf.{name}.rp_filter=0 net.ipv4.conf.all.rp_filter=0"
+            ));
+        }
+    }
+    warnings.extend(
+        down.iter()
+            .map(|name| format!("{name}: the link is down; ip link set {name} up")),
+    );
+    Ok(warnings)
+}
