@@ -455,7 +455,7 @@ fn backends() -> [Family; 8] {
     ]
 }
 
-fn gateway() -> [Family; 6] {
+fn gateway() -> [Family; 7] {
     let by_reason = &["reason", "verdict"];
     [
         Family::new(
@@ -501,6 +501,22 @@ fn gateway() -> [Family; 6] {
             "Share of the SNAT bindings that flows hold, 0 to 1; at 1 new flows are refused.",
             &[],
             |status| vec![Sample::new([], Value::Real(status.pool.usage()))],
+        ),
+        Family::new(
+            Kind::Gauge,
+            "tunnel_healthy",
+            "1 if the far side of the tunnel answers its health check, else 0; of tunnels with a check.",
+            &["tunnel"],
+            |status| {
+                let checked = status
+                    .tunnels
+                    .iter()
+                    .filter(|tunnel| tunnel.health != "unchecked");
+                let sample = |tunnel: &crate::status::TunnelStatus| {
+                    Sample::whole([&tunnel.name], u64::from(tunnel.health == "healthy"))
+                };
+                checked.map(sample).collect()
+            },
         ),
         Family::new(
             Kind::Gauge,

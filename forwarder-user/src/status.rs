@@ -17,6 +17,7 @@ pub struct Status {
     pub version: String,
     pub uptime_secs: u64,
     pub interfaces: Vec<InterfaceStatus>,
+    pub tunnels: Vec<TunnelStatus>,
     pub listeners: Vec<ListenerStatus>,
     pub groups: Vec<GroupStatus>,
     /// Backends that have left the configuration and whose last flows go on.
@@ -37,6 +38,23 @@ pub struct InterfaceStatus {
     /// Do frames leave through it straight from XDP?
     pub sends: bool,
     pub is_up: bool,
+}
+
+/// A tunnel, and whether it carries packets.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TunnelStatus {
+    pub name: String,
+    /// Its device.
+    pub is_up: bool,
+    /// The address of the far side that is probed; none without a check.
+    pub address: Option<Ipv4Addr>,
+    /// `healthy`, `unhealthy`, `unknown` before the first probe, or `unchecked`.
+    pub health: String,
+    /// Backends that are unhealthy because it is.
+    pub backends_held: usize,
+    /// Why the last probe failed; none if it passed.
+    pub failure: Option<String>,
+    pub diagnosis: Option<DiagnosisStatus>,
 }
 
 /// Counters since the agent's start, and rates over the last second or so. Bytes are IP bytes.

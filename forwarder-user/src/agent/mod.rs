@@ -51,6 +51,7 @@ mod start;
 mod status;
 mod surroundings;
 mod tables;
+mod tunnels;
 
 pub(crate) use start::sizes;
 pub use surroundings::PROBE_INTERFACE;
@@ -237,6 +238,7 @@ struct Agent {
     left_at_sweep: u64,
     notes: BTreeMap<BackendName, BackendNotes>,
     tables: Tables,
+    tunnels: tunnels::Tunnels,
     sample: Sample,
     listener_rates: HashMap<ListenerId, Rates>,
     backend_rates: HashMap<BackendId, Rates>,
@@ -273,6 +275,13 @@ impl Agent {
             report_sender,
         );
         let mut heard = Vec::new();
+        let (tunnel_sender, mut tunnel_reports) = mpsc::channel(QUEUE);
+        let tunnels = health::start(
+            self.tunnel_targets(),
+            HashMap::new(),
+            self.config.snat.probe_address,
+            tunnel_sender,
+        );
         let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -295,7 +304,7 @@ impl Agent {
                     }
                     Asked::Reload => {
                         self.reload();
-                        self.follow_change(&health, &mut unheard).await;
+                        self.follow_change(&health, &tunnels, &mut unheard).await?;
                     }
                 },
                 // All that wait, so that a thousand transitions at once are one change of the tables.
@@ -313,6 +322,11 @@ impl Agent {
                 }
                 Some(event) = self.passive.happened() => self.judged(event)?,
                 Some(built) = self.tables.built() => self.take_table(built)?,
+                Some(report) = tunnel_reports.recv() => {
+                    if self.tunnel_heard(&report, &health).await {
+                        self.reconcile()?;
+                    }
+                }
                 Some((name, diagnosis)) = diagnoses.recv() => self.diagnosed(&name, diagnosis),
                 changed = changes.changed() => match changed {
                     Some(changed) => self.network_changed(&changed).await?,
@@ -336,7 +350,7 @@ impl Agent {
                         let is_changed = apply && outcome.is_ok();
                         reply.send(outcome);
                         if is_changed {
-                            self.follow_change(&health, &mut unheard).await;
+                            self.follow_change(&health, &tunnels, &mut unheard).await?;
                         }
                     }
                 },
@@ -345,13 +359,22 @@ impl Agent {
     }
 
     /// What a change of the configuration means for the network around the tables.
-    async fn follow_change(&self, health: &health::Watch, unheard: &mut HashSet<BackendName>) {
+    async fn follow_change(
+        &mut self,
+        health: &health::Watch,
+        tunnels: &health::Watch,
+        unheard: &mut HashSet<BackendName>,
+    ) -> Result<(), Error> {
         // The tables have changed; a rule that cannot be added shows in probes as well.
         if let Err(error) = policy::install(&self.network, &self.config).await {
             error!("{error}");
         }
         self.watch(health, unheard);
+        if self.tunnels_changed(tunnels, health) {
+            self.reconcile()?;
+        }
         self.resolve_next_hops().await;
+        Ok(())
     }
 
     /// Has the backends of a changed configuration probed.
@@ -383,8 +406,17 @@ impl Agent {
     /// Notes what a probe has found; `true`: the tables have to follow.
     fn heard(&mut self, name: &BackendName, report: &Report) -> bool {
         let (group, backend) = name;
+        if self.tunnels.hold(name) {
+            return false;
+        }
         self.passive_heard(name, report);
         if let Some(notes) = self.notes.get_mut(name) {
+            if let Err(failure @ (ProbeFailure::CannotProbe(_) | ProbeFailure::SourceNotLocal(_))) =
+                &report.result
+                && notes.failure.as_ref() != Some(failure)
+            {
+                warn!(group, backend, "its health stays as it is: {failure}");
+            }
             notes.failure = report.result.as_ref().err().cloned();
             if notes.failure.is_none() {
                 notes.diagnosis = None;
@@ -414,7 +446,8 @@ impl Agent {
         let (Err(failure), Some(Health::Unhealthy)) = (&report.result, report.health) else {
             return;
         };
-        let Some(notes) = self.notes.get_mut(name) else {
+        let is_held = self.tunnels.hold(name);
+        let Some(notes) = self.notes.get_mut(name).filter(|_| !is_held) else {
             return;
         };
         let is_recent = notes
@@ -442,7 +475,7 @@ impl Agent {
         };
         notes.is_being_diagnosed = false;
         notes.diagnosed_at = Some(Instant::now());
-        if notes.failure.is_none() {
+        if notes.failure.is_none() || self.tunnels.hold(name) {
             return;
         }
         let is_news = notes.diagnosis.as_ref().map(|known| known.cause) != Some(diagnosis.cause);

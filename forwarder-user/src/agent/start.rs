@@ -154,6 +154,7 @@ impl Agent {
             applied: before,
             left_at_sweep: 0,
             tables: Tables::new(),
+            tunnels: super::tunnels::Tunnels::default(),
             sample: Sample {
                 taken_at: started_at,
                 listeners: HashMap::new(),

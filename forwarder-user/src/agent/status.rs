@@ -28,6 +28,7 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_secs: self.started_at.elapsed().as_secs(),
             interfaces: Vec::new(),
+            tunnels: self.tunnel_status(),
             listeners: Vec::new(),
             groups: Vec::new(),
             leaving_backends: self.leaving(&census),

@@ -15,7 +15,9 @@ use super::{
 use crate::{
     api::STATUS_PATH,
     error::Errors,
-    status::{BackendStatus, DiagnosisStatus, EjectionStatus, GroupStatus, PoolStatus, Rates, Status},
+    status::{
+        BackendStatus, DiagnosisStatus, EjectionStatus, GroupStatus, PoolStatus, Rates, Status, TunnelStatus,
+    },
 };
 
 /// From which share on the pool's use is worth a remark.
@@ -57,6 +59,7 @@ fn draw(status: &Status) -> String {
     }
     section("Left the configuration", leaving(status));
     section("SNAT pool", pool(status.pool));
+    section("Tunnels", tunnels(status));
     section("Interfaces", interfaces(status));
     section("Drops since the start", drops(status));
     text.join("\n")
@@ -189,7 +192,16 @@ fn trouble(backend: &BackendStatus) -> Vec<String> {
             backend.weight
         ));
     }
-    match (&backend.diagnosis, &backend.failure) {
+    text.extend(explanation(
+        backend.diagnosis.as_ref(),
+        backend.failure.as_deref(),
+    ));
+    text
+}
+
+fn explanation(diagnosis: Option<&DiagnosisStatus>, failure: Option<&str>) -> Vec<String> {
+    let mut text = Vec::new();
+    match (diagnosis, failure) {
         (
             Some(DiagnosisStatus {
                 cause,
@@ -232,6 +244,39 @@ fn pool(pool: PoolStatus) -> Vec<String> {
              shorten idle timeouts"
                 .to_owned(),
         );
+    }
+    text
+}
+
+/// One line per tunnel, and below it what is wrong with it.
+fn tunnels(status: &Status) -> Vec<String> {
+    let columns = [
+        ("TUNNEL", Align::Left),
+        ("LINK", Align::Left),
+        ("FAR SIDE", Align::Left),
+        ("HEALTH", Align::Left),
+        ("BACKENDS HELD", Align::Right),
+    ];
+    let row = |tunnel: &TunnelStatus| {
+        [
+            tunnel.name.clone(),
+            if tunnel.is_up { "up" } else { "down" }.to_owned(),
+            tunnel
+                .address
+                .map_or_else(|| "-".to_owned(), |address| address.to_string()),
+            tunnel.health.clone(),
+            tunnel.backends_held.to_string(),
+        ]
+    };
+    let mut table = lines(columns, status.tunnels.iter().map(row).collect()).into_iter();
+    let mut text: Vec<String> = table
+        .next()
+        .into_iter()
+        .filter(|_| !status.tunnels.is_empty())
+        .collect();
+    for (line, tunnel) in table.zip(&status.tunnels) {
+        text.push(line);
+        text.extend(explanation(tunnel.diagnosis.as_ref(), tunnel.failure.as_deref()));
     }
     text
 }

@@ -89,10 +89,11 @@ mod tests {
     use super::*;
     use crate::error::EXIT_USAGE;
 
-    const EXAMPLES: [&str; 3] = [
+    const EXAMPLES: [&str; 4] = [
         include_str!("../../../examples/minimal.toml"),
         include_str!("../../../examples/remote-backends.toml"),
         include_str!("../../../examples/dnat.toml"),
+        include_str!("../../../examples/health-checks.toml"),
     ];
 
     /// What a slip of the hand, or malice, may put somewhere.

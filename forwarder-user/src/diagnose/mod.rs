@@ -76,6 +76,15 @@ pub async fn diagnose(network: &Network, subject: &Subject, failure: &ProbeFailu
     verdict::from_evidence(subject, &evidence)
 }
 
+/// Explains why the probe of a tunnel's far side, at `address`, ended in `failure`: its device is missing or down, or it is
+/// not, and what is beyond it does not answer. Asks the kernel only.
+pub async fn tunnel(network: &Network, name: &str, address: Ipv4Addr, failure: &ProbeFailure) -> Diagnosis {
+    match network.interface(name).await {
+        Ok(device) => verdict::tunnel(name, address, failure, device.as_ref()),
+        Err(error) => Diagnosis::unknown(error.what),
+    }
+}
+
 /// Whether `target` answers an echo request of `packet_bytes` (with the IP header, at least 28) from `source`, sent
 /// with "don't fragment". Takes up to a second. Needs CAP_NET_RAW.
 pub async fn answers_echo(source: Ipv4Addr, target: Ipv4Addr, packet_bytes: usize) -> bool {

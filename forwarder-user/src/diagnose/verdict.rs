@@ -147,6 +147,11 @@ impl Diagnosis {
         }
     }
 
+    /// Nothing could be found out, for this reason.
+    pub(super) fn unknown(why: impl Into<String>) -> Self {
+        Self::new(Cause::Unknown, why)
+    }
+
     fn fixes(mut self, fixes: impl IntoIterator<Item = Fix>) -> Self {
         self.fixes.extend(fixes);
         self
@@ -327,6 +332,32 @@ fn tunnel_down(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis> {
             )
         }
         Some(_) => None,
+    }
+}
+
+/// Why the far side of a tunnel, at `address`, does not answer; `device` is the tunnel's, if there is one.
+pub(super) fn tunnel(
+    name: &str,
+    address: Ipv4Addr,
+    failure: &ProbeFailure,
+    device: Option<&Interface>,
+) -> Diagnosis {
+    let diagnosis = |text| Diagnosis::new(Cause::TunnelDown, text);
+    match device {
+        None => diagnosis(format!("the tunnel interface {name} does not exist")).hint("create it"),
+        Some(device) if !device.is_running() => {
+            let (state, cure) = down(device);
+            diagnosis(format!("the tunnel interface {name} {state}"))
+                .hint(cure)
+                .fixes(raise(device))
+        }
+        Some(_) => diagnosis(format!(
+            "the tunnel {name} is down: its far side {address} does not answer ({failure})"
+        ))
+        .hint(format!(
+            "check that the far end of {name} runs and that the underlay between the two ends works; \
+             `ping -I {name} {address}` asks the same"
+        )),
     }
 }
 

@@ -106,6 +106,8 @@ impl Target {
 #[derive(Clone, Debug)]
 pub struct Report {
     pub target: Arc<Target>,
+    /// When the probe began.
+    pub began: Instant,
     /// The time until the answer (handshake, or head of the HTTP answer), or why there was none.
     pub result: Result<Duration, ProbeFailure>,
     /// The new health if this result changed it. The first result always does, unless it is a fault of the
@@ -381,6 +383,7 @@ impl Scheduler {
         };
         Some(Report {
             target: Arc::clone(&entry.target),
+            began,
             result,
             transition,
             health: entry.judge.health(),
