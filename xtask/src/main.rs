@@ -3,6 +3,7 @@
 //! xtask depends on no crate of the workspace: it runs cargo and binaries, so it works where they don't
 //! build yet. What it says goes to stderr.
 
+mod bench;
 mod build;
 mod demo;
 mod lint;
@@ -34,6 +35,8 @@ enum Verb {
     Lint,
     /// Run the tests: everything there is, or one ring
     Test(test::Arguments),
+    /// Measure it, in a lab of network namespaces
+    Bench(bench::Arguments),
     /// Show the forwarder at work, in a lab of network namespaces
     Demo(demo::Arguments),
 }
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Verb::Build => build::run(),
         Verb::Lint => lint::run(),
         Verb::Test(arguments) => test::run(&arguments),
+        Verb::Bench(arguments) => bench::run(&arguments),
         Verb::Demo(arguments) => demo::run(&arguments),
     };
     match outcome {

@@ -119,7 +119,7 @@ impl PassiveChecks {
 
 fn what(cause: Cause, count: u64) -> String {
     match cause {
-        Cause::Rejected => format!("{count} new flows in a row were answered by TCP resets"),
+        Cause::Rejected => format!("{count} new flows were answered by TCP resets"),
         Cause::Silent => format!("nothing came back for {count} new flows or requests"),
     }
 }

@@ -212,13 +212,14 @@ pub struct Persistence {
 /// When the data path's counters take a backend out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Passive {
-    /// Flows rejected in a row, 1 to 10 000; `None`: any number.
+    /// By how many rejected flows outnumber accepted ones, 1 to 10 000; `None`: any number.
     pub rejected: Option<u32>,
-    /// Flows without any packet back, 1 to 10 000; `None`: any number.
+    /// Flows without an answer, 1 to 10 000; `None`: any number.
     pub silent: Option<u32>,
     /// For how long they have been so, 100 ms to 60 s.
     pub silent_after: Duration,
-    /// Do requests without any packet back count like flows? Only TCP answers every one.
+    /// Is all traffic TCP, which answers every request? Else requests without an answer are no sign, and any packet
+    /// back is an answer.
     pub counts_requests: bool,
     /// Share of the group's backends that may be out, 0 to 100; with more, nobody is ejected.
     pub max_ejected_percent: u8,

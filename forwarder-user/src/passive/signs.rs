@@ -2,13 +2,18 @@
 //!
 //! Pure: times and counters come in, a suspicion comes out. Only signs that no living server gives count:
 //!
-//! - **rejected**: flow after flow was answered by a TCP reset, and none was accepted between them. Nobody listens.
-//! - **silent**: flows were opened, and for the whole window not one packet came back, of whatever flow. A server's
-//!   kernel answers a SYN, accepted or not, and acknowledges data, however long the application thinks about it. So a
-//!   long poll is not silent, and neither is a slow application.
+//! - **rejected**: so many more new flows were answered by a TCP reset than were accepted. Nobody listens.
+//! - **silent**: flows were opened, and for the whole window not one new flow had an answer. A server's kernel answers a
+//!   SYN, accepted or not, however long the application thinks about its requests. So a long poll is not silent, and
+//!   neither is a slow application; but one whose kernel drops SYNs, as no more fit into its queue, should not
+//!   be sent more of them.
 //! - **silent** too: requests go on without any packet back for [`REQUESTS_AFTER`]. A request alone proves nothing, as
 //!   the last acknowledgement of a conversation has no answer. But that comes within a round trip of the reply it
 //!   acknowledges, so what comes later asks for an answer.
+//!
+//! What is sent to vanished clients is no answer of new flows: a server that hears nothing any more goes on repeating
+//! what was not acknowledged. Where UDP is among the traffic, any packet back ends the silence, and requests do not
+//! count.
 //!
 //! Clients that vanish leave no sign: they send nothing, or resets, which are not counted as requests.
 
@@ -28,6 +33,8 @@ pub struct Counts {
     pub flows_answered: u64,
     /// Of those opened, the ones whose first packet from the backend was a TCP reset.
     pub flows_rejected: u64,
+    /// TCP resets of clients.
+    pub client_resets: u64,
     /// Packets of clients, TCP resets excepted: nobody answers those.
     pub requests: u64,
     /// Packets of the backend.
@@ -41,6 +48,7 @@ impl Counts {
             flows_opened: self.flows_opened.checked_sub(before.flows_opened)?,
             flows_answered: self.flows_answered.checked_sub(before.flows_answered)?,
             flows_rejected: self.flows_rejected.checked_sub(before.flows_rejected)?,
+            client_resets: self.client_resets.checked_sub(before.client_resets)?,
             requests: self.requests.checked_sub(before.requests)?,
             replies: self.replies.checked_sub(before.replies)?,
         })
@@ -107,11 +115,54 @@ impl Unanswered {
         }
     }
 
-    fn suspicion(this: Option<Self>, cause: Cause, wait: Duration, now: Duration) -> Option<Suspicion> {
+    fn suspicion(this: Option<Self>, wait: Duration, now: Duration) -> Option<Suspicion> {
         let this = this?;
         let is_due = now.saturating_sub(this.enough_at?) >= wait;
         is_due.then_some(Suspicion {
-            cause,
+            cause: Cause::Silent,
+            count: this.count,
+            since: this.since,
+        })
+    }
+}
+
+/// Rejected flows, from the first one on.
+#[derive(Clone, Copy, Debug)]
+struct Rejections {
+    count: u64,
+    /// By how many they outnumber the accepted ones, up to twice the number that is too many: so a few accepted flows
+    /// clear a backend that is well again, however long it was not.
+    surplus: u64,
+    /// The look before the first.
+    since: Duration,
+}
+
+impl Rejections {
+    /// Which of the flows of one look came first is not known.
+    fn add(this: Option<Self>, new: &Counts, enough: u32, before: Duration) -> Option<Self> {
+        // A SYN that meets the remains of an old connection on a host where nobody listens any more is answered by an
+        // acknowledgement (RFC 9293 §3.10.7.4), on which its client resets. That is no accepted flow.
+        let accepted = new.flows_answered.saturating_sub(new.client_resets);
+        let this = this.unwrap_or(Self {
+            count: 0,
+            surplus: 0,
+            since: before,
+        });
+        let surplus = this
+            .surplus
+            .saturating_add(new.flows_rejected)
+            .saturating_sub(accepted);
+        (surplus > 0).then_some(Self {
+            count: this.count.saturating_add(new.flows_rejected),
+            surplus: surplus.min(u64::from(enough) * 2),
+            since: this.since,
+        })
+    }
+
+    fn suspicion(this: Option<Self>, enough: u32) -> Option<Suspicion> {
+        let this = this.filter(|this| this.surplus >= u64::from(enough))?;
+        Some(Suspicion {
+            cause: Cause::Rejected,
             count: this.count,
             since: this.since,
         })
@@ -124,7 +175,7 @@ pub struct Signs {
     seen: Option<Counts>,
     /// The last look that showed a reply, or the first look.
     replied_at: Duration,
-    rejected: Option<Unanswered>,
+    rejected: Option<Rejections>,
     opened: Option<Unanswered>,
     requests: Option<Unanswered>,
 }
@@ -148,20 +199,24 @@ impl Signs {
             };
             return None;
         };
-        // Whether an accepted flow came before or after the rejected ones of the same look is not known: in doubt for
-        // the backend.
-        if new.flows_answered > 0 {
-            self.rejected = None;
-        } else if let Some(enough) = limits.rejected {
-            Unanswered::add(&mut self.rejected, new.flows_rejected, enough, before, now);
+        if let Some(enough) = limits.rejected {
+            self.rejected = Rejections::add(self.rejected, &new, enough, before);
         }
-        if new.replies > 0 {
-            self.replied_at = now;
-            self.opened = None;
-            self.requests = None;
-        } else if let Some(enough) = limits.silent {
-            Unanswered::add(&mut self.opened, new.flows_opened, enough, before, now);
-            if limits.counts_requests && before.saturating_sub(self.replied_at) >= REQUESTS_AFTER {
+        if let Some(enough) = limits.silent {
+            let answers = if limits.counts_requests {
+                new.flows_answered + new.flows_rejected
+            } else {
+                new.replies
+            };
+            if answers > 0 {
+                self.opened = None;
+            } else {
+                Unanswered::add(&mut self.opened, new.flows_opened, enough, before, now);
+            }
+            if new.replies > 0 {
+                self.replied_at = now;
+                self.requests = None;
+            } else if limits.counts_requests && before.saturating_sub(self.replied_at) >= REQUESTS_AFTER {
                 Unanswered::add(&mut self.requests, new.requests, enough, before, now);
             }
         }
@@ -172,12 +227,12 @@ impl Signs {
         // Changed limits may have switched a sign off that was counted before.
         limits
             .rejected
-            .and_then(|_| Unanswered::suspicion(self.rejected, Cause::Rejected, Duration::ZERO, now))
+            .and_then(|enough| Rejections::suspicion(self.rejected, enough))
             .or_else(|| {
                 limits.silent?;
                 let after = limits.silent_after;
-                Unanswered::suspicion(self.opened, Cause::Silent, after, now)
-                    .or_else(|| Unanswered::suspicion(self.requests, Cause::Silent, after, now))
+                Unanswered::suspicion(self.opened, after, now)
+                    .or_else(|| Unanswered::suspicion(self.requests, after, now))
             })
     }
 
@@ -240,6 +295,7 @@ pub(super) mod tests {
             counts.flows_opened += new.flows_opened;
             counts.flows_answered += new.flows_answered;
             counts.flows_rejected += new.flows_rejected;
+            counts.client_resets += new.client_resets;
             counts.requests += new.requests;
             counts.replies += new.replies;
             self.signs.look(before, self.now, &self.counts, &self.limits)
@@ -306,15 +362,51 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn an_accepted_flow_between_rejected_ones_clears_the_backend() {
+    fn accepted_flows_clear_a_backend_as_long_as_they_are_as_many() {
         let mut scene = Scene::new(limits());
         for _ in 0..100 {
             assert_eq!(scene.look(rejected(4)), None);
-            assert_eq!(scene.look(answered(1)), None);
+            assert_eq!(scene.look(answered(4)), None);
         }
-        let mut both = rejected(1000);
-        both.flows_answered = 1;
-        assert_eq!(scene.look(both), None, "which came first is not known");
+        assert_eq!(scene.look(rejected(4)), None);
+        assert_eq!(scene.look(answered(1)), None);
+        assert_eq!(scene.look(rejected(1)), None);
+        let began = scene.now - 3 * LOOK;
+        assert_eq!(scene.look(rejected(1)).unwrap().since, began);
+    }
+
+    #[test]
+    fn a_backend_that_is_well_again_is_cleared_however_long_it_was_not() {
+        let mut scene = Scene::new(limits());
+        for _ in 0..1000 {
+            scene.look(rejected(100));
+        }
+        assert!(scene.look(answered(5)).is_some());
+        assert_eq!(scene.look(answered(1)), None);
+        assert_eq!(scene.look(answered(4)), None);
+        assert_eq!(scene.look(rejected(4)), None);
+    }
+
+    /// A server that was killed, and clients that use their ports again: its host still has remains of their old
+    /// connections, and answers these with acknowledgements, which clients reset.
+    #[test]
+    fn flows_that_their_client_resets_at_once_are_not_accepted() {
+        let mut scene = Scene::new(limits());
+        let of_old = Counts {
+            flows_opened: 20,
+            flows_answered: 20,
+            client_resets: 20,
+            requests: 20,
+            replies: 20,
+            ..Counts::default()
+        };
+        assert_eq!(scene.look(of_old), None, "alone they are no sign");
+        for _ in 0..4 {
+            scene.look(of_old);
+            assert_eq!(scene.look(rejected(1)), None);
+        }
+        scene.look(of_old);
+        assert_eq!(scene.look(rejected(1)).unwrap().cause, Cause::Rejected);
     }
 
     #[test]
@@ -334,16 +426,34 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn one_packet_of_any_flow_ends_the_silence() {
+    fn one_answered_flow_ends_the_silence() {
         let mut scene = Scene::new(limits());
         for _ in 0..50 {
             assert_eq!(scene.look(opened(100)), None);
             assert_eq!(scene.quiet(Duration::from_millis(400)), None);
-            let packet = Counts {
-                replies: 1,
-                ..Counts::default()
-            };
-            assert_eq!(scene.look(packet), None);
+            assert_eq!(scene.look(answered(1)), None);
+        }
+    }
+
+    const REPLY: Counts = Counts {
+        flows_opened: 0,
+        flows_answered: 0,
+        flows_rejected: 0,
+        client_resets: 0,
+        requests: 0,
+        replies: 1,
+    };
+
+    #[test]
+    fn a_server_that_only_repeats_itself_is_silent_unless_udp_is_among_it() {
+        for (is_tcp, is_silent) in [(true, true), (false, false)] {
+            let mut scene = Scene::new(Passive {
+                counts_requests: is_tcp,
+                ..limits()
+            });
+            scene.look(opened(5));
+            let found = (0..20).find_map(|_| scene.look(REPLY));
+            assert_eq!(found.is_some(), is_silent);
         }
     }
 
@@ -455,17 +565,17 @@ pub(super) mod tests {
 
     prop_compose! {
         fn any_counts()(opened in 0_u64..50, answered in 0_u64..50, rejected in 0_u64..50, requests in 0_u64..50, replies in 0_u64..50) -> Counts {
-            Counts { flows_opened: opened, flows_answered: answered, flows_rejected: rejected, requests, replies }
+            Counts { flows_opened: opened, flows_answered: answered, flows_rejected: rejected, client_resets: 0, requests, replies }
         }
     }
 
     proptest! {
-        /// Whatever else comes, a backend that accepts a flow between any two looks is beyond suspicion.
+        /// Whatever else comes, a backend that accepts more flows than it rejects is beyond suspicion.
         #[test]
         fn a_backend_that_accepts_flows_is_never_suspected(news in prop::collection::vec(any_counts(), 0..200)) {
             let mut scene = Scene::new(limits());
             for mut new in news {
-                new.flows_answered += 1;
+                new.flows_answered = new.flows_rejected + 1;
                 new.replies += 1;
                 prop_assert_eq!(scene.look(new), None);
             }
@@ -479,19 +589,25 @@ pub(super) mod tests {
                 1 => any_counts(),
                 2 => (0_u64..4).prop_map(opened),
                 1 => (0_u64..4).prop_map(rejected),
-            ], 1..80),
+            ], 1..40),
+            is_tcp: bool,
         ) {
-            let mut scene = Scene::new(Passive { counts_requests: false, ..limits() });
+            let mut scene = Scene::new(Passive { counts_requests: is_tcp, ..limits() });
             for end in 1..=news.len() {
                 let found = scene.look(news[end - 1]);
                 let past = &news[..end];
-                let since_answer = past.iter().rposition(|new| new.flows_answered > 0).map_or(0, |at| at + 1);
-                let in_a_row: u64 = past[since_answer..].iter().map(|new| new.flows_rejected).sum();
-                let since_reply = past.iter().rposition(|new| new.replies > 0).map_or(0, |at| at + 1);
+                // More than these are forgotten: see `surplus`.
+                let surplus = past.iter().fold(0_u64, |surplus, new| {
+                    (surplus + new.flows_rejected).saturating_sub(new.flows_answered).min(10)
+                });
+                let is_answer = |new: &Counts| {
+                    if is_tcp { new.flows_answered + new.flows_rejected > 0 } else { new.replies > 0 }
+                };
+                let since_reply = past.iter().rposition(is_answer).map_or(0, |at| at + 1);
                 // Those that have waited for the window: ten looks.
                 let waited = end.saturating_sub(10).max(since_reply);
                 let silent: u64 = past[since_reply..waited].iter().map(|new| new.flows_opened).sum();
-                let expected = if in_a_row >= 5 {
+                let expected = if surplus >= 5 {
                     Some(Cause::Rejected)
                 } else if silent >= 5 {
                     Some(Cause::Silent)

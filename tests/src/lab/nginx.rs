@@ -134,6 +134,13 @@ http {{
         }
     }
 
+    /// Suspends the process: its host still accepts connections for it, and nobody answers.
+    pub fn pause(&self) {
+        if let Some(process) = &self.process {
+            process.signal(Signal::SIGSTOP);
+        }
+    }
+
     /// How an operator would start the server; with `-s quit` behind it, how to stop it.
     pub fn command_line(&self) -> String {
         format!(

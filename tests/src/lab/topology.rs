@@ -76,6 +76,8 @@ pub struct Site {
 pub struct Extras {
     /// ECS03 beside ECS01 and ECS04 beside ECS02.
     pub second_servers: bool,
+    /// The same, and ECS05 to ECS08 beside ECS01.
+    pub eight_servers: bool,
     /// A second client beside the first.
     pub second_client: bool,
     /// A client in the remote network.
@@ -126,6 +128,29 @@ const ECS04: Host = Host {
     address: "192.168.1.11",
     page: "Hello World! This is ECS04 in Hangzhou.",
 };
+
+const MORE_LOCAL: [Host; 4] = [
+    Host {
+        name: "ecs05",
+        address: "172.16.1.12",
+        page: "Hello World! This is ECS05 in Chengdu.",
+    },
+    Host {
+        name: "ecs06",
+        address: "172.16.1.13",
+        page: "Hello World! This is ECS06 in Chengdu.",
+    },
+    Host {
+        name: "ecs07",
+        address: "172.16.1.14",
+        page: "Hello World! This is ECS07 in Chengdu.",
+    },
+    Host {
+        name: "ecs08",
+        address: "172.16.1.15",
+        page: "Hello World! This is ECS08 in Chengdu.",
+    },
+];
 
 const PEERING_DRAWING: &str =
     "  VPC-Test-01  172.18.0.0/24                                VPC-Test-02  172.17.0.0/24
@@ -236,9 +261,12 @@ impl Site {
         let mut clients = vec![&CLIENT];
         clients.extend(extras.second_client.then_some(&CLIENT2));
         let (mut local, mut remote) = (vec![&ECS01], vec![&ECS02]);
-        if extras.second_servers {
+        if extras.second_servers || extras.eight_servers {
             local.push(&ECS03);
             remote.push(&ECS04);
+        }
+        if extras.eight_servers {
+            local.extend(&MORE_LOCAL);
         }
         let mut remote_hosts = remote.clone();
         remote_hosts.extend(extras.remote_client.then_some(&REMOTE_CLIENT));
@@ -332,6 +360,12 @@ impl Site {
     /// Kills a server's nginx (`kill -9`).
     pub fn kill_nginx(&mut self, name: &str) -> Result<()> {
         self.nginx_mut(name)?.0.kill()
+    }
+
+    /// Suspends a server's nginx: connections are accepted and never answered.
+    pub fn pause_nginx(&mut self, name: &str) -> Result<()> {
+        self.nginx_mut(name)?.0.pause();
+        Ok(())
     }
 
     /// Starts a server's nginx again.

@@ -1,0 +1,244 @@
+//! How long tables take to be built and swapped, what swaps cost clients, and what passive checks cost the gateway.
+
+use std::{
+    fs,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use bytemuck::Zeroable as _;
+use forwarder_common::{
+    abi::backend::{BackendGroup, BackendId, Selection},
+    maglev,
+};
+use forwarder_tests::{
+    lab::{
+        Lifetime,
+        agent::Agent,
+        configuration::Configuration,
+        load::{Connections, wrk},
+        topology::{Extras, PORT, Site},
+    },
+    tables::SIZES,
+};
+use forwarder_user::datapath::{
+    maps,
+    object::{self, Sizes},
+    pod::AsPod,
+    watch::BackendWatch,
+};
+
+use crate::markdown;
+
+const BACKENDS: [u32; 4] = [10, 100, 1_000, 10_000];
+const RUNS: usize = 15;
+/// Changes of a weight while clients send requests.
+const SWAPS: usize = 1_000;
+const CONNECTIONS: u32 = 16;
+
+pub(crate) fn run() -> Result<()> {
+    println!("{}\n", build_and_swap()?);
+    println!("{}\n", looks()?);
+    println!("{}", swaps_under_load()?);
+    Ok(())
+}
+
+fn sizes(backends: u32, slots: u32) -> Sizes {
+    Sizes {
+        backends,
+        slots,
+        ..SIZES
+    }
+}
+
+fn build_and_swap() -> Result<String> {
+    let mut rows = Vec::new();
+    for backends in BACKENDS {
+        let entries = entries(backends);
+        let slot_count = maglev::size_for(backends as usize);
+        let sizes = sizes(backends, slot_count * 2);
+        let mut ebpf = object::load(&sizes)?;
+        let (mut control, _flows, _counters) = maps::take(&mut ebpf, &sizes, None)?;
+        let (mut builds, mut swaps) = (Vec::new(), Vec::new());
+        for run in 0..RUNS {
+            let began = Instant::now();
+            let mut turns = vec![maglev::Turn::default(); entries.len()];
+            let mut slots = vec![0; slot_count as usize];
+            ensure!(maglev::build(&entries, &mut turns, &mut slots), "no table");
+            builds.push(began.elapsed());
+            let slots: Vec<_> = slots.into_iter().map(BackendId).collect();
+            // Beside the table in use, as the agent does.
+            let first_slot = slot_count * (run % 2) as u32;
+            let began = Instant::now();
+            control.slots.write(first_slot, &slots);
+            let group = BackendGroup {
+                first_slot,
+                slot_count,
+                selection: Selection::MAGLEV,
+                ..BackendGroup::zeroed()
+            };
+            control.groups.set(0, AsPod(group), 0)?;
+            swaps.push(began.elapsed());
+        }
+        rows.push([
+            backends.to_string(),
+            slot_count.to_string(),
+            spread(builds),
+            spread(swaps),
+        ]);
+    }
+    let table = markdown(
+        [
+            "backends",
+            "slots",
+            "build: median (min to max)",
+            "swap: median (min to max)",
+        ],
+        &rows,
+    );
+    Ok(format!(
+        "{RUNS} runs each. A swap writes the slots and then the group, into maps of the kernel.\n\n{table}"
+    ))
+}
+
+fn entries(backends: u32) -> Vec<maglev::Entry> {
+    let mut entries: Vec<_> = (0..backends)
+        .map(|number| maglev::Entry {
+            value: number,
+            identity: maglev::identity((0x0a00_0000 + number).to_be_bytes(), 80),
+            weight: 100,
+        })
+        .collect();
+    entries.sort_by_key(|entry| entry.identity);
+    entries
+}
+
+/// What one look of the passive checks costs when all backends carry flows.
+fn looks() -> Result<String> {
+    let mut rows = Vec::new();
+    for backends in BACKENDS {
+        let ebpf = object::load(&sizes(backends, 1024))?;
+        let watch = BackendWatch::open(&ebpf)?;
+        let (mut idle, mut busy) = (Vec::new(), Vec::new());
+        for _ in 0..RUNS {
+            let began = Instant::now();
+            let live = (0..backends).filter(|id| watch.is_live(BackendId(*id))).count();
+            idle.push(began.elapsed());
+            ensure!(live == 0, "nobody has opened a flow");
+            let began = Instant::now();
+            for id in 0..backends {
+                watch.counters(BackendId(id))?;
+            }
+            busy.push(began.elapsed());
+        }
+        rows.push([backends.to_string(), spread(idle), spread(busy)]);
+    }
+    let header = [
+        "backends",
+        "none carries flows: median (min to max)",
+        "all do: median (min to max)",
+    ];
+    Ok(format!(
+        "One look of the passive checks, {RUNS} runs each.\n\n{}",
+        markdown(header, &rows)
+    ))
+}
+
+/// Median, least and most.
+fn spread(mut times: Vec<Duration>) -> String {
+    times.sort_unstable();
+    let show = |time: Duration| {
+        let micros = time.as_secs_f64() * 1e6;
+        if micros < 1000.0 {
+            format!("{micros:.1} µs")
+        } else {
+            format!("{:.2} ms", micros / 1000.0)
+        }
+    };
+    let (first, last) = (times[0], times[times.len() - 1]);
+    format!(
+        "{} ({} to {})",
+        show(times[times.len() / 2]),
+        show(first),
+        show(last)
+    )
+}
+
+fn swaps_under_load() -> Result<String> {
+    let extras = Extras {
+        eight_servers: true,
+        ..Extras::default()
+    };
+    let site = Site::cross_region(Lifetime::Process, extras)?;
+    let agent = site.start_agent(&site.web_configuration(), "web")?;
+    let mut rows = Vec::new();
+    for (kind, name) in [
+        (Connections::PerRequest, "one per request"),
+        (Connections::KeepAlive, "kept open"),
+    ] {
+        eprintln!("{SWAPS} swaps, connections {name} ...");
+        let before = swaps_done(&agent)?;
+        let is_over = AtomicBool::new(false);
+        let (client, vip) = (site.client().clone(), site.vip);
+        let (requests, errors, took) = thread::scope(|scope| -> Result<_> {
+            let load = scope.spawn(|| -> Result<_> {
+                let (mut requests, mut errors) = (0, 0);
+                while !is_over.load(Relaxed) {
+                    let load = wrk(&client, vip, PORT, kind, CONNECTIONS, Duration::from_secs(2))?;
+                    requests += load.requests;
+                    errors += load.socket_errors + load.refused;
+                }
+                Ok((requests, errors))
+            });
+            let began = Instant::now();
+            let outcome =
+                (0..SWAPS).try_for_each(|swap| change_weight(&site, &agent, 50 + (swap % 100) as u16));
+            let took = began.elapsed();
+            is_over.store(true, Relaxed);
+            let (requests, errors) = load.join().expect("it does not panic")?;
+            outcome?;
+            Ok((requests, errors, took))
+        })?;
+        let done = swaps_done(&agent)? - before;
+        ensure!(done >= SWAPS, "only {done} of {SWAPS} changes were made");
+        rows.push([
+            name.to_owned(),
+            done.to_string(),
+            format!("{:.1} s", took.as_secs_f64()),
+            requests.to_string(),
+            errors.to_string(),
+        ]);
+    }
+    let header = ["connections", "swaps", "within", "requests", "lost"];
+    Ok(format!(
+        "8 servers; the weight of one changes by `forwarder apply`, wrk has {CONNECTIONS} connections.\n\n{}",
+        markdown(header, &rows)
+    ))
+}
+
+fn change_weight(site: &Site, agent: &Agent, weight: u16) -> Result<()> {
+    let configuration: Configuration =
+        site.web_configuration_with(
+            &[],
+            "full",
+            |server| if server.name == "ecs01" { weight } else { 101 },
+        );
+    let file = site.lab.directory().join("next.toml");
+    fs::write(&file, configuration.to_string())?;
+    let output = agent.ask("apply", &["-c", file.to_str().context("the path is text")?])?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+/// Configurations that the agent has applied.
+fn swaps_done(agent: &Agent) -> Result<usize> {
+    Ok(fs::read_to_string(agent.log())?
+        .matches("configuration applied")
+        .count())
+}

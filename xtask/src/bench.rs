@@ -1,0 +1,49 @@
+//! `cargo xtask bench`: prepares the machine, builds in release mode, and hands over to the benchmarks.
+//!
+//! They are a binary of `forwarder-tests`, because they use the tests' lab.
+
+use std::{os::unix::process::CommandExt as _, process::Command};
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+
+use crate::{setup, workspace};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// What to measure
+    #[arg(value_enum)]
+    name: Name,
+    /// Write `on_unhealthy = VALUE` into the group (failover)
+    #[arg(long, value_name = "VALUE")]
+    on_unhealthy: Option<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Name {
+    /// Requests that fail, and for how long, when servers and the tunnel do
+    Failover,
+    /// Time to build and swap tables, requests lost by swaps, and the cost of passive checks
+    Tables,
+}
+
+/// Becomes the benchmark: its exit status is that of `cargo xtask bench`, and Ctrl-C reaches it as it would any
+/// program, so that it can tear its lab down.
+///
+/// # Errors
+/// Setup or build fails, or the benchmark can't be started.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    setup::run(&setup::Arguments::default())?;
+    let binaries = workspace::build_release(&["forwarder", "bench"])?;
+    let mut bench = Command::new(&binaries["bench"]);
+    bench
+        .current_dir(workspace::root())
+        .env("FORWARDER_BIN", &binaries["forwarder"]);
+    if let Some(name) = arguments.name.to_possible_value() {
+        bench.arg(name.get_name());
+    }
+    if let Some(value) = &arguments.on_unhealthy {
+        bench.args(["--on-unhealthy", value]);
+    }
+    Err(bench.exec()).context("can't start the benchmark")
+}
