@@ -141,16 +141,6 @@ fn await_reset(stream: &mut TcpStream) -> Result<()> {
     }
 }
 
-/// From now on a host takes no packet and says nothing.
-fn black_hole(host: &Namespace) -> Result<()> {
-    let script = "table ip hole {
-        chain inbound {
-            type filter hook input priority -10; policy drop;
-        }
-    }";
-    host.run_with_input("nft -f -", Some(script)).map(drop)
-}
-
 fn await_health(agent: &Agent, group: &str, backend: &str, health: &str) -> Result<()> {
     wait_until(&format!("{backend} to be {health}"), DEADLINE, || {
         let found = agent.backend(group, backend)?;
@@ -338,7 +328,7 @@ fn connections_of_a_failed_backend_are_reset_if_its_group_says_so() -> Result<()
         |site, agent| {
             let mut lost = connect_to(site, "ecs01")?;
             let mut kept = connect_to(site, "ecs03")?;
-            black_hole(&site.server("ecs01")?.namespace)?;
+            site.server("ecs01")?.namespace.black_hole()?;
             // With a request under way that nobody will answer.
             lost.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
             await_reset(&mut lost)?;
@@ -383,7 +373,7 @@ fn udp_flows_of_a_failed_backend_move_if_its_group_says_so() -> Result<()> {
                 Ok(client)
             })?;
             let mut kept = connect_to(site, "ecs01")?;
-            black_hole(&site.server("ecs01")?.namespace)?;
+            site.server("ecs01")?.namespace.black_hole()?;
             wait_until("the flow to move", DEADLINE, || {
                 let server = client.ask("again", vip)?;
                 ensure!(server == "ecs03", "{server}");
@@ -392,7 +382,7 @@ fn udp_flows_of_a_failed_backend_move_if_its_group_says_so() -> Result<()> {
             ensure!(agent.backend("echo", "ecs01")?.flows_ended.rehashed >= 1);
             // An established connection can go nowhere else; it waits for its server.
             await_health(&agent, GROUP, "ecs01", "unhealthy")?;
-            site.server("ecs01")?.namespace.run("nft delete table ip hole")?;
+            site.server("ecs01")?.namespace.revive()?;
             get(&mut kept)?;
             Ok(())
         },
