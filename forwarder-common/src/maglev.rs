@@ -191,4 +191,45 @@ mod tests {
             prop_assert_eq!(slots, table(entries.into_iter().rev().collect(), 16381));
         }
     }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn removing_any_of_100_equal_backends_moves_few_other_slots(
+            addresses in proptest::collection::btree_set(any::<u32>(), 100),
+            removed in 0u32..100,
+        ) {
+            const SIZE: u32 = 65537;
+            let entries: Vec<_> = (0..).zip(addresses).map(|(value, address)| Entry {
+                value,
+                identity: identity(address.to_be_bytes(), 80),
+                weight: 1,
+            }).collect();
+            let before = table(entries.clone(), SIZE);
+            let after = table(entries.into_iter().filter(|entry| entry.value != removed).collect(), SIZE);
+            let moved = before.iter().zip(&after).filter(|(old, new)| **old != removed && old != new).count();
+            prop_assert!(moved * 1000 <= SIZE as usize * 12, "{} slots moved", moved);
+            prop_assert!(!after.contains(&removed));
+        }
+
+        #[test]
+        fn tables_of_their_own_size_keep_shares(
+            backends in proptest::collection::btree_map(any::<u32>(), 0u32..=1000, 1..300),
+        ) {
+            prop_assume!(backends.values().any(|weight| *weight > 0));
+            let entries: Vec<_> = (0..).zip(&backends).map(|(value, (address, weight))| Entry {
+                value,
+                identity: identity(address.to_be_bytes(), 80),
+                weight: *weight,
+            }).collect();
+            let slots = table(entries.clone(), size_for(backends.len()));
+            let total: u32 = backends.values().sum();
+            let mut counts = vec![0u32; entries.len()];
+            slots.iter().for_each(|slot| counts[*slot as usize] += 1);
+            for (count, entry) in counts.iter().zip(&entries) {
+                let share = f64::from(*count) / slots.len() as f64;
+                prop_assert!((share - f64::from(entry.weight) / f64::from(total)).abs() < 0.01);
+            }
+        }
+    }
 }

@@ -5,14 +5,14 @@
 //! reply can be compared with whoever it was meant for.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{Ipv4Addr, SocketAddrV4},
     time::Duration,
 };
 
 use forwarder_common::{
     abi::{
-        backend::{BackendState, NatMode},
+        backend::{BackendId, BackendState, NatMode},
         flow::{FlowEntry, FlowId, FlowState},
         listener::ListenerId,
         reason::Reason,
@@ -23,7 +23,7 @@ use forwarder_tests::{
     packet::{Builder, ETHERNET_LEN, segment},
     tables::{CLIENT_SIDE, MemoryTables, Program, SERVER_SIDE, mac_of},
 };
-use forwarder_user::datapath::flows::{FlowStore as _, Sweeper, Timeouts};
+use forwarder_user::datapath::flows::{EndCause, FlowStore as _, Sweeper, Timeouts};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 const VIP: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 100);
@@ -258,6 +258,17 @@ impl World {
         }
     }
 
+    /// A backend fails or has drained for long enough, and the agent ends flows on it.
+    fn fail(&mut self) {
+        let backend = BackendId(self.random.random_range(0..SERVERS.len() as u32));
+        let cause =
+            [EndCause::Drain, EndCause::Reset, EndCause::Rehash][self.random.random_range(0..3_usize)];
+        for entry in self.sweeper.end(&HashSet::from([backend]), cause) {
+            assert_eq!(entry.backend, backend);
+            self.saw("ended with its backend");
+        }
+    }
+
     fn pass(&mut self, seconds: u64) {
         for _ in 0..seconds {
             self.now_secs += 1;
@@ -298,7 +309,8 @@ fn live(seed: u64, flows: usize) -> HashMap<&'static str, u64> {
         match world.random.random_range(0..1000) {
             0..150 => world.open(),
             150..985 => world.talk(),
-            985..997 => world.cut_off(),
+            985..996 => world.cut_off(),
+            996 => world.fail(),
             _ => {
                 let seconds = world.random.random_range(1..40);
                 world.pass(seconds);
@@ -349,6 +361,7 @@ fn flows_never_share_a_binding_and_replies_never_go_astray() {
         "reply without a flow",
         "request without a flow",
         "cut off",
+        "ended with its backend",
         "ended idle",
     ] {
         assert!(
@@ -356,4 +369,50 @@ fn flows_never_share_a_binding_and_replies_never_go_astray() {
             "{what} hardly ever happened: {happened:?}"
         );
     }
+}
+
+#[test]
+fn a_failed_backend_loses_the_flows_that_its_group_says() {
+    let mut world = World::new(7, 64);
+    let mut opened = Vec::new();
+    for port in 50_000..50_010 {
+        // Half open, established, UDP.
+        for (listener, packets) in [(0, 1), (1, 3), (4, 1)] {
+            let client = SocketAddrV4::new(CLIENTS[0], port);
+            let mut connection = Connection {
+                client,
+                listener,
+                peer: client,
+                server: SERVERS[0],
+                last_packet_secs: 0,
+            };
+            [connection.peer, connection.server] = world.send_request(segment::SYN, &connection).unwrap();
+            if packets == 3 {
+                world.send_reply(segment::SYN_ACK, &connection).unwrap();
+                world.send_request(segment::ACK, &connection).unwrap();
+            }
+            opened.push(connection);
+        }
+    }
+    let on = |server: usize, listeners: &[usize]| {
+        let mine = |one: &&Connection| one.server == SERVERS[server] && listeners.contains(&one.listener);
+        opened.iter().filter(mine).count()
+    };
+    assert!(on(0, &[0]) > 0 && on(0, &[1]) > 0 && on(0, &[4]) > 0 && on(1, &[0, 1, 4]) > 0);
+    let failed = HashSet::from([BackendId(0)]);
+    assert_eq!(world.sweeper.end(&failed, EndCause::Rehash).len(), on(0, &[0, 4]));
+    assert_eq!(world.sweeper.end(&failed, EndCause::Rehash).len(), 0);
+    for connection in opened.iter().filter(|one| one.listener == 1) {
+        world.send_request(segment::ACK, connection).unwrap();
+    }
+    assert_eq!(world.sweeper.end(&failed, EndCause::Reset).len(), on(0, &[1]));
+    for connection in opened.iter().filter(|one| one.listener == 1) {
+        let outcome = world.send_request(segment::ACK, connection);
+        if connection.server == SERVERS[0] {
+            assert_eq!(outcome, Err(Reason::NOT_A_SYN));
+        } else {
+            outcome.unwrap();
+        }
+    }
+    world.must_be_sound();
 }

@@ -68,17 +68,26 @@ fn group(
     check: Check,
     keys: &[(&str, &str)],
 ) -> Result<Configuration> {
-    let text = configuration.group(name, "full", check).to_string();
-    let header = format!("[group.{name}]\n");
-    let keys: String = keys
-        .iter()
-        .map(|(key, value)| format!("{key} = {value}\n"))
-        .collect();
-    let mut configuration = Configuration::from_text(text.replace(&header, &format!("{header}{keys}")));
+    let configuration = configuration.group(name, "full", check);
+    let mut configuration = with_keys(&configuration, &format!("group.{name}"), keys);
     for server in ["ecs01", "ecs03"] {
         configuration = configuration.backend(name, server, site.server(server)?.address, port, 100);
     }
     Ok(configuration)
+}
+
+/// Adds keys to a table.
+fn with_keys(configuration: &Configuration, table: &str, keys: &[(&str, &str)]) -> Configuration {
+    let header = format!("[{table}]\n");
+    let keys: String = keys
+        .iter()
+        .map(|(key, value)| format!("{key} = {value}\n"))
+        .collect();
+    Configuration::from_text(
+        configuration
+            .to_string()
+            .replace(&header, &format!("{header}{keys}")),
+    )
 }
 
 /// Runs a verb with `-o json` and reads what it says.
@@ -134,7 +143,11 @@ fn await_reset(stream: &mut TcpStream) -> Result<()> {
 
 /// From now on a host takes no packet and says nothing.
 fn black_hole(host: &Namespace) -> Result<()> {
-    let script = "table ip hole { chain inbound { type filter hook input priority -10; policy drop; } }";
+    let script = "table ip hole {
+        chain inbound {
+            type filter hook input priority -10; policy drop;
+        }
+    }";
     host.run_with_input("nft -f -", Some(script)).map(drop)
 }
 
@@ -419,6 +432,76 @@ fn a_backend_that_returns_takes_its_share_over_time() -> Result<()> {
                 returned.share < 0.25 && returned.slow_start_percent.is_some(),
                 "{returned:?}"
             );
+            Ok(())
+        },
+    )
+}
+
+/// As [`two_servers`], with ECS02 behind them and ECS04 in a group of its own that backs them up.
+fn with_tiers(site: &Site, keys: &[(&str, &str)], nearest: &[(&str, &str)]) -> Result<Configuration> {
+    let mut configuration = two_servers(site, &[&[("backup", "\"far\"")], keys].concat())?;
+    for server in ["ecs01", "ecs03"] {
+        configuration = with_keys(&configuration, &format!("group.web.backend.{server}"), nearest);
+    }
+    let address = |name| Ok::<_, anyhow::Error>(site.server(name)?.address);
+    configuration = configuration.backend(GROUP, "ecs02", address("ecs02")?, PORT, 100);
+    configuration = with_keys(&configuration, "group.web.backend.ecs02", &[("tier", "1")]);
+    let configuration = configuration.group("far", "full", Check::Http);
+    Ok(configuration.backend("far", "ecs04", address("ecs04")?, PORT, 100))
+}
+
+#[test]
+fn farther_tiers_and_a_backup_group_step_in_when_too_few_are_left() -> Result<()> {
+    play(
+        |site| with_tiers(site, &[("min_healthy_percent", "60")], &[]),
+        |site, agent| {
+            await_health(&agent, "far", "ecs04", HEALTHY)?;
+            // All, half, a quarter in the second tier, none but the backup.
+            for (stopped, serving) in [
+                (None, &["ecs01", "ecs03"][..]),
+                (Some("ecs03"), &["ecs01", "ecs02"]),
+                (Some("ecs01"), &["ecs02", "ecs04"]),
+                (Some("ecs02"), &["ecs04"]),
+            ] {
+                if let Some(stopped) = stopped {
+                    site.stop_nginx(stopped)?;
+                    await_health(&agent, GROUP, stopped, "unhealthy")?;
+                }
+                let mut seen = std::collections::BTreeSet::new();
+                wait_until("all that serve to be seen", DEADLINE, || {
+                    let (_, name) = connect(site)?;
+                    assert!(serving.contains(&name), "{name} is not one of {serving:?}");
+                    seen.insert(name);
+                    ensure!(seen.len() == serving.len(), "{seen:?} of {serving:?}");
+                    Ok(())
+                })?;
+            }
+            site.start_nginx("ecs01")?;
+            site.start_nginx("ecs03")?;
+            await_health(&agent, GROUP, "ecs01", HEALTHY)?;
+            await_health(&agent, GROUP, "ecs03", HEALTHY)?;
+            for _ in 0..20 {
+                let name = connect(site)?.1;
+                ensure!(["ecs01", "ecs03"].contains(&name), "{name}");
+            }
+            Ok(())
+        },
+    )
+}
+
+#[test]
+fn a_tier_without_room_overflows_into_the_next() -> Result<()> {
+    play(
+        |site| with_tiers(site, &[], &[("max_flows", "1")]),
+        |site, _agent| {
+            let mut kept = Vec::new();
+            for _ in 0..3 {
+                kept.push(connect(site)?);
+            }
+            let mut names: Vec<_> = kept.iter().map(|(_, name)| *name).collect();
+            assert_eq!(names.pop(), Some("ecs02"));
+            names.sort_unstable();
+            assert_eq!(names, ["ecs01", "ecs03"]);
             Ok(())
         },
     )

@@ -14,25 +14,20 @@ use std::{
 };
 
 use bytemuck::Zeroable as _;
-use forwarder_common::{
-    abi::{
-        backend::{Backend, BackendGroup, BackendId, GroupId},
-        interface::Interface,
-        listener::{
-            Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, listener_flag,
-        },
-        settings::Settings,
-    },
-    maglev,
+use forwarder_common::abi::{
+    backend::{Backend, BackendGroup, BackendId, GroupId},
+    interface::Interface,
+    listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, listener_flag},
+    settings::Settings,
 };
 use forwarder_user::{
-    config::{Config, load::parse},
+    config::{Config, TableSizes, load::parse},
     error::Error,
     state::{
         apply::{Store, apply},
         desired::{Desired, Observations},
         difference::differences,
-        ids::{Capacity, NameKey, NameKind, NameRecord},
+        ids::{Capacity, Ids, NameKey, NameKind, NameRecord},
         plan::{Applied, MapWrite},
     },
 };
@@ -123,7 +118,8 @@ impl Memory {
     }
 
     fn table(&self, group: &BackendGroup) -> &[Option<BackendId>] {
-        &self.slots[group.first_slot as usize..(group.first_slot + group.slot_count) as usize]
+        let count = group.slot_count + group.overflow_slot_count;
+        &self.slots[group.first_slot as usize..(group.first_slot + count) as usize]
     }
 
     fn name(&self, kind: NameKind, id: u32, after: &MapWrite) -> &NameRecord {
@@ -237,10 +233,9 @@ impl Store for Memory {
                 Some(MapWrite::Backend(*id, exchange(&mut self.backends, *id, *value)))
             }
             MapWrite::Slots { first, slots } => {
-                let in_use = self
-                    .groups
-                    .values()
-                    .map(|group| group.first_slot..group.first_slot + group.slot_count);
+                let in_use = self.groups.values().map(|group| {
+                    group.first_slot..group.first_slot + group.slot_count + group.overflow_slot_count
+                });
                 for range in in_use {
                     let end = first + slots.len() as u32;
                     assert!(
@@ -292,7 +287,7 @@ fn next(before: &Applied, config: &Config) -> Applied {
     let sizes = config
         .groups
         .iter()
-        .map(|(name, group)| (ids.groups[name], maglev::size_for(group.backends.len())));
+        .map(|(name, group)| (ids.groups[name], TableSizes::of(group, &config.groups).sum()));
     let placement = before.placement.arrange(sizes).unwrap();
     Applied {
         desired: Desired::of(config, &ids, &observed()),
@@ -411,9 +406,11 @@ fn text((groups, listeners): &Random) -> String {
         .unwrap();
         for backend in 0..*backends {
             let weight = if backend == 0 { *weight } else { 1 };
+            // The second of many stands behind the others.
+            let tier = usize::from(backend == 1 && *backends > 2);
             writeln!(
                 text,
-                "[group.g{name}.backend.b{backend}]\naddress = \"10.{address}.{name}.{}\"\nport = 80\nweight = {weight}",
+                "[group.g{name}.backend.b{backend}]\naddress = \"10.{address}.{name}.{}\"\nport = 80\nweight = {weight}\ntier = {tier}",
                 backend + 1
             )
             .unwrap();
@@ -493,5 +490,46 @@ proptest! {
             prop_assert!(error.what.starts_with("refused"), "{}", error);
             prop_assert_eq!(&memory.meaning(), &meaning, "write {} of {}", refused, writes.len());
         }
+    }
+
+    /// Whatever order the file is in, and whatever a gateway had before.
+    #[test]
+    fn two_gateways_with_shuffled_configurations_have_the_same_tables(
+        random in configuration(),
+        earlier in configuration(),
+        shuffle in any::<prop::sample::Index>(),
+        by_turns: bool,
+    ) {
+        let common = text(&random);
+        let mut tables: Vec<String> = common
+            .split("\n[")
+            .skip(1)
+            .map(|table| format!("\n[{table}"))
+            .collect();
+        let (first, _) = common.split_once("\n[").unwrap();
+        if by_turns {
+            tables.iter_mut().for_each(|table| {
+                if !table.contains(".health]") && !table.contains(".backend.") && table.contains("[group.") {
+                    table.push_str("\nselection = \"round-robin\"");
+                }
+            });
+        }
+        let ordered = format!("{first}{}", tables.concat());
+        let at = shuffle.index(tables.len());
+        tables.rotate_left(at);
+        tables.reverse();
+        // The last of them may lack its end of line.
+        let shuffled = format!("{first}{}", tables.join("\n"));
+        let [ordered, shuffled] = [ordered, shuffled]
+            .map(|text| parse(&text, Path::new("random.toml")).unwrap_or_else(|errors| panic!("{errors}\n{text}")));
+
+        let (one, memory) = from_nothing(&ordered);
+        prop_assert!(Desired::of(&shuffled, &Ids::assign(&shuffled), &observed()) == one.desired);
+        // The other one had something else before, and so has other numbers.
+        let (before, mut other) = from_nothing(&config_of(&earlier));
+        let mut after = next(&before, &shuffled);
+        let writes = before.writes_to(&mut after);
+        apply(&mut other, &writes).unwrap();
+        prop_assert_eq!(other.meaning(), memory.meaning());
     }
 }

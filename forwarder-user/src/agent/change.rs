@@ -1,11 +1,7 @@
 //! Changes of the configuration while the agent runs: planned, printed, applied as a whole or not at all.
 
-use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    sync::Arc,
-};
+use std::{collections::HashSet, sync::Arc};
 
-use forwarder_common::abi::backend::{BackendId, BackendState};
 use tracing::{error, info, warn};
 
 use super::{
@@ -16,11 +12,10 @@ use crate::{
     change::{ChangeAnswer, Submission},
     config::{self, Config},
     error::{Error, Errors},
-    health::Health,
     state::{
         desired::{Desired, Observations, pool},
         difference::{differences, restart_needed},
-        ids::Ids,
+        inherit::inherited_health,
         plan::{Applied, MapWrite},
         tables::NextTables,
     },
@@ -245,41 +240,4 @@ impl Agent {
         }
         Ok(())
     }
-}
-
-/// The health that backends of `config` start from: what is known of them, or what the tables say where an earlier
-/// agent knew it or nobody asked. A backend at another address than before starts as unknown.
-pub(super) fn inherited_health(
-    before: &Applied,
-    known: &HashMap<BackendName, Health>,
-    config: &Config,
-    ids: &Ids,
-) -> HashMap<BackendName, Health> {
-    let addresses: BTreeMap<BackendId, _> = before
-        .desired
-        .backends
-        .iter()
-        .map(|(id, backend)| (*id, (backend.address.octets(), backend.port.get(), backend.state)))
-        .collect();
-    let mut health = HashMap::new();
-    for (group, settings) in &config.groups {
-        for (name, backend) in &settings.backends {
-            let key = (group.clone(), name.clone());
-            let Some((address, port, state)) = ids.backends.get(&key).and_then(|id| addresses.get(id)) else {
-                continue;
-            };
-            if (*address, *port) != (backend.address.octets(), backend.port.unwrap_or(0)) {
-                continue;
-            }
-            match known.get(&key) {
-                Some(known) => drop(health.insert(key, *known)),
-                // A backend drains only while it is healthy.
-                None if [BackendState::HEALTHY, BackendState::DRAINING].contains(state) => {
-                    health.insert(key, Health::Healthy);
-                }
-                None => {}
-            }
-        }
-    }
-    health
 }

@@ -9,20 +9,17 @@ use std::{
 
 use aya::Ebpf;
 use aya_log::EbpfLogger;
-use forwarder_common::{
-    abi::{
-        backend::GroupId,
-        flow::FlowId,
-        snat::{PORTS_PER_ADDRESS, SnatPool},
-    },
-    maglev,
+use forwarder_common::abi::{
+    backend::GroupId,
+    flow::FlowId,
+    snat::{PORTS_PER_ADDRESS, SnatPool},
 };
 use tokio::sync::watch;
 use tracing::{debug, info};
 
-use super::{Agent, BackendNotes, Sample, change::inherited_health, passive::PassiveChecks, tables::Tables};
+use super::{Agent, BackendNotes, Sample, passive::PassiveChecks, tables::Tables};
 use crate::{
-    config::{self, Config, NatMode},
+    config::{self, Config, NatMode, TableSizes},
     datapath::{
         attach::{self, Attachment},
         flows::{Sweeper, Timeouts},
@@ -42,6 +39,7 @@ use crate::{
     state::{
         desired::{Desired, Observations, pool},
         ids::{Capacity, Ids},
+        inherit::inherited_health,
         names::Names,
         overrides,
         placement::NoRoom,
@@ -232,12 +230,12 @@ fn take_over(before: &Applied, config: &Config, capacity: &Capacity, flows: u32)
     })
 }
 
-/// Slots of one table of each group.
+/// Slots that the tables of each group take at a time.
 pub(super) fn group_sizes(config: &Config, ids: &Ids) -> Vec<(GroupId, u32)> {
     config
         .groups
         .iter()
-        .map(|(name, group)| (ids.groups[name], maglev::size_for(group.backends.len())))
+        .map(|(name, group)| (ids.groups[name], TableSizes::of(group, &config.groups).sum()))
         .collect()
 }
 

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use forwarder_common::abi::snat::PORTS_PER_ADDRESS;
+use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
 use ipnet::Ipv4Net;
 
 pub mod health;
@@ -168,6 +168,11 @@ pub struct Group {
     pub on_unhealthy: OnUnhealthy,
     /// How long a backend that is new or healthy again takes to reach its whole share; up to 1 h, zero: no time.
     pub slow_start: Duration,
+    /// A further tier helps when the weight of healthy backends is below this share of tier 0's, 0 to 100 %; at 0 only
+    /// when there is none.
+    pub min_healthy_percent: u8,
+    /// Name of the group whose backends are its last tier; it has the same NAT mode, and there are no cycles.
+    pub backup: Option<String>,
     /// `None`: backends are taken as healthy without asking.
     pub health: Option<HealthCheck>,
     /// `None`: what the data path counts ejects nobody.
@@ -238,6 +243,37 @@ pub struct Backend {
     pub weight: u16,
     /// Most flows at a time; `None`: no limit of its own.
     pub max_flows: Option<u32>,
+    /// 0, the nearest, to 3.
+    pub tier: u8,
+}
+
+/// Most slots that a group's tables may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableSizes {
+    pub first: u32,
+    /// Of the table behind that, for further tiers; 0: there are none.
+    pub overflow: u32,
+}
+
+impl TableSizes {
+    /// Of one group among all.
+    pub fn of(group: &Group, groups: &BTreeMap<String, Group>) -> Self {
+        let backup = group.backup.as_ref().and_then(|name| groups.get(name));
+        let backups = backup.map_or(0, |backup| backup.backends.len());
+        let farther = group.backends.values().filter(|backend| backend.tier > 0).count();
+        Self {
+            first: maglev::size_for(group.backends.len() + backups),
+            overflow: match farther + backups {
+                0 => 0,
+                beyond => maglev::size_for(beyond),
+            },
+        }
+    }
+
+    /// Both together.
+    pub fn sum(self) -> u32 {
+        self.first + self.overflow
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -29,6 +29,10 @@ pub const MAX_FLOWS: RangeInclusive<u32> = 1024..=16_777_216;
 pub const MAX_SLOTS: RangeInclusive<u32> = 1024..=134_217_728;
 /// Range of a group's `slow_start`, in milliseconds.
 pub const SLOW_START_MS: RangeInclusive<u64> = 0..=3_600_000;
+/// Range of a group's `min_healthy_percent`.
+pub const PERCENT: RangeInclusive<u8> = 0..=100;
+/// Range of a backend's `tier`.
+pub const TIER: RangeInclusive<u8> = 0..=3;
 /// Range of `agent.max_persistent_clients`.
 pub const PERSISTENT_CLIENTS: RangeInclusive<u32> = 1..=*MAX_FLOWS.end();
 /// Prefixes in `snat.prefixes`, and runs of addresses that remain of them.
@@ -116,6 +120,8 @@ const GROUP: Shape = Shape {
         "persistence_prefix",
         "on_unhealthy",
         "slow_start",
+        "min_healthy_percent",
+        "backup",
         "health",
         "passive",
         "backend",
@@ -135,7 +141,7 @@ const PASSIVE: Shape = Shape {
 };
 const BACKEND: Shape = Shape {
     header: "group.NAME.backend.NAME",
-    keys: &["address", "port", "weight", "max_flows"],
+    keys: &["address", "port", "weight", "max_flows", "tier"],
 };
 const LISTENER: Shape = Shape {
     header: "listener.NAME",
@@ -235,6 +241,8 @@ pub struct Group {
     pub persistence_prefix: OptionalField<u8>,
     pub on_unhealthy: OptionalField<OnUnhealthy>,
     pub slow_start: OptionalField<Duration>,
+    pub min_healthy_percent: OptionalField<u8>,
+    pub backup: OptionalField<String>,
     pub health: Result<Health, Reported>,
     pub passive: Result<Passive, Reported>,
     pub backends: Named<Backend>,
@@ -259,6 +267,7 @@ pub struct Backend {
     pub port: OptionalField<u16>,
     pub weight: OptionalField<u16>,
     pub max_flows: OptionalField<u32>,
+    pub tier: OptionalField<u8>,
 }
 
 /// `[listener.NAME]`
@@ -350,6 +359,8 @@ impl Document {
                     ]),
                 ),
                 slow_start: table.optional("slow_start", duration(SLOW_START_MS)),
+                min_healthy_percent: table.optional("min_healthy_percent", integer(PERCENT)),
+                backup: table.optional("backup", text("the name of another backend group")),
                 health: table.table("health", &HEALTH, Health::read),
                 passive: table.table("passive", &PASSIVE, Passive::read),
                 backends: table.required_named("backend", &BACKEND, name, |table| Backend {
@@ -357,6 +368,7 @@ impl Document {
                     port: table.optional("port", integer(PORT)),
                     weight: table.optional("weight", integer(0..=u16::MAX)),
                     max_flows: table.optional("max_flows", integer(FLOW_LIMIT)),
+                    tier: table.optional("tier", integer(TIER)),
                 }),
             }),
             listeners: file.required_named("listener", &LISTENER, name, |table| Listener {
@@ -707,6 +719,8 @@ mod tests {
                 durations(PERSISTENCE_TIMEOUT_MS),
             ),
             ("group.NAME", "slow_start", durations(SLOW_START_MS)),
+            ("group.NAME", "min_healthy_percent", "0 to 100".to_owned()),
+            ("group.NAME.backend.NAME", "tier", "0 to 3".to_owned()),
             ("group.NAME", "persistence_prefix", "1 to 32".to_owned()),
             ("group.NAME.health", "expect", counts(EXPECTATIONS)),
             ("group.NAME.health", "command", counts(WORDS)),

@@ -13,13 +13,13 @@ use std::{
     time::Duration,
 };
 
-use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
+use forwarder_common::abi::snat::PORTS_PER_ADDRESS;
 use ipnet::Ipv4Net;
 
 use super::{
     Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, OnUnhealthy,
-    Passive, Persistence, Ports, Protocol, Redirect, RoutingTable, Selection, SnatPool, Tunnel, TunnelMode,
-    XdpMode,
+    Passive, Persistence, Ports, Protocol, Redirect, RoutingTable, Selection, SnatPool, TableSizes, Tunnel,
+    TunnelMode, XdpMode,
     health::{
         read::HealthKind,
         rules::{group_check, tunnel_check},
@@ -567,7 +567,7 @@ impl<'d> Check<'d> {
     fn slots(&self, max_slots: u32, groups: &BTreeMap<String, Group>) {
         let tables = groups
             .values()
-            .map(|group| u64::from(maglev::size_for(group.backends.len())));
+            .map(|group| u64::from(TableSizes::of(group, groups).sum()));
         let needed = 2 * tables.sum::<u64>();
         if needed > u64::from(max_slots) {
             let written = self
@@ -696,6 +696,10 @@ impl<'d> Check<'d> {
                 let what = format!("{place}: every backend has weight 0, so no flow would find one");
                 self.error(at, what, "give at least one backend a weight of 1 or more");
             }
+            if backends.values().all(|backend| backend.tier > 0) {
+                let what = format!("{place}: no backend is of tier 0, which is used first");
+                self.error(at, what, "number tiers from 0 on");
+            }
         }
         let remote_ip = or(&group.remote_ip, true)?;
         if !remote_ip {
@@ -711,10 +715,47 @@ impl<'d> Check<'d> {
             persistence: self.persistence(&place, group)?,
             on_unhealthy: or(&group.on_unhealthy, OnUnhealthy::Keep)?,
             slow_start: or(&group.slow_start, Duration::ZERO)?,
+            min_healthy_percent: or(&group.min_healthy_percent, 0)?,
+            backup: self.backup(name, &place, group)?,
             health: health?,
             passive: passive?,
             backends: backends?,
         })
+    }
+
+    /// The backup group, which must exist, have the same NAT mode, and not lead back here.
+    fn backup(&self, name: &str, place: &str, group: &schema::Group) -> Result<Option<String>, Reported> {
+        let (Some(backup), Ok(groups)) = (
+            group.backup.as_ref().map_err(|reported| *reported)?,
+            &self.document.groups,
+        ) else {
+            return option(&group.backup);
+        };
+        let found = self.reference(&format!("{place}: backup"), backup, groups, "group")?;
+        let body = |name: &str| groups.get(name).and_then(|entry| entry.body.as_ref().ok());
+        let nat = |group: &schema::Group| or(&group.nat, NatMode::Full).ok();
+        if let Some(other) = body(&found)
+            && nat(other) != nat(group)
+        {
+            return Err(self.error(
+                backup.at,
+                format!("{place}: backup {found:?} has another NAT mode"),
+                "servers behind one listener see the same kind of client address: give both groups the same nat",
+            ));
+        }
+        let mut next = Some(found.clone());
+        for _ in 0..groups.len() {
+            let Some(current) = next else { break };
+            if current == name {
+                return Err(self.error(
+                    backup.at,
+                    format!("{place}: backup {found:?} leads back to this group"),
+                    "a backup group is a last resort; remove one of the backup keys",
+                ));
+            }
+            next = body(&current).and_then(|group| option(&group.backup).ok().flatten());
+        }
+        Ok(Some(found))
     }
 
     fn persistence(&self, place: &str, group: &schema::Group) -> Result<Option<Persistence>, Reported> {
@@ -811,6 +852,7 @@ impl<'d> Check<'d> {
             port: option(&backend.port)?,
             weight: or(&backend.weight, DEFAULT_WEIGHT)?,
             max_flows: option(&backend.max_flows)?,
+            tier: or(&backend.tier, 0)?,
         })
     }
 

@@ -18,6 +18,7 @@ use crate::{
         overrides,
         placement::Placement,
         plan::Applied,
+        tables::Slots,
     },
 };
 
@@ -71,11 +72,13 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
         };
         let AsPod(group) = maps.groups.get(&id.0, 0).map_err(|error| refused(&error))?;
         placement.restore(*id, record.first_slot, record.table_slots, &group);
-        let end = group.first_slot.saturating_add(group.slot_count);
-        let slots = if end <= maps.slots.capacity() {
-            maps.slots.read(group.first_slot, group.slot_count)
-        } else {
-            Vec::new()
+        let behind = group.first_slot.saturating_add(group.slot_count);
+        let table = |first: u32, count: u32| {
+            if first.saturating_add(count) <= maps.slots.capacity() {
+                maps.slots.read(first, count).into()
+            } else {
+                Slots::default()
+            }
         };
         desired.groups.insert(
             *id,
@@ -84,7 +87,8 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
                 selection: group.selection,
                 persistence_secs: group.persistence_secs,
                 persistence_bits: group.persistence_bits,
-                slots: slots.into(),
+                slots: table(group.first_slot, group.slot_count),
+                overflow: table(behind, group.overflow_slot_count),
             },
         );
     }

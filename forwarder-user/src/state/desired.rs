@@ -24,10 +24,11 @@ use forwarder_common::{
 use super::{
     ids::Ids,
     overrides::{Override, Overrides},
-    tables::{Fresh, Slots, TableInputs, TableSource},
+    tables::{Fresh, Place, Slots, TableInputs, TableSource},
+    tiers::{self, Candidate},
 };
 use crate::{
-    config::{self, Config, Protocol},
+    config::{self, Config, Protocol, TableSizes},
     health::Health,
 };
 
@@ -86,6 +87,8 @@ pub struct GroupTable {
     pub persistence_bits: u32,
     /// Empty: no backend takes new flows.
     pub slots: Slots,
+    /// The table behind that, for flows that nobody in it has room for.
+    pub overflow: Slots,
 }
 
 /// What the tables should hold.
@@ -154,8 +157,8 @@ impl Desired {
             pool: pool(&config.snat),
         };
         desired.interfaces.clone_from(&observed.interfaces);
-        for (name, group) in &config.groups {
-            desired.add_group(name, group, ids, observed, tables);
+        for name in config.groups.keys() {
+            desired.add_group(name, config, ids, observed, tables);
         }
         for (name, listener) in &config.listeners {
             let protocol = match listener.protocol {
@@ -203,56 +206,29 @@ impl Desired {
     fn add_group(
         &mut self,
         name: &str,
-        group: &config::Group,
+        config: &Config,
         ids: &Ids,
         observed: &Observations,
         tables: &mut impl TableSource,
     ) {
-        let mut entries = Vec::new();
-        let healthy = observed.healthy(name, group);
-        for (backend_name, backend) in &group.backends {
-            let key = (name.to_owned(), backend_name.clone());
-            let id = ids.backends[&key];
-            let is_healthy = healthy.contains(backend_name.as_str());
-            let orders = observed.overrides.get(&key).copied().unwrap_or_default();
+        let group = &config.groups[name];
+        let mut candidates = Vec::new();
+        for standing in standings(name, group, ids, observed) {
+            let Standing {
+                id, orders, backend, ..
+            } = standing;
             if !orders.is_none() {
                 self.overrides.insert(id, orders);
             }
-            let percent = observed
-                .slow_starts
-                .get(&key)
-                .map_or(100, |since| slow_start_percent(group, *since, observed.now));
-            // In hundredths where there may be slow starts, so that small weights have steps, too. Only the ratio of
-            // weights counts.
-            let weight = match (u32::from(weight(backend, &orders)), group.slow_start.is_zero()) {
-                (weight, true) => weight,
-                (weight, false) => weight * percent,
-            };
-            let state = match (is_healthy, takes_new_flows(backend, &orders)) {
-                (false, _) => BackendState::UNHEALTHY,
-                (true, false) => BackendState::DRAINING,
-                (true, true) => BackendState::HEALTHY,
-            };
-            let address = backend.address.octets();
-            self.backends.insert(
-                id,
-                Backend {
-                    address: Ipv4Address::new(address),
-                    port: Be16::new(backend.port.unwrap_or(0)),
-                    state,
-                    reserved: 0,
-                    max_flows: backend.max_flows.unwrap_or(0),
-                    weight,
-                },
-            );
-            if state == BackendState::HEALTHY {
-                let identity = maglev::identity(address, backend.port.unwrap_or(0));
-                entries.push(maglev::Entry {
-                    value: id.0,
-                    identity,
-                    weight,
-                });
-            }
+            self.backends.insert(id, backend);
+            candidates.push(standing.candidate());
+        }
+        if let Some(backup) = &group.backup {
+            let standings = standings(backup, &config.groups[backup], ids, observed);
+            candidates.extend(standings.map(|standing| Candidate {
+                tier: tiers::BACKUP,
+                ..standing.candidate()
+            }));
         }
         let nat = match group.nat {
             config::NatMode::Full => NatMode::FULL,
@@ -265,7 +241,10 @@ impl Desired {
             config::Selection::LeastConnections => Selection::LEAST_CONNECTIONS,
         };
         let id = ids.groups[name];
-        let inputs = TableInputs::new(selection, maglev::size_for(group.backends.len()), entries);
+        let sizes = TableSizes::of(group, &config.groups);
+        let (first, overflow) = tiers::choose(&candidates, group.min_healthy_percent);
+        let mut slots =
+            |place, size, entries| tables.slots((id, place), TableInputs::new(selection, size, entries));
         let persistence = group.persistence;
         self.groups.insert(
             id,
@@ -274,10 +253,77 @@ impl Desired {
                 selection,
                 persistence_secs: persistence.map_or(0, |persistence| whole_secs(persistence.timeout)),
                 persistence_bits: persistence.map_or(32, |persistence| u32::from(persistence.prefix_bits)),
-                slots: tables.slots(id, inputs),
+                slots: slots(Place::First, sizes.first, first),
+                overflow: slots(Place::Overflow, sizes.overflow, overflow),
             },
         );
     }
+}
+
+/// How a backend stands, from its configuration and all that is known of it.
+struct Standing {
+    id: BackendId,
+    orders: Override,
+    tier: u8,
+    /// As configured or ordered.
+    weight: u16,
+    backend: Backend,
+}
+
+impl Standing {
+    fn candidate(&self) -> Candidate {
+        let backend = &self.backend;
+        Candidate {
+            entry: maglev::Entry {
+                value: self.id.0,
+                identity: maglev::identity(backend.address.octets(), backend.port.get()),
+                weight: backend.weight,
+            },
+            tier: self.tier,
+            weight: self.weight,
+            takes_flows: backend.state == BackendState::HEALTHY,
+        }
+    }
+}
+
+/// The backends of a group.
+fn standings<'a>(
+    name: &'a str,
+    group: &'a config::Group,
+    ids: &'a Ids,
+    observed: &'a Observations,
+) -> impl Iterator<Item = Standing> + 'a {
+    let healthy = observed.healthy(name, group);
+    group.backends.iter().map(move |(backend_name, backend)| {
+        let key = (name.to_owned(), backend_name.clone());
+        let is_healthy = healthy.contains(backend_name.as_str());
+        let orders = observed.overrides.get(&key).copied().unwrap_or_default();
+        let percent = observed
+            .slow_starts
+            .get(&key)
+            .map_or(100, |since| slow_start_percent(group, *since, observed.now));
+        let state = match (is_healthy, takes_new_flows(backend, &orders)) {
+            (false, _) => BackendState::UNHEALTHY,
+            (true, false) => BackendState::DRAINING,
+            (true, true) => BackendState::HEALTHY,
+        };
+        let weight = weight(backend, &orders);
+        Standing {
+            id: ids.backends[&key],
+            orders,
+            tier: backend.tier,
+            weight,
+            backend: Backend {
+                address: Ipv4Address::new(backend.address.octets()),
+                port: Be16::new(backend.port.unwrap_or(0)),
+                state,
+                reserved: 0,
+                max_flows: backend.max_flows.unwrap_or(0),
+                // In hundredths, so that small weights have steps in a slow start, too. Only the ratio counts.
+                weight: u32::from(weight) * percent,
+            },
+        }
+    })
 }
 
 /// A backend's weight as operators have ordered it, or else as it is configured.

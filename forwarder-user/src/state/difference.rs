@@ -177,6 +177,15 @@ fn describe_group(group: &Group) -> String {
         OnUnhealthy::Reset => ", flows of failed backends are reset",
         OnUnhealthy::Rehash => ", flows of failed backends move",
     });
+    if group.min_healthy_percent > 0 {
+        text.push_str(&format!(
+            ", further tiers below {}% healthy",
+            group.min_healthy_percent
+        ));
+    }
+    if let Some(backup) = &group.backup {
+        text.push_str(&format!(", backup {backup}"));
+    }
     if !group.slow_start.is_zero() {
         text.push_str(&format!(", slow start over {:?}", group.slow_start));
     }
@@ -193,6 +202,9 @@ fn describe_backend(backend: &Backend) -> String {
         .port
         .map_or_else(|| "*".to_owned(), |port| port.to_string());
     let mut text = format!("{}:{port}, weight {}", backend.address, backend.weight);
+    if backend.tier > 0 {
+        text.push_str(&format!(", tier {}", backend.tier));
+    }
     if let Some(max_flows) = backend.max_flows {
         text.push_str(&format!(", at most {max_flows} flows"));
     }

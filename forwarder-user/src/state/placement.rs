@@ -19,7 +19,7 @@ pub struct Placement {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Region {
     first: u32,
-    /// Slots of one table.
+    /// Slots of one table, with the overflow table behind it.
     size: u32,
     /// Room for how many tables: two, or one where an agent was killed while a group was moving.
     tables: u32,
@@ -53,18 +53,19 @@ impl Placement {
     /// Notes the region that an earlier agent gave to a group, and the table in use.
     pub fn restore(&mut self, id: GroupId, first: u32, size: u32, in_use: &BackendGroup) {
         let offset = in_use.first_slot.wrapping_sub(first);
-        let region = if size > 0 && (offset == 0 || offset == size) && in_use.slot_count <= size {
+        let slot_count = in_use.slot_count.saturating_add(in_use.overflow_slot_count);
+        let region = if size > 0 && (offset == 0 || offset == size) && slot_count <= size {
             Region {
                 first,
                 size,
                 tables: 2,
                 side: Some(offset / size),
             }
-        } else if in_use.slot_count > 0 {
+        } else if slot_count > 0 {
             // It was about to move: what is in use is elsewhere.
             Region {
                 first: in_use.first_slot,
-                size: in_use.slot_count,
+                size: slot_count,
                 tables: 1,
                 side: Some(0),
             }

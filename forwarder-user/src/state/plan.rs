@@ -118,16 +118,18 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
             continue;
         };
         let slot_count = group.slots.len() as u32;
-        if slot_count > 0 {
-            writes.push(MapWrite::Slots {
-                first,
-                slots: group.slots.clone(),
-            });
+        for (first, slots) in [(first, &group.slots), (first + slot_count, &group.overflow)] {
+            if !slots.is_empty() {
+                writes.push(MapWrite::Slots {
+                    first,
+                    slots: slots.clone(),
+                });
+            }
         }
         let value = BackendGroup {
             first_slot: first,
             slot_count,
-            overflow_slot_count: 0,
+            overflow_slot_count: group.overflow.len() as u32,
             nat: group.nat,
             selection: group.selection,
             persistence_secs: group.persistence_secs,

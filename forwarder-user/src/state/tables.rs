@@ -69,10 +69,21 @@ impl TableInputs {
     }
 }
 
+/// Which table of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    First,
+    /// Behind the first, for the tier that comes next.
+    Overflow,
+}
+
+/// A table by its group.
+pub type TableKey = (GroupId, Place);
+
 /// Where tables come from.
 pub trait TableSource {
-    /// The table of a group for now.
-    fn slots(&mut self, group: GroupId, inputs: TableInputs) -> Slots;
+    /// A table of a group for now.
+    fn slots(&mut self, key: TableKey, inputs: TableInputs) -> Slots;
 }
 
 /// Builds every table.
@@ -80,7 +91,7 @@ pub trait TableSource {
 pub struct Fresh;
 
 impl TableSource for Fresh {
-    fn slots(&mut self, _: GroupId, inputs: TableInputs) -> Slots {
+    fn slots(&mut self, _: TableKey, inputs: TableInputs) -> Slots {
         inputs.build()
     }
 }
@@ -90,7 +101,7 @@ impl TableSource for Fresh {
 pub struct NoTables;
 
 impl TableSource for NoTables {
-    fn slots(&mut self, _: GroupId, _: TableInputs) -> Slots {
+    fn slots(&mut self, _: TableKey, _: TableInputs) -> Slots {
         Slots::default()
     }
 }
@@ -98,7 +109,7 @@ impl TableSource for NoTables {
 /// A table that is to be built.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Job {
-    group: GroupId,
+    key: TableKey,
     /// Of the cache, when the job was given out.
     generation: u64,
     inputs: TableInputs,
@@ -119,7 +130,7 @@ impl Job {
     }
 }
 
-/// The table of one group.
+/// One table.
 #[derive(Clone, Debug)]
 struct Cached {
     inputs: TableInputs,
@@ -132,7 +143,7 @@ struct Cached {
 /// The tables in force, with what they were built from.
 #[derive(Debug, Default)]
 pub struct TableCache {
-    tables: HashMap<GroupId, Cached>,
+    tables: HashMap<TableKey, Cached>,
     /// Rises with every change of the configuration.
     generation: u64,
 }
@@ -169,12 +180,12 @@ impl TableCache {
         let under_way = self.tables.values().filter(|table| table.is_under_way).count();
         let generation = self.generation;
         let waiting = self.tables.iter_mut().filter(|(_, table)| !table.is_under_way);
-        let jobs = waiting.filter_map(|(group, table)| {
+        let jobs = waiting.filter_map(|(key, table)| {
             let inputs = table.wanted.clone()?;
             Some((
                 table,
                 Job {
-                    group: *group,
+                    key: *key,
                     generation,
                     inputs,
                 },
@@ -197,7 +208,7 @@ impl TableCache {
         if job.generation != self.generation {
             return false;
         }
-        let Some(table) = self.tables.get_mut(&job.group) else {
+        let Some(table) = self.tables.get_mut(&job.key) else {
             return false;
         };
         table.is_under_way = false;
@@ -217,8 +228,8 @@ impl TableCache {
 pub struct Later<'a>(&'a mut TableCache);
 
 impl TableSource for Later<'_> {
-    fn slots(&mut self, group: GroupId, inputs: TableInputs) -> Slots {
-        let known = self.0.tables.get_mut(&group);
+    fn slots(&mut self, key: TableKey, inputs: TableInputs) -> Slots {
+        let known = self.0.tables.get_mut(&key);
         match known {
             Some(table) if table.inputs == inputs => table.wanted = None,
             Some(table) if !inputs.is_quick() => table.wanted = Some(inputs),
@@ -230,10 +241,10 @@ impl TableSource for Later<'_> {
                     wanted: None,
                     is_under_way,
                 };
-                self.0.tables.insert(group, table);
+                self.0.tables.insert(key, table);
             }
         }
-        self.0.tables[&group].slots.clone()
+        self.0.tables[&key].slots.clone()
     }
 }
 
@@ -241,12 +252,12 @@ impl TableSource for Later<'_> {
 #[derive(Debug)]
 pub struct Now<'a> {
     cache: &'a TableCache,
-    tables: HashMap<GroupId, Cached>,
+    tables: HashMap<TableKey, Cached>,
 }
 
 /// The tables of a configuration that may come into force.
 #[derive(Debug)]
-pub struct NextTables(HashMap<GroupId, Cached>);
+pub struct NextTables(HashMap<TableKey, Cached>);
 
 impl Now<'_> {
     /// What was given out.
@@ -256,12 +267,8 @@ impl Now<'_> {
 }
 
 impl TableSource for Now<'_> {
-    fn slots(&mut self, group: GroupId, inputs: TableInputs) -> Slots {
-        let known = self
-            .cache
-            .tables
-            .get(&group)
-            .filter(|table| table.inputs == inputs);
+    fn slots(&mut self, key: TableKey, inputs: TableInputs) -> Slots {
+        let known = self.cache.tables.get(&key).filter(|table| table.inputs == inputs);
         let slots = known.map_or_else(|| inputs.build(), |table| table.slots.clone());
         let table = Cached {
             inputs,
@@ -269,7 +276,7 @@ impl TableSource for Now<'_> {
             wanted: None,
             is_under_way: false,
         };
-        self.tables.insert(group, table);
+        self.tables.insert(key, table);
         slots
     }
 }
@@ -278,7 +285,7 @@ impl TableSource for Now<'_> {
 mod tests {
     use super::*;
 
-    const GROUP: GroupId = GroupId(3);
+    const KEY: TableKey = (GroupId(3), Place::First);
     /// Too large to be built on the spot.
     const LARGE: u32 = 8191;
 
@@ -295,14 +302,14 @@ mod tests {
     fn with(size: u32, backends: &[u32]) -> TableCache {
         let mut cache = TableCache::default();
         let mut now = cache.now();
-        now.slots(GROUP, inputs(size, backends));
+        now.slots(KEY, inputs(size, backends));
         let next = now.finish();
         cache.replace(next);
         cache
     }
 
     fn ask(cache: &mut TableCache, backends: &[u32]) -> Slots {
-        cache.later().slots(GROUP, inputs(LARGE, backends))
+        cache.later().slots(KEY, inputs(LARGE, backends))
     }
 
     #[test]
@@ -325,7 +332,7 @@ mod tests {
     fn small_and_empty_tables_are_there_at_once() {
         let mut cache = with(1021, &[1, 2]);
         let small = inputs(1021, &[2]);
-        assert_eq!(cache.later().slots(GROUP, small.clone()), small.build());
+        assert_eq!(cache.later().slots(KEY, small.clone()), small.build());
         let mut cache = with(LARGE, &[1]);
         assert!(ask(&mut cache, &[]).is_empty());
         assert!(!cache.is_behind());
@@ -343,7 +350,7 @@ mod tests {
         ask(&mut cache, &[2]);
         let job = cache.jobs(9).pop().unwrap();
         let mut now = cache.now();
-        now.slots(GROUP, inputs(LARGE, &[1, 2, 3]));
+        now.slots(KEY, inputs(LARGE, &[1, 2, 3]));
         let next = now.finish();
         cache.replace(next);
         assert!(!cache.take(job.run()), "the configuration is another one");
@@ -368,12 +375,14 @@ mod tests {
         let mut cache = TableCache::default();
         let mut now = cache.now();
         for group in 0..3 {
-            now.slots(GroupId(group), inputs(LARGE, &[1, 2]));
+            now.slots((GroupId(group), Place::First), inputs(LARGE, &[1, 2]));
         }
         let next = now.finish();
         cache.replace(next);
         for group in 0..3 {
-            cache.later().slots(GroupId(group), inputs(LARGE, &[2]));
+            cache
+                .later()
+                .slots((GroupId(group), Place::First), inputs(LARGE, &[2]));
         }
         let first = cache.jobs(2);
         assert_eq!(first.len(), 2);
@@ -389,6 +398,6 @@ mod tests {
         let mut cache = with(LARGE, &[1, 2]);
         let before = ask(&mut cache, &[1, 2]);
         let mut now = cache.now();
-        assert!(Arc::ptr_eq(&before, &now.slots(GROUP, inputs(LARGE, &[2, 1]))));
+        assert!(Arc::ptr_eq(&before, &now.slots(KEY, inputs(LARGE, &[2, 1]))));
     }
 }
