@@ -14,16 +14,11 @@ use std::{
 };
 
 use bytemuck::Zeroable as _;
-use forwarder_common::{
-    abi::{
-        backend::{Backend, BackendGroup, BackendId, GroupId},
-        interface::Interface,
-        listener::{
-            Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, listener_flag,
-        },
-        settings::Settings,
-    },
-    maglev,
+use forwarder_common::abi::{
+    backend::{Backend, BackendGroup, BackendId, GroupId},
+    interface::Interface,
+    listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, listener_flag},
+    settings::Settings,
 };
 use forwarder_user::{
     config::{Config, TableSizes, load::parse},
