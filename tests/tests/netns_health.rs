@@ -1,7 +1,16 @@
 //! Ring 3: health checks of every kind that needs a network, and of tunnels, on real links, tunnels and servers.
 //! `--test-threads=1`, as the other labs.
 
-use std::{fs, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
+use std::{
+    collections::HashSet,
+    fs,
+    net::{Ipv4Addr, TcpListener},
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use forwarder_tests::lab::{
@@ -368,6 +377,90 @@ fn checks_of_every_kind_ask_real_servers_through_the_tunnel() -> Result<()> {
         .sysctl("net/ipv4/icmp_echo_ignore_all", "1")?;
     let status = await_health(&agent, "ping", "ecs02", "unhealthy")?;
     ensure!(status.failure.is_some_and(|why| why.contains("no answer")));
+    show_log.all_is_well();
+    Ok(())
+}
+
+/// Processor time that a process has used.
+fn cpu_time(pid: i32) -> Result<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let (_, rest) = stat.rsplit_once(") ").context("a name in brackets")?;
+    let fields: Vec<&str> = rest.split(' ').collect();
+    // User and system time, in hundredths of a second (proc(5)).
+    let ticks: u64 = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
+    Ok(Duration::from_millis(ticks * 10))
+}
+
+#[test]
+fn an_agent_with_ten_thousand_backends_goes_on() -> Result<()> {
+    const BACKENDS: u32 = 10_000;
+    const SERVER_PORT: u16 = 8000;
+    const INTERVAL: Duration = Duration::from_secs(2);
+    if !lab::can_run_test(Some(agent::binary())) {
+        return Ok(());
+    }
+    let lab = lab::Lab::open(Lifetime::Process)?;
+    let show_log = ShowLog::of(&lab);
+    let (gateway, server) = (lab.namespace("gateway")?, lab.namespace("server")?);
+    lab.cable((&gateway, "eth0"), (&server, "eth0"), 1500)?;
+    gateway.forward()?;
+    gateway.address("eth0", "10.1.0.1/24")?;
+    server.address("eth0", "10.1.0.2/24")?;
+    // One host has the addresses of all.
+    server.run("ip route add local 10.200.0.0/16 dev lo")?;
+    gateway.route("10.200.0.0/16", Ipv4Addr::new(10, 1, 0, 2))?;
+    server.route("100.64.0.0/26", Ipv4Addr::new(10, 1, 0, 1))?;
+    let listener = server.inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, SERVER_PORT)))??;
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::MAXCONN)?;
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let notes = asked.clone();
+    // Ends with the process.
+    thread::spawn(move || {
+        while let Ok((stream, _)) = listener.accept() {
+            if let Ok(address) = stream.local_addr() {
+                notes.lock().unwrap().push(address.ip());
+            }
+        }
+    });
+
+    let mut text = Configuration::new(&agent::control_socket(&lab), &lab.pin_directory())
+        .snat("100.64.0.0/26", PROBE_ADDRESS)
+        .interface("eth0", &[])
+        .table("group.web.backend", &[])
+        .to_string();
+    for number in 0..BACKENDS {
+        let address = Ipv4Addr::from_bits(Ipv4Addr::new(10, 200, 0, 1).to_bits() + number);
+        text += &format!("b{number} = {{ address = \"{address}\", port = {SERVER_PORT} }}\n");
+    }
+    let vip = Ipv4Addr::new(10, 1, 0, 100);
+    let configuration = Configuration::from_text(text).listener("web", vip, 80, "tcp", "web");
+    let agent = Agent::start(&lab, &gateway, &configuration)?;
+    wait_until("all backends to be healthy", 3 * DEADLINE, || {
+        let status = agent.status()?;
+        let healthy = status.groups[0].healthy_backends;
+        ensure!(healthy == BACKENDS as usize, "{healthy} are");
+        Ok(())
+    })?;
+
+    let (before, start) = (cpu_time(agent.pid())?, Instant::now());
+    asked.lock().unwrap().clear();
+    let (_, took) = wait_until("everybody to be asked again", 3 * DEADLINE, || {
+        let seen = asked.lock().unwrap().iter().collect::<HashSet<_>>().len();
+        ensure!(
+            seen == BACKENDS as usize && start.elapsed() > 2 * INTERVAL,
+            "{seen} were"
+        );
+        Ok(())
+    })?;
+    let (used, probes) = (cpu_time(agent.pid())? - before, asked.lock().unwrap().len());
+    println!(
+        "ready after {:.1?}; {BACKENDS} backends asked {probes} times in {took:.1?} with {:.0} % of one processor",
+        agent.ready_after,
+        100.0 * used.as_secs_f64() / took.as_secs_f64(),
+    );
+    let log = fs::read_to_string(agent.log())?;
+    ensure!(!log.contains("unhealthy"), "somebody was called unhealthy");
+    ensure!(agent.stop()?.success());
     show_log.all_is_well();
     Ok(())
 }

@@ -106,7 +106,9 @@ impl Target {
 #[derive(Clone, Debug)]
 pub struct Report {
     pub target: Arc<Target>,
-    /// When the probe began.
+    /// When the probe was to begin, by the schedule.
+    pub due: Instant,
+    /// When it began: later, if the machine was busy or too many probes were under way.
     pub began: Instant,
     /// The time until the answer (handshake, or head of the HTTP answer), or why there was none.
     pub result: Result<Duration, ProbeFailure>,
@@ -195,6 +197,7 @@ type EntryId = u64;
 
 struct Ended {
     entry: EntryId,
+    due: Instant,
     began: Instant,
     result: Result<Duration, ProbeFailure>,
 }
@@ -350,6 +353,7 @@ impl Scheduler {
                     let began = Instant::now();
                     Ended {
                         entry: id,
+                        due: at,
                         began,
                         result: prober.probe(&target).await,
                     }
@@ -362,6 +366,7 @@ impl Scheduler {
     fn conclude(&mut self, ended: Result<Ended, JoinError>) -> Option<Report> {
         let Ended {
             entry: id,
+            due,
             began,
             result,
         } = match ended {
@@ -383,6 +388,7 @@ impl Scheduler {
         };
         Some(Report {
             target: Arc::clone(&entry.target),
+            due,
             began,
             result,
             transition,
