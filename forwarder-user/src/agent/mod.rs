@@ -320,7 +320,7 @@ impl Agent {
                         self.reconcile()?;
                     }
                 }
-                Some(event) = self.passive.happened() => self.judged(event)?,
+                Some(event) = self.passive.happened() => self.judged(&event)?,
                 Some(built) = self.tables.built() => self.take_table(built)?,
                 Some(report) = tunnel_reports.recv() => {
                     if self.tunnel_heard(&report, &health).await {

@@ -170,8 +170,8 @@ impl Agent {
     }
 
     /// Ejects or readmits backends: `first` and whatever has happened since.
-    pub(super) fn judged(&mut self, first: Event) -> Result<(), Error> {
-        self.passive.note(&first);
+    pub(super) fn judged(&mut self, first: &Event) -> Result<(), Error> {
+        self.passive.note(first);
         while let Ok(event) = self.passive.events.try_recv() {
             self.passive.note(&event);
         }
