@@ -76,7 +76,7 @@ fn most_at_once(times: impl Iterator<Item = Instant>, first: Instant) -> u32 {
 }
 
 fn cpu_time(of: UsageWho) -> Duration {
-    let usage: Usage = getrusage(of).unwrap();
+    let usage: Usage = getrusage(of).expect("a process may look at itself");
     let seconds = |time: nix::sys::time::TimeVal| {
         Duration::new(time.tv_sec() as u64, 0) + Duration::from_micros(time.tv_usec() as u64)
     };

@@ -35,6 +35,7 @@ fn everything() -> Extras {
         second_client: true,
         remote_client: true,
         security_groups: false,
+        eight_servers: false,
     }
 }
 

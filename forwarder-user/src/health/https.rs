@@ -41,7 +41,10 @@ use crate::config::{HttpProbe, Trust};
 
 /// Settings of sessions, made when first needed.
 #[derive(Debug, Default)]
-pub(super) struct Settings(Mutex<HashMap<Trust, (Option<SystemTime>, Arc<ClientConfig>)>>);
+pub(super) struct Settings(Mutex<HashMap<Trust, Made>>);
+
+/// When the file that they are made from was changed last, if there is one, and the settings.
+type Made = (Option<SystemTime>, Arc<ClientConfig>);
 
 impl Settings {
     async fn of(&self, trust: &Trust) -> Result<Arc<ClientConfig>, ProbeFailure> {
