@@ -9,7 +9,7 @@ use tracing::info;
 use super::Agent;
 use crate::{
     config::OnUnhealthy,
-    datapath::times::monotonic_secs,
+    datapath::{flows::FlowCount, times::monotonic_secs},
     error::Error,
     orders::{BackendOrder, BackendPath, Order},
     state::desired::takes_new_flows,
@@ -200,15 +200,12 @@ impl Agent {
 
 /// Flows of a backend that may still carry packets.
 fn flows_left(census: &Census, id: BackendId) -> u64 {
-    census.backends.get(&id).map_or(0, |count| count.open())
+    census.backends.get(&id).map_or(0, FlowCount::open)
 }
 
 #[cfg(test)]
 mod tests {
-    use forwarder_common::abi::backend::BackendId;
-
     use super::*;
-    use crate::datapath::flows::FlowCount;
 
     #[test]
     fn connections_that_have_ended_are_not_left() {
