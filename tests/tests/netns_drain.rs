@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use forwarder_tests::lab::{
-    self, Lifetime, Namespace,
+    self, Lifetime,
     agent::{self, Agent, ShowLog},
     configuration::{Check, Configuration},
     crowd::{Clients, Servers, Tally},
