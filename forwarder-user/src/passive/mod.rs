@@ -259,10 +259,13 @@ mod tests {
 
     /// Counters that a test changes, and how often each was read.
     #[derive(Clone, Default)]
-    struct Fake(Arc<Mutex<HashMap<u32, (TrafficCounters, bool, u64)>>>);
+    struct Fake(Arc<Mutex<HashMap<u32, Entry>>>);
+
+    /// Counters, whether flows are live, and the number of reads.
+    type Entry = (TrafficCounters, bool, u64);
 
     impl Fake {
-        fn change(&self, id: u32, change: impl FnOnce(&mut (TrafficCounters, bool, u64))) {
+        fn change(&self, id: u32, change: impl FnOnce(&mut Entry)) {
             change(self.0.lock().unwrap().entry(id).or_default());
         }
 
