@@ -247,7 +247,7 @@ const TRAFFIC: [Measure; 7] = [
         kind: Kind::Counter,
         name: "first_answers",
         unit: None,
-        help: "Opened connections by the backend's first packet: accepted, or rejected by a TCP reset; those missing here had no answer",
+        help: "Opened connections by the backend's answer: accepted, or rejected by a TCP reset; those missing here had none",
         label: Some("answer"),
         values: |traffic| {
             vec![

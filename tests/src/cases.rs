@@ -84,7 +84,7 @@ impl Step {
             Traffic::Opened(listener, backend)
             | Traffic::OpenedOnly(listener, backend)
             | Traffic::Request(listener, backend)
-            | Traffic::FirstReply(listener, backend)
+            | Traffic::FirstAnswer(listener, backend)
             | Traffic::Reply(listener, backend) => (listener, backend),
         };
         let counters = [
@@ -100,12 +100,12 @@ impl Step {
                 counters.request_bytes += ip_len(&self.frame);
                 counters.client_resets += u64::from(is_reset(&self.frame));
             }
-            if matches!(self.traffic, Traffic::FirstReply(..) | Traffic::Reply(..)) {
+            if matches!(self.traffic, Traffic::FirstAnswer(..) | Traffic::Reply(..)) {
                 counters.reply_packets += 1;
                 counters.reply_bytes += ip_len(&self.frame);
                 counters.backend_resets += u64::from(is_reset(&self.frame));
             }
-            if matches!(self.traffic, Traffic::FirstReply(..)) {
+            if matches!(self.traffic, Traffic::FirstAnswer(..)) {
                 let is_rejected = is_reset(&self.frame);
                 counters.flows_answered += u64::from(!is_rejected);
                 counters.flows_rejected += u64::from(is_rejected);
@@ -126,8 +126,8 @@ pub enum Traffic {
     /// Refused after a backend was chosen.
     NotBound(ListenerId, BackendId),
     Request(ListenerId, BackendId),
-    /// The backend's first packet of a flow.
-    FirstReply(ListenerId, BackendId),
+    /// The backend's answer to what opened the flow.
+    FirstAnswer(ListenerId, BackendId),
     Reply(ListenerId, BackendId),
 }
 
@@ -305,8 +305,8 @@ impl Service {
         Traffic::Reply(self.listener, self.backend)
     }
 
-    fn first_reply(&self) -> Traffic {
-        Traffic::FirstReply(self.listener, self.backend)
+    fn first_answer(&self) -> Traffic {
+        Traffic::FirstAnswer(self.listener, self.backend)
     }
 
     fn refused(&self) -> Traffic {
@@ -467,7 +467,7 @@ fn web_request(flags: u8, payload: usize) -> Step {
 fn web_reply(flags: u8, payload: usize) -> Step {
     let packet = from_server(flags, WEB, binding(0)).payload(payload);
     let traffic = if flags == segment::SYN_ACK {
-        WEB.first_reply()
+        WEB.first_answer()
     } else {
         WEB.reply()
     };
@@ -640,7 +640,7 @@ fn replies() -> Vec<Case> {
             .then(opening)
             .then(
                 Step::reply(&dns_answer, &to_client(&dns_answer, DNS.vip(), CLIENT))
-                    .counts(DNS.first_reply()),
+                    .counts(DNS.first_answer()),
             ),
         Case::new(
             "A DNAT listener's reply, addressed to the client, comes from the VIP",
@@ -649,7 +649,7 @@ fn replies() -> Vec<Case> {
         .then(dnat_opening.clone())
         .then(
             Step::reply(&dnat_reply, &to_client(&dnat_reply, DNAT_WEB.vip(), CLIENT))
-                .counts(DNAT_WEB.first_reply()),
+                .counts(DNAT_WEB.first_answer()),
         ),
         Case::new(
             "A DNAT listener's reply to a datagram comes from the VIP",
@@ -658,7 +658,7 @@ fn replies() -> Vec<Case> {
         .then(dnat_query_opening)
         .then(
             Step::reply(&dnat_answer, &to_client(&dnat_answer, DNAT_DNS.vip(), CLIENT))
-                .counts(DNAT_DNS.first_reply()),
+                .counts(DNAT_DNS.first_answer()),
         ),
         Case::new(
             "A reply to a client behind a router leaves for the router",
@@ -667,7 +667,7 @@ fn replies() -> Vec<Case> {
         .then(Step::request(&routed, &to_server(&routed, binding(0), SERVER)).counts(WEB.opened()))
         .then(
             Step::reply(&routed_reply, &to_client(&routed_reply, WEB.vip(), ROUTED_CLIENT))
-                .counts(WEB.first_reply()),
+                .counts(WEB.first_answer()),
         ),
         Case::new(
             "Each of two clients with the same source port gets its own replies",
@@ -680,7 +680,7 @@ fn replies() -> Vec<Case> {
         })
         .then({
             let packet = from_server(segment::SYN_ACK, WEB, binding(1));
-            Step::reply(&packet, &to_client(&packet, WEB.vip(), OTHER_CLIENT)).counts(WEB.first_reply())
+            Step::reply(&packet, &to_client(&packet, WEB.vip(), OTHER_CLIENT)).counts(WEB.first_answer())
         })
         .then(web_reply(segment::SYN_ACK, 0)),
         Case::new("A packet to an SNAT address without a flow is dropped", world())
@@ -777,7 +777,7 @@ fn lifecycles() -> Vec<Case> {
         let packet = Builder::tcp(segment::SYN_ACK, UDP_SERVER, CLIENT)
             .link(mac_of(*UDP_SERVER.ip()), SERVER_SIDE.mac);
         Step::reply(&packet, &to_client(&packet, DNAT_WEB.vip(), CLIENT))
-            .counts(Traffic::FirstReply(DNAT_WEB.listener, BackendId(1)))
+            .counts(Traffic::FirstAnswer(DNAT_WEB.listener, BackendId(1)))
     };
     let old_reply = from_server(segment::ACK, DNAT_WEB, CLIENT);
     vec![
@@ -846,7 +846,7 @@ fn lifecycles() -> Vec<Case> {
             .then({
                 let packet = from_server(segment::SYN_ACK, DNAT_WEB, CLIENT);
                 Step::reply(&packet, &to_client(&packet, DNAT_WEB.vip(), CLIENT))
-                    .counts(DNAT_WEB.first_reply())
+                    .counts(DNAT_WEB.first_answer())
             }),
         Case::new("A connection is not reopened without a healthy backend", world())
             .all(web_connection())
@@ -949,7 +949,7 @@ fn listeners() -> Vec<Case> {
             let packet = Builder::tcp(segment::SYN_ACK, UDP_SERVER, binding(0))
                 .link(mac_of(*UDP_SERVER.ip()), SERVER_SIDE.mac);
             let out = to_client(&packet, SocketAddrV4::new(VIP, 65535), CLIENT);
-            Step::reply(&packet, &out).counts(Traffic::FirstReply(any_listener, BackendId(1)))
+            Step::reply(&packet, &out).counts(Traffic::FirstAnswer(any_listener, BackendId(1)))
         }),
         Case::new("A port of the VIP without a listener passes", world())
             .then(Step::passed(unknown_port.build(), Reason::NO_LISTENER)),
@@ -1126,7 +1126,14 @@ fn backends() -> Vec<Case> {
         .then(web_request(segment::SYN, 0)),
         Case::new("A backend's reset in answer to a SYN is a rejected flow", world())
             .then(web_opening())
-            .then(web_reply(segment::RST, 0).counts(WEB.first_reply())),
+            .then(web_reply(segment::RST, 0).counts(WEB.first_answer())),
+        Case::new(
+            "What acknowledges a SYN without being one is no answer yet, and the reset that follows rejects the flow",
+            world(),
+        )
+        .then(web_opening())
+        .then(web_reply(segment::ACK, 0))
+        .then(web_reply(segment::RST, 0).counts(WEB.first_answer())),
         Case::new("A backend's reset of a connection is no rejected flow", world())
             .all(web_handshake())
             .then(web_reply(segment::RST, 0)),
@@ -1511,7 +1518,7 @@ fn next_hops() -> Vec<Case> {
             Step::passed(unresolved_reply.build(), Reason::REPLY_TO_STACK)
                 .by(&SERVER_SIDE)
                 .out(rewritten(&unresolved_reply, WEB.vip(), UNRESOLVED_CLIENT).build())
-                .counts(WEB.first_reply()),
+                .counts(WEB.first_answer()),
         ),
         Case::new(
             "A request out of an interface that XDP cannot send through goes to the stack",
@@ -1586,7 +1593,7 @@ fn tunnels() -> Vec<Case> {
     let becomes_zero = out.clone().payload_for_checksum(0);
     let before_zero = rewritten(&becomes_zero, REMOTE.server, binding(0)).ttl(64);
     let sent =
-        |packet: &Builder, out: &Builder| Step::reply(packet, out).in_tunnel().counts(REMOTE.first_reply());
+        |packet: &Builder, out: &Builder| Step::reply(packet, out).in_tunnel().counts(REMOTE.first_answer());
 
     let unresolved_client = from_client(segment::SYN, UNRESOLVED_CLIENT, REMOTE);
     let inner_client = SocketAddrV4::new(*REMOTE.server.ip(), 41000);
@@ -1670,7 +1677,7 @@ fn tunnels() -> Vec<Case> {
             Step::passed(packet.build(), Reason::REPLY_TO_STACK)
                 .by(&SERVER_SIDE)
                 .out(rewritten(&packet, WEB.vip(), inner_client).build())
-                .counts(WEB.first_reply())
+                .counts(WEB.first_answer())
         }),
         Case::new(
             "A client inside the remote network reaches a backend there",
@@ -2159,7 +2166,7 @@ fn checksums() -> Vec<Case> {
                     &no_checksum_reply,
                     &to_client(&no_checksum_reply, DNS.vip(), CLIENT),
                 )
-                .counts(DNS.first_reply()),
+                .counts(DNS.first_answer()),
             ),
         Case::new(
             "A datagram whose checksum becomes zero is sent with all ones",
@@ -2289,7 +2296,7 @@ fn partial_checksums() -> Vec<Case> {
         .then(web_opening())
         .then(
             Step::reply(&reply, &to_client(&reply, WEB.vip(), CLIENT).checksum(Complete))
-                .counts(WEB.first_reply()),
+                .counts(WEB.first_answer()),
         ),
         Case::new(
             "A partial UDP checksum that completes to zero is sent with all ones",
@@ -2410,7 +2417,7 @@ fn segment_sizes() -> Vec<Case> {
         .then({
             let packet = announcing(&reply, 8960);
             let out = to_client(&announcing(&reply, LARGEST), WEB.vip(), CLIENT);
-            Step::reply(&packet, &out).counts(WEB.first_reply())
+            Step::reply(&packet, &out).counts(WEB.first_answer())
         }),
         Case::new(
             "A SYN+ACK out of a tunnel announces what the tunnel carries",
@@ -2425,7 +2432,7 @@ fn segment_sizes() -> Vec<Case> {
             let out = rewritten(&announcing(&tunnel_reply, LARGEST), REMOTE.vip(), CLIENT).ttl(63);
             Step::reply(&packet, &out)
                 .in_tunnel()
-                .counts(REMOTE.first_reply())
+                .counts(REMOTE.first_answer())
         }),
         Case::new(
             "Data that looks like a segment size option is data",

@@ -19,10 +19,10 @@ pub struct TrafficCounters {
     pub flows_refused: u64,
     /// Answers of the gateway to refused flows: TCP resets and ICMP messages.
     pub gateway_resets: u64,
-    /// Flows that their backend answered: its first packet was no TCP reset.
+    /// Flows that their backend answered: TCP with SYN and ACK, UDP with anything.
     pub flows_answered: u64,
-    /// Flows that their backend rejected: its first packet was a TCP reset. Those that are opened and neither answered
-    /// nor rejected have had no answer.
+    /// Flows that their backend rejected: it answered with a TCP reset. Those that are opened and neither answered nor
+    /// rejected have had no answer.
     pub flows_rejected: u64,
 }
 

@@ -12,7 +12,10 @@ use crate::{
         settings::Settings,
         snat::SnatBinding,
     },
-    wire::{Be32, tcp::FLAG_ACK},
+    wire::{
+        Be32,
+        tcp::{FLAG_ACK, FLAG_RST, FLAG_SYN},
+    },
 };
 
 /// What a packet of a flow needs from its entry: a copy, so that no table stays borrowed.
@@ -23,8 +26,9 @@ pub struct Hit {
     pub direction: Direction,
     pub listener: ListenerId,
     pub backend: BackendId,
-    /// Non-zero: a reply, and the backend's first packet of this flow.
-    pub is_first_reply: u32,
+    /// Non-zero: the backend's first answer to what opened the flow: of TCP the first SYN or reset, as a host that has
+    /// remains of an older connection acknowledges a SYN before it decides (RFC 9293 §3.10.7.4).
+    pub is_first_answer: u32,
     pub rewrite: Rewrite,
     pub hop: NextHop,
 }
@@ -103,10 +107,15 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> 
     if entry.state != FlowState::LIVE || frame.key != expected {
         return Found::Nothing;
     }
+    let mut is_first_answer = !is_request && entry.reply_packets == 0;
     if frame.is_tcp() {
         if is_opening && (is_stranded || matches!(entry.tcp.phase(), Phase::Closing | Phase::Closed)) {
             return Found::Ended(id);
         }
+        is_first_answer = !is_request
+            && frame.tcp_flags & (FLAG_SYN | FLAG_RST) != 0
+            && !entry.tcp.has(TcpEvents::ANSWERED)
+            && !entry.tcp.has(TcpEvents::RESET);
         let tcp = entry.tcp.after(direction, frame.tcp_flags);
         // Written only when it changes, here and below: the cache line stays shared between CPUs.
         if tcp != entry.tcp {
@@ -136,7 +145,7 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> 
         direction,
         listener: entry.listener,
         backend: entry.backend,
-        is_first_reply: u32::from(!is_request && entry.reply_packets == 1),
+        is_first_answer: u32::from(is_first_answer),
         rewrite: Rewrite::of(entry, direction),
         hop: if is_request {
             entry.request_hop
@@ -152,8 +161,8 @@ fn is_stranded<T: Tables>(tables: &mut T, id: FlowId) -> bool {
     let Some(entry) = tables.flow(id) else {
         return false;
     };
-    let (replies, backend) = (entry.reply_packets, entry.backend);
-    replies == 0
+    let (events, backend) = (entry.tcp, entry.backend);
+    !events.has(TcpEvents::ANSWERED)
         && tables
             .backend(backend)
             .is_none_or(|backend| backend.state != BackendState::HEALTHY)
@@ -199,7 +208,7 @@ pub fn open<T: Tables>(
         direction: Direction::REQUEST,
         listener: listener.id,
         backend,
-        is_first_reply: 0,
+        is_first_answer: 0,
         rewrite: Rewrite::of(entry, Direction::REQUEST),
         hop: NextHop::default(),
     };

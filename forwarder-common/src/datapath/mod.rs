@@ -278,7 +278,7 @@ pub enum TrafficEvent {
     Reply {
         bytes: u16,
         reset: bool,
-        /// Nothing came from the backend before.
+        /// It answers what opened the flow.
         first: bool,
     },
 }

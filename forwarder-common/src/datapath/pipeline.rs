@@ -151,7 +151,7 @@ fn count<T: Tables>(tables: &mut T, frame: &Frame, hit: &Hit) {
         TrafficEvent::Reply {
             bytes,
             reset,
-            first: hit.is_first_reply != 0,
+            first: hit.is_first_answer != 0,
         }
     };
     tables.count_listener(hit.listener, event);

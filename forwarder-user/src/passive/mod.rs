@@ -62,7 +62,6 @@ impl From<TrafficCounters> for Counts {
             flows_opened: counters.flows_opened,
             flows_answered: counters.flows_answered,
             flows_rejected: counters.flows_rejected,
-            client_resets: counters.client_resets,
             // Read while packets are counted: the reset may be in, and its packet not yet.
             requests: counters.request_packets.saturating_sub(counters.client_resets),
             replies: counters.reply_packets,

@@ -29,12 +29,10 @@ pub const REQUESTS_AFTER: Duration = Duration::from_secs(2);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub flows_opened: u64,
-    /// Of those opened, the ones whose first packet from the backend was no TCP reset.
+    /// Of those opened, the ones that the backend answered, by SYN and ACK where it is TCP.
     pub flows_answered: u64,
-    /// Of those opened, the ones whose first packet from the backend was a TCP reset.
+    /// Of those opened, the ones that the backend answered by a TCP reset.
     pub flows_rejected: u64,
-    /// TCP resets of clients.
-    pub client_resets: u64,
     /// Packets of clients, TCP resets excepted: nobody answers those.
     pub requests: u64,
     /// Packets of the backend.
@@ -48,7 +46,6 @@ impl Counts {
             flows_opened: self.flows_opened.checked_sub(before.flows_opened)?,
             flows_answered: self.flows_answered.checked_sub(before.flows_answered)?,
             flows_rejected: self.flows_rejected.checked_sub(before.flows_rejected)?,
-            client_resets: self.client_resets.checked_sub(before.client_resets)?,
             requests: self.requests.checked_sub(before.requests)?,
             replies: self.replies.checked_sub(before.replies)?,
         })
@@ -140,9 +137,6 @@ struct Rejections {
 impl Rejections {
     /// Which of the flows of one look came first is not known.
     fn add(this: Option<Self>, new: &Counts, enough: u32, before: Duration) -> Option<Self> {
-        // A SYN that meets the remains of an old connection on a host where nobody listens any more is answered by an
-        // acknowledgement (RFC 9293 §3.10.7.4), on which its client resets. That is no accepted flow.
-        let accepted = new.flows_answered.saturating_sub(new.client_resets);
         let this = this.unwrap_or(Self {
             count: 0,
             surplus: 0,
@@ -151,7 +145,7 @@ impl Rejections {
         let surplus = this
             .surplus
             .saturating_add(new.flows_rejected)
-            .saturating_sub(accepted);
+            .saturating_sub(new.flows_answered);
         (surplus > 0).then_some(Self {
             count: this.count.saturating_add(new.flows_rejected),
             surplus: surplus.min(u64::from(enough) * 2),
@@ -295,7 +289,6 @@ pub(super) mod tests {
             counts.flows_opened += new.flows_opened;
             counts.flows_answered += new.flows_answered;
             counts.flows_rejected += new.flows_rejected;
-            counts.client_resets += new.client_resets;
             counts.requests += new.requests;
             counts.replies += new.replies;
             self.signs.look(before, self.now, &self.counts, &self.limits)
@@ -387,28 +380,6 @@ pub(super) mod tests {
         assert_eq!(scene.look(rejected(4)), None);
     }
 
-    /// A server that was killed, and clients that use their ports again: its host still has remains of their old
-    /// connections, and answers these with acknowledgements, which clients reset.
-    #[test]
-    fn flows_that_their_client_resets_at_once_are_not_accepted() {
-        let mut scene = Scene::new(limits());
-        let of_old = Counts {
-            flows_opened: 20,
-            flows_answered: 20,
-            client_resets: 20,
-            requests: 20,
-            replies: 20,
-            ..Counts::default()
-        };
-        assert_eq!(scene.look(of_old), None, "alone they are no sign");
-        for _ in 0..4 {
-            scene.look(of_old);
-            assert_eq!(scene.look(rejected(1)), None);
-        }
-        scene.look(of_old);
-        assert_eq!(scene.look(rejected(1)).unwrap().cause, Cause::Rejected);
-    }
-
     #[test]
     fn unanswered_flows_are_a_sign_when_enough_of_them_have_waited() {
         let mut scene = Scene::new(limits());
@@ -439,7 +410,6 @@ pub(super) mod tests {
         flows_opened: 0,
         flows_answered: 0,
         flows_rejected: 0,
-        client_resets: 0,
         requests: 0,
         replies: 1,
     };
@@ -565,7 +535,7 @@ pub(super) mod tests {
 
     prop_compose! {
         fn any_counts()(opened in 0_u64..50, answered in 0_u64..50, rejected in 0_u64..50, requests in 0_u64..50, replies in 0_u64..50) -> Counts {
-            Counts { flows_opened: opened, flows_answered: answered, flows_rejected: rejected, client_resets: 0, requests, replies }
+            Counts { flows_opened: opened, flows_answered: answered, flows_rejected: rejected, requests, replies }
         }
     }
 
