@@ -184,6 +184,7 @@ fn hosts(length: u8) -> u64 {
 /// `enum bpf_map_type` (linux/bpf.h).
 mod kind {
     pub(super) const HASH: u32 = 1;
+    pub(super) const LRU_HASH: u32 = 9;
     pub(super) const PERCPU_ARRAY: u32 = 6;
     pub(super) const LPM_TRIE: u32 = 11;
     pub(super) const QUEUE: u32 = 22;
@@ -207,13 +208,14 @@ fn table(map: &MapLayout, sizes: &Sizes, cpus: u64) -> TableNeeds {
         u64::from(map.value_bytes),
     );
     let padded = value.next_multiple_of(8);
+    let hash = |elements: u64| {
+        elements * (HASH_ELEMENT_BYTES + key.next_multiple_of(8) + padded)
+            + count.next_power_of_two() * HASH_BUCKET_BYTES
+    };
     let (entry_bytes, memory_bytes) = match map.kind {
-        kind::HASH => (
-            key + value,
-            // Each CPU has an element in reserve.
-            (count + cpus) * (HASH_ELEMENT_BYTES + key.next_multiple_of(8) + padded)
-                + count.next_power_of_two() * HASH_BUCKET_BYTES,
-        ),
+        // Each CPU has an element in reserve; where old ones make room, there is none.
+        kind::HASH => (key + value, hash(count + cpus)),
+        kind::LRU_HASH => (key + value, hash(count)),
         // Nothing is taken before there are entries; this is for all of them.
         kind::LPM_TRIE => (key + value, count * 2 * (LPM_NODE_BYTES + key + value)),
         // Each CPU's copy of the value, and the pointer to them.
