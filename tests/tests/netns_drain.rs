@@ -14,7 +14,7 @@ use forwarder_tests::lab::{
     self, Lifetime,
     agent::{self, Agent, ShowLog},
     configuration::{Check, Configuration},
-    crowd::{Clients, Servers, Tally},
+    crowd::{Clients, Servers},
     load::{Connections, wrk},
     status::{BackendStatus, HEALTHY},
     topology::{Extras, PORT, Site},
@@ -150,15 +150,6 @@ fn await_health(agent: &Agent, group: &str, backend: &str, health: &str) -> Resu
     .map(drop)
 }
 
-fn all(tally: &Tally, count: usize) -> Result<()> {
-    let wanted = Tally {
-        done: count,
-        ..Tally::default()
-    };
-    ensure!(*tally == wanted, "not all {count}: {tally:?}");
-    Ok(())
-}
-
 #[test]
 fn draining_under_load_breaks_no_connection_and_fails_no_request() -> Result<()> {
     play(
@@ -184,8 +175,8 @@ fn draining_under_load_breaks_no_connection_and_fails_no_request() -> Result<()>
             let address = client_address(site)?;
             let vip = SocketAddrV4::new(site.vip, CROWD_PORT);
             let mut clients = Clients::start(Path::new(CROWD), client, vip, &[address], CROWD_SIZE + 500)?;
-            all(&clients.open(CROWD_SIZE)?, CROWD_SIZE)?;
-            all(&clients.talk()?, CROWD_SIZE)?;
+            clients.open(CROWD_SIZE)?.ensure_all(CROWD_SIZE)?;
+            clients.talk()?.ensure_all(CROWD_SIZE)?;
 
             let (drained, load) = thread::scope(|scope| {
                 let load = scope.spawn(|| {
@@ -218,8 +209,8 @@ fn draining_under_load_breaks_no_connection_and_fails_no_request() -> Result<()>
             );
             assert_eq!((drained.health.as_str(), drained.share), (HEALTHY, 0.0));
             let opened = agent.backend("crowd", "ecs01")?.traffic.connections_opened;
-            all(&clients.open(500)?, 500)?;
-            all(&clients.talk()?, CROWD_SIZE + 500)?;
+            clients.open(500)?.ensure_all(500)?;
+            clients.talk()?.ensure_all(CROWD_SIZE + 500)?;
             wait_until("the flows to be counted", DEADLINE, || {
                 let backend = agent.backend("crowd", "ecs01")?;
                 assert_eq!(backend.traffic.connections_opened, opened, "a new flow");
@@ -239,7 +230,7 @@ fn draining_under_load_breaks_no_connection_and_fails_no_request() -> Result<()>
             assert_eq!(agent.backend(GROUP, "ecs01")?.traffic.gateway_resets, 0);
 
             order(&agent, "undrain", &["crowd/ecs01"])?;
-            all(&clients.open(200)?, 200)?;
+            clients.open(200)?.ensure_all(200)?;
             ensure!(agent.backend("crowd", "ecs01")?.traffic.connections_opened > opened);
             Ok(())
         },

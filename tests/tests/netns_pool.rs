@@ -157,15 +157,6 @@ impl Site {
     }
 }
 
-fn all(tally: &Tally, count: usize) -> Result<()> {
-    let wanted = Tally {
-        done: count,
-        ..Tally::default()
-    };
-    ensure!(*tally == wanted, "not all {count}: {tally:?}");
-    Ok(())
-}
-
 /// Waits until this many bindings are in use.
 fn await_used(agent: &Agent, used: usize, deadline: Duration) -> Result<Status> {
     let what = format!("{used} bindings to be in use");
@@ -231,10 +222,10 @@ fn every_binding_of_the_pool_is_used_before_the_first_refusal_and_used_again() -
 
         let most = pool * 99 / 100;
         let tally = timed("99 % of the pool", || clients.open(most))?;
-        all(&tally, most)?;
-        all(&timed("each is answered", || clients.talk())?, most)?;
-        all(&clients.open(1)?, 1)?;
-        all(&clients.open(pool - most - 1)?, pool - most - 1)?;
+        tally.ensure_all(most)?;
+        timed("each is answered", || clients.talk())?.ensure_all(most)?;
+        clients.open(1)?.ensure_all(1)?;
+        clients.open(pool - most - 1)?.ensure_all(pool - most - 1)?;
         await_used(&agent, pool, Duration::from_secs(5))?;
 
         // Full: the client is told.
@@ -266,12 +257,12 @@ fn every_binding_of_the_pool_is_used_before_the_first_refusal_and_used_again() -
         })?;
         println!("{}", log.0);
         ensure!(log.0.contains("add 1 address"), "{}", log.0);
-        all(&clients.talk()?, pool)?;
+        clients.talk()?.ensure_all(pool)?;
 
         // What a closed connection held is used again, after no packet of it can come any more.
         clients.close(1000)?;
         await_used(&agent, pool - 1000, HOLD)?;
-        all(&clients.open(1000)?, 1000)?;
+        clients.open(1000)?.ensure_all(1000)?;
         await_used(&agent, pool, Duration::from_secs(5))?;
         ensure!(clients.open(1)?.refused == 1, "a binding from nowhere");
 
@@ -298,8 +289,8 @@ fn many_connections_to_eight_backends_stay_where_they_were_opened() -> Result<()
         let agent = site.start(&site.configuration(pool, crowd))?;
         let mut clients = site.clients(crowd)?;
         let tally = timed("opened", || clients.open(crowd))?;
-        all(&tally, crowd)?;
-        all(&timed("answered", || clients.talk())?, crowd)?;
+        tally.ensure_all(crowd)?;
+        timed("answered", || clients.talk())?.ensure_all(crowd)?;
         await_used(&agent, crowd, Duration::from_secs(5))?;
         let share = crowd as f64 / 8.0;
         for backend in agent.backends(GROUP)? {

@@ -16,20 +16,20 @@ pub const fn flow_hash(key: &FlowKey, seed: u32) -> u32 {
     let ports = key.source_port.raw().to_le() as u64
         | (key.destination_port.raw().to_le() as u64) << 16
         | (key.protocol as u64) << 32;
-    let mut hash = (addresses ^ seed as u64).wrapping_mul(ROUND_1);
-    hash ^= hash >> 32;
-    hash = (hash ^ ports).wrapping_mul(ROUND_2);
-    hash ^= hash >> 29;
-    hash = hash.wrapping_mul(ROUND_1);
-    (hash >> 32) as u32
+    rounds(addresses ^ seed as u64, ports)
 }
 
 /// Hash of a client's address alone.
 #[inline(always)]
 pub const fn source_hash(source: Ipv4Address, seed: u32) -> u32 {
-    let mut hash = (source.0.raw().to_le() as u64 ^ (seed as u64) << 32).wrapping_mul(ROUND_1);
+    rounds(source.0.raw().to_le() as u64 ^ (seed as u64) << 32, 0)
+}
+
+#[inline(always)]
+const fn rounds(first: u64, second: u64) -> u32 {
+    let mut hash = first.wrapping_mul(ROUND_1);
     hash ^= hash >> 32;
-    hash = hash.wrapping_mul(ROUND_2);
+    hash = (hash ^ second).wrapping_mul(ROUND_2);
     hash ^= hash >> 29;
     hash = hash.wrapping_mul(ROUND_1);
     (hash >> 32) as u32

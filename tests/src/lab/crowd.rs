@@ -31,6 +31,16 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// Checks that this many connections went well, and none in another way.
+    pub fn ensure_all(&self, count: usize) -> Result<()> {
+        let wanted = Self {
+            done: count,
+            ..Self::default()
+        };
+        ensure!(*self == wanted, "not all {count}: {self:?}");
+        Ok(())
+    }
+
     /// Counts a failure.
     pub fn fail(&mut self, error: &io::Error) {
         self.failed += 1;
