@@ -70,9 +70,20 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
     }
 }
 
-/// Packets that the kernel has taken out of a tunnel.
+/// Frames that the kernel has taken out of a tunnel.
 #[classifier]
 pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
+    from_tunnel::<true>(ctx)
+}
+
+/// IP packets that the kernel has taken out of a tunnel whose device has no Ethernet header.
+#[classifier]
+pub(crate) fn forwarder_tunnel_ip(ctx: TcContext) -> i32 {
+    from_tunnel::<false>(ctx)
+}
+
+#[inline(always)]
+fn from_tunnel<const LINK: bool>(ctx: TcContext) -> i32 {
     let Some(settings) = KernelTables::settings() else {
         return TC_ACT_OK;
     };
@@ -83,12 +94,13 @@ pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
         hook: Hook::Tcx,
         ingress_ifindex,
     };
-    let mut packet = SkbPacket::new(ctx);
+    let mut packet = SkbPacket::<LINK>::new(ctx);
     let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings);
     let Verdict { action, ifindex } = outcome.verdict;
     match action {
         // SAFETY: a helper without pointers.
         Action::Transmit => unsafe { bpf_redirect(ingress_ifindex, 0) as i32 },
+        Action::Redirect if !packet.make_frame() => TC_ACT_SHOT,
         // SAFETY: no parameters: the kernel finds the next hop of the packet's own destination.
         Action::Redirect => unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 },
         Action::Pass => TC_ACT_OK,

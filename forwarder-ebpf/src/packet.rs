@@ -9,8 +9,8 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, BPF_F_PSEUDO_HDR, xdp_md},
     helpers::generated::{
-        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
-        bpf_xdp_load_bytes,
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_store_bytes,
+        bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_load_bytes,
     },
     programs::{TcContext, XdpContext},
 };
@@ -18,8 +18,9 @@ use forwarder_common::{
     abi::reason::Reason,
     datapath::{ChecksumOffload, Packet, Stop},
     wire::{
-        WireHeader,
+        Be16, LinkPair, WireHeader,
         checksum::{Delta, fold},
+        ethernet::EthernetHeader,
     },
 };
 
@@ -200,24 +201,53 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 }
 
-/// A packet in tcx.
-pub(crate) struct SkbPacket {
+/// A packet in tcx; `LINK`: it begins with an Ethernet header.
+///
+/// Where it does not, it is shown to the walk behind one that only exists here, so that offsets are alike
+/// everywhere. Aligned for the stack, see `datapath`.
+#[repr(C, align(8))]
+pub(crate) struct SkbPacket<const LINK: bool> {
+    link: EthernetHeader,
     pub(crate) ctx: TcContext,
 }
 
 /// Bytes asked to be contiguous: Ethernet, IPv4 and TCP headers with all options.
 const HEADERS: u32 = 14 + 60 + 60;
 
-impl SkbPacket {
+impl<const LINK: bool> SkbPacket<LINK> {
+    /// Bytes that the walk sees in front of those that are there.
+    const SHOWN: usize = if LINK { 0 } else { EthernetHeader::LEN };
+
     #[inline(always)]
     pub(crate) fn new(ctx: TcContext) -> Self {
-        let packet = Self { ctx };
+        // SAFETY: the kernel passes a valid context.
+        let protocol = unsafe { (*ctx.skb.skb).protocol };
+        let link = EthernetHeader {
+            link: LinkPair::default(),
+            ethertype: Be16::from_raw(protocol as u16),
+        };
+        let packet = Self { link, ctx };
         let wanted = packet.ctx.len().min(HEADERS);
         if packet.data() + wanted as usize > packet.data_end() {
             // SAFETY: the context is the one the kernel passed in. Failure shows when headers are read.
             unsafe { bpf_skb_pull_data(packet.ctx.skb.skb, wanted) };
         }
         packet
+    }
+
+    /// Makes a frame of a packet without a link header, or the kernel would not send it to an Ethernet device
+    /// (`__bpf_redirect_neigh` of Linux 6.18). False: there is no memory for it.
+    #[inline(always)]
+    pub(crate) fn make_frame(&mut self) -> bool {
+        if LINK {
+            return true;
+        }
+        let (skb, len) = (self.ctx.skb.skb, EthernetHeader::LEN as u32);
+        // SAFETY: the context is the one the kernel passed in; `link` has `len` bytes to read.
+        unsafe {
+            bpf_skb_change_head(skb, len, 0) == 0
+                && bpf_skb_store_bytes(skb, 0, (&raw const self.link).cast(), len, 0) == 0
+        }
     }
 
     #[inline(always)]
@@ -231,11 +261,17 @@ impl SkbPacket {
     }
 }
 
-impl Packet for SkbPacket {
+impl<const LINK: bool> Packet for SkbPacket<LINK> {
     const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kernel;
 
     #[inline(always)]
     fn header<H: WireHeader>(&mut self, offset: usize) -> Result<&mut H, Stop> {
+        if !LINK && H::IS_OF_LINK {
+            const { assert!(!H::IS_OF_LINK || size_of::<H>() == EthernetHeader::LEN) };
+            // SAFETY: `link` is as large as `H`, which has alignment 1 and no invalid values.
+            return Ok(unsafe { &mut *(&raw mut self.link).cast() });
+        }
+        let offset = offset - Self::SHOWN;
         match bounded(self.data(), self.data_end(), offset, size_of::<H>()) {
             // SAFETY: as in `XdpPacket::header`; what may move the bytes takes `&mut self`.
             Some(start) => Ok(unsafe { &mut *(start as *mut H) }),
@@ -245,7 +281,7 @@ impl Packet for SkbPacket {
 
     #[inline(always)]
     fn frame_len(&self) -> usize {
-        self.ctx.len() as usize
+        self.ctx.len() as usize + Self::SHOWN
     }
 
     #[inline(always)]
@@ -262,7 +298,7 @@ impl Packet for SkbPacket {
         ports: Delta,
         is_optional: bool,
     ) -> Result<(), Stop> {
-        let skb = self.ctx.skb.skb;
+        let (skb, offset) = (self.ctx.skb.skb, offset - Self::SHOWN);
         let zero = if is_optional { MARK_MANGLED_0 } else { 0 };
         let update = |delta: Delta, flags: u64| {
             // SAFETY: the context is the one the kernel passed in; the helper checks the offset.

@@ -43,7 +43,9 @@ pub const REASON_COUNTERS: &str = "REASON_COUNT";
 pub const PROGRAM_XDP: &str = "forwarder_xdp";
 /// XDP program for interfaces in generic mode.
 pub const PROGRAM_XDP_GENERIC: &str = "forwarder_skb";
-/// tcx program for the ingress of tunnel devices.
+/// tcx program for the ingress of tunnel devices with an Ethernet header.
 pub const PROGRAM_TUNNEL: &str = "forwarder_tunnel";
+/// tcx program for the ingress of tunnel devices without one.
+pub const PROGRAM_TUNNEL_IP: &str = "forwarder_tunnel_ip";
 /// XDP program that answers the agent's questions (`datapath::inquiry`) in test runs; attached nowhere.
 pub const PROGRAM_ASK: &str = "forwarder_ask";

@@ -18,7 +18,9 @@ pub struct EthernetHeader {
     pub ethertype: Be16,
 }
 
-impl WireHeader for EthernetHeader {}
+impl WireHeader for EthernetHeader {
+    const IS_OF_LINK: bool = true;
+}
 
 #[cfg(test)]
 mod tests {

@@ -26,6 +26,8 @@ pub mod udp;
 pub trait WireHeader: Pod {
     /// Size on the wire in bytes, without options.
     const LEN: usize = size_of::<Self>();
+    /// Is this what a link puts in front of a packet? Packets of some tunnels have none.
+    const IS_OF_LINK: bool = false;
 }
 
 /// A 16-bit field on its own, such as a checksum.

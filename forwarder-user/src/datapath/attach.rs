@@ -249,19 +249,17 @@ fn attach_generic(
 /// Attaches the tcx program to the ingress of a tunnel device.
 ///
 /// # Errors
-/// When the device has no Ethernet header, or the kernel refuses.
+/// When the kernel refuses.
 pub fn attach_tunnel(
     ebpf: &mut Ebpf,
     pins: &PinDirectory,
     link: &network::Interface,
 ) -> Result<Attachment, Error> {
-    if !link.is_ethernet {
-        return Err(Error::host(format!(
-            "tunnel \"{}\" ({}) carries no Ethernet header, which is not supported yet",
-            link.name, link.kind
-        ))
-        .hint("use an Ethernet tunnel such as VXLAN, Geneve or gretap"));
-    }
+    let name = if link.is_ethernet {
+        map_name::PROGRAM_TUNNEL
+    } else {
+        map_name::PROGRAM_TUNNEL_IP
+    };
     let refused = |error: Refused| {
         kernel_error(
             &format!("attach to the ingress of \"{}\"", link.name),
@@ -269,13 +267,13 @@ pub fn attach_tunnel(
         )
     };
     let path = pins.link(AttachmentKind::Tcx, link.index);
-    let tunnel: &mut SchedClassifier = program(ebpf, map_name::PROGRAM_TUNNEL)?;
+    let tunnel: &mut SchedClassifier = program(ebpf, name)?;
     // Before Linux 6.6 there is no tcx and no link that could be pinned, but a queueing discipline with a filter that
     // stays when an agent is killed. It may be there.
     let is_tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
     if !is_tcx {
         let _ = tc::qdisc_add_clsact(&link.name);
-        let _ = tc::qdisc_detach_program(&link.name, TcAttachType::Ingress, map_name::PROGRAM_TUNNEL);
+        let _ = tc::qdisc_detach_program(&link.name, TcAttachType::Ingress, name);
         tunnel
             .attach(&link.name, TcAttachType::Ingress)
             .map_err(|error| refused(error.into()))?;

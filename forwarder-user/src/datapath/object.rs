@@ -298,10 +298,10 @@ fn finish(loader: &mut EbpfLoader<'_>) -> Result<Ebpf, Error> {
         let program: &mut Xdp = program(&mut ebpf, name)?;
         program.load().map_err(|error| refused_program(name, &error))?;
     }
-    let tunnel: &mut SchedClassifier = program(&mut ebpf, map_name::PROGRAM_TUNNEL)?;
-    tunnel
-        .load()
-        .map_err(|error| refused_program(map_name::PROGRAM_TUNNEL, &error))?;
+    for name in [map_name::PROGRAM_TUNNEL, map_name::PROGRAM_TUNNEL_IP] {
+        let tunnel: &mut SchedClassifier = program(&mut ebpf, name)?;
+        tunnel.load().map_err(|error| refused_program(name, &error))?;
+    }
     Ok(ebpf)
 }
 

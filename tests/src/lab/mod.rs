@@ -18,6 +18,7 @@ use nix::sys::signal::Signal;
 pub mod agent;
 mod command;
 pub mod configuration;
+pub mod crossing;
 pub mod crowd;
 pub mod load;
 mod namespace;
@@ -25,6 +26,7 @@ pub mod nginx;
 mod process;
 pub mod status;
 pub mod topology;
+pub mod tunnel;
 pub mod udp;
 mod undo;
 mod wait;
@@ -34,7 +36,7 @@ pub use process::Process;
 pub use wait::wait_until;
 
 /// Programs that labs use, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("ethtool", "ethtool"),
@@ -43,6 +45,7 @@ const PROGRAMS: [(&str, &str); 11] = [
     ("nginx", "nginx-light"),
     ("curl", "curl"),
     ("ping", "iputils-ping"),
+    ("socat", "socat"),
     ("wrk", "wrk"),
     ("bpftool", "bpftool"),
     ("tcpdump", "tcpdump"),

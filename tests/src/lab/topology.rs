@@ -6,7 +6,7 @@
 //! *manual routes*, is cross-region with security groups on the servers.
 //!
 //! The connection between networks is a VXLAN device over links of 1500 bytes, so it takes 50 bytes less than
-//! the networks it joins: what goes through it has to be told.
+//! the networks it joins: what goes through it has to be told. Peering can be had over any other kind of tunnel.
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -19,6 +19,7 @@ use super::{
     load::{Answer, curl},
     nginx::Nginx,
     status::HEALTHY,
+    tunnel::{self, End, Kind},
     wait_until,
 };
 
@@ -32,8 +33,6 @@ pub const BACK_TO_ORIGIN: &str = "100.64.0.0/10";
 pub const PORT: u16 = 80;
 
 const MTU_BYTES: u16 = 1500;
-/// Less the outer headers of VXLAN over IPv4: inner Ethernet 14, IPv4 20, UDP 8, VXLAN 8.
-const TUNNEL_MTU_BYTES: u16 = MTU_BYTES - 50;
 
 /// A server with a page.
 #[derive(Debug)]
@@ -173,6 +172,11 @@ const CROSS_REGION_DRAWING: &str =
 impl Site {
     /// One remote server over a peering connection.
     pub fn peering(lifetime: Lifetime) -> Result<Self> {
+        Self::peering_over(lifetime, Kind::Vxlan)
+    }
+
+    /// [`Self::peering`] over a tunnel of another kind.
+    pub fn peering_over(lifetime: Lifetime, kind: Kind) -> Result<Self> {
         let lab = Lab::open(lifetime)?;
         let gateway = lab.namespace("gateway")?;
         let client = lab.namespace("client")?;
@@ -192,11 +196,11 @@ impl Site {
         transit.forward()?;
 
         let (near, far) = (Ipv4Addr::new(169, 254, 18, 1), Ipv4Addr::new(169, 254, 18, 2));
-        tunnel(
-            "peering",
-            (&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
-            (&transit, Ipv4Addr::new(198, 51, 100, 2), far),
-        )?;
+        let ends = [
+            end(&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
+            end(&transit, Ipv4Addr::new(198, 51, 100, 2), far),
+        ];
+        tunnel::join(&lab, kind, "peering", ends, MTU_BYTES)?;
         // VPC-Test-01's route table; then VPC-Test-02's, in its router and on its server.
         gateway.route("172.17.0.0/24", far)?;
         for destination in ["172.18.0.0/24", POOL] {
@@ -252,11 +256,11 @@ impl Site {
         gateway.route("203.0.113.0/30", Ipv4Addr::new(198, 51, 100, 2))?;
         hangzhou.route("198.51.100.0/30", Ipv4Addr::new(203, 0, 113, 1))?;
         let (near, far) = (Ipv4Addr::new(169, 254, 42, 1), Ipv4Addr::new(169, 254, 42, 2));
-        tunnel(
-            "cen",
-            (&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
-            (&hangzhou, Ipv4Addr::new(203, 0, 113, 2), far),
-        )?;
+        let ends = [
+            end(&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
+            end(&hangzhou, Ipv4Addr::new(203, 0, 113, 2), far),
+        ];
+        tunnel::join(&lab, Kind::Vxlan, "cen", ends, MTU_BYTES)?;
 
         let mut clients = vec![&CLIENT];
         clients.extend(extras.second_client.then_some(&CLIENT2));
@@ -481,18 +485,12 @@ fn subnet(
     Ok(namespaces)
 }
 
-/// Joins two hosts (namespace, address on the carrier's network, address inside) by a VXLAN device `name`.
-fn tunnel(
-    name: &str,
-    a: (&Namespace, Ipv4Addr, Ipv4Addr),
-    b: (&Namespace, Ipv4Addr, Ipv4Addr),
-) -> Result<()> {
-    for ((namespace, local, inside), remote) in [(a, b.1), (b, a.1)] {
-        namespace.run(&format!(
-            "ip link add name {name} mtu {TUNNEL_MTU_BYTES} type vxlan id 42 local {local} remote {remote} dstport 4789"
-        ))?;
-        namespace.address(name, &format!("{inside}/30"))?;
-        namespace.run(&format!("ip link set {name} up"))?;
+/// The end of a tunnel on a host whose interface `wan` leads to the other end.
+fn end(namespace: &Namespace, outside: Ipv4Addr, inside: Ipv4Addr) -> End<'_> {
+    End {
+        namespace,
+        carrier: "wan",
+        outside,
+        inside,
     }
-    Ok(())
 }
