@@ -18,7 +18,7 @@ use super::{
     command,
     configuration::{Check, Configuration},
     nginx::pattern,
-    topology::{PORT, Server, Site},
+    topology::{PORT, Peering, Server, Site},
     tunnel::Kind,
     udp::{Client, EchoServer},
 };
@@ -48,7 +48,11 @@ pub enum Mode {
 /// Builds a site behind a tunnel of this kind, starts the agent on its gateway and sends through it whatever there
 /// is, `length_bytes` in either direction.
 pub fn cross(kind: Kind, mode: Mode, length_bytes: u32) -> Result<Transferred> {
-    let site = Site::peering_over(Lifetime::Process, kind)?;
+    let peering = Peering {
+        kind,
+        ..Peering::default()
+    };
+    let site = Site::peering_with(Lifetime::Process, peering)?;
     let show_log = ShowLog::of(&site.lab);
     let server = site.servers.first().context("a server")?;
     site.client().route(site.networks[1].1, NEAR_ROUTER)?;
@@ -122,7 +126,7 @@ impl fmt::Display for Transferred {
 
 /// Downloads `length_bytes` from the VIP, where `server` answers, and uploads them again; both have to arrive as
 /// they were, by their SHA-256.
-fn transfer(site: &Site, client: &Namespace, server: &Server, length_bytes: u32) -> Result<Transferred> {
+pub fn transfer(site: &Site, client: &Namespace, server: &Server, length_bytes: u32) -> Result<Transferred> {
     let directory = site.lab.directory();
     let (original, received) = (directory.join("original"), directory.join("received"));
     let content = pattern(length_bytes);

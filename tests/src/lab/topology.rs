@@ -70,6 +70,28 @@ pub struct Site {
     pub lab: Lab,
 }
 
+/// What a peering lab is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peering {
+    pub kind: Kind,
+    /// MTU of the client's link, and of the server's. The tunnel's carrier has 1500 bytes.
+    pub client_mtu_bytes: u16,
+    pub server_mtu_bytes: u16,
+    /// MTU of a link between the tunnel's far end and one more router, the server's; `None`: no such router.
+    pub narrow_mtu_bytes: Option<u16>,
+}
+
+impl Default for Peering {
+    fn default() -> Self {
+        Self {
+            kind: Kind::Vxlan,
+            client_mtu_bytes: MTU_BYTES,
+            server_mtu_bytes: MTU_BYTES,
+            narrow_mtu_bytes: None,
+        }
+    }
+}
+
 /// What a cross-region lab has beside one client, ECS01 and ECS02.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Extras {
@@ -172,22 +194,27 @@ const CROSS_REGION_DRAWING: &str =
 impl Site {
     /// One remote server over a peering connection.
     pub fn peering(lifetime: Lifetime) -> Result<Self> {
-        Self::peering_over(lifetime, Kind::Vxlan)
+        Self::peering_with(lifetime, Peering::default())
     }
 
-    /// [`Self::peering`] over a tunnel of another kind.
-    pub fn peering_over(lifetime: Lifetime, kind: Kind) -> Result<Self> {
+    /// [`Self::peering`] made of other things.
+    pub fn peering_with(lifetime: Lifetime, peering: Peering) -> Result<Self> {
         let lab = Lab::open(lifetime)?;
         let gateway = lab.namespace("gateway")?;
         let client = lab.namespace("client")?;
         let transit = lab.namespace("transit")?;
         let server = lab.namespace("ecs-test")?;
 
-        lab.cable((&gateway, "eth0"), (&client, "eth0"), MTU_BYTES)?;
+        lab.cable((&gateway, "eth0"), (&client, "eth0"), peering.client_mtu_bytes)?;
         gateway.address("eth0", "172.18.0.1/24")?;
         client.address("eth0", "172.18.0.10/24")?;
-        lab.cable((&transit, "eth1"), (&server, "eth0"), MTU_BYTES)?;
-        transit.address("eth1", "172.17.0.1/24")?;
+        let branch = match peering.narrow_mtu_bytes {
+            Some(mtu_bytes) => Some(narrow(&lab, &transit, mtu_bytes)?),
+            None => None,
+        };
+        let router = branch.as_ref().unwrap_or(&transit);
+        lab.cable((router, "eth1"), (&server, "eth0"), peering.server_mtu_bytes)?;
+        router.address("eth1", "172.17.0.1/24")?;
         server.address("eth0", "172.17.0.205/24")?;
         lab.cable((&gateway, "wan"), (&transit, "wan"), MTU_BYTES)?;
         gateway.address("wan", "198.51.100.1/30")?;
@@ -200,12 +227,18 @@ impl Site {
             end(&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
             end(&transit, Ipv4Addr::new(198, 51, 100, 2), far),
         ];
-        tunnel::join(&lab, kind, "peering", ends, MTU_BYTES)?;
+        tunnel::join(&lab, peering.kind, "peering", ends, MTU_BYTES)?;
         // VPC-Test-01's route table; then VPC-Test-02's, in its router and on its server.
         gateway.route("172.17.0.0/24", far)?;
         for destination in ["172.18.0.0/24", POOL] {
             transit.route(destination, near)?;
+            if let Some(branch) = &branch {
+                branch.route(destination, NARROW[0])?;
+            }
             server.route(destination, Ipv4Addr::new(172, 17, 0, 1))?;
+        }
+        if branch.is_some() {
+            transit.route("172.17.0.0/24", NARROW[1])?;
         }
         server.security_group(&["172.17.0.0/24", BACK_TO_ORIGIN])?;
 
@@ -483,6 +516,19 @@ fn subnet(
         namespace.address("eth0", &format!("{}/24", host.address))?;
     }
     Ok(namespaces)
+}
+
+/// Ends of the link between the two routers of a remote network.
+const NARROW: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 17, 0, 1), Ipv4Addr::new(10, 17, 0, 2)];
+
+/// Makes a router behind `router`, at the end of a link of `mtu_bytes`.
+fn narrow(lab: &Lab, router: &Namespace, mtu_bytes: u16) -> Result<Namespace> {
+    let branch = lab.namespace("branch")?;
+    lab.cable((router, "eth1"), (&branch, "eth0"), mtu_bytes)?;
+    router.address("eth1", &format!("{}/30", NARROW[0]))?;
+    branch.address("eth0", &format!("{}/30", NARROW[1]))?;
+    branch.forward()?;
+    Ok(branch)
 }
 
 /// The end of a tunnel on a host whose interface `wan` leads to the other end.

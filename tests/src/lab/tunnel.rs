@@ -8,7 +8,7 @@ use std::{fs, net::Ipv4Addr, os::unix::fs::PermissionsExt as _};
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 
-use super::{Lab, Namespace, Service, find};
+use super::{Lab, Namespace, Service, command, find};
 
 /// VNI, key or interface id, where the kind has one.
 const NUMBER: u32 = 42;
@@ -85,6 +85,10 @@ pub struct End<'a> {
 /// Joins two ends by devices called `name`, for a carrier of `carrier_mtu_bytes`.
 pub fn join(lab: &Lab, kind: Kind, name: &str, ends: [End<'_>; 2], carrier_mtu_bytes: u16) -> Result<()> {
     let [a, b] = ends;
+    if matches!(kind, Kind::Fou | Kind::Gue) {
+        // All others are loaded by the kernel when a device of theirs is made.
+        command::run("modprobe", &["fou"])?;
+    }
     let keys = if kind == Kind::Wireguard {
         Some([wireguard_keys(&a)?, wireguard_keys(&b)?])
     } else {
