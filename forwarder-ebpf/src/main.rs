@@ -28,13 +28,13 @@ use crate::{
 };
 
 /// Frames of an interface in native mode.
-#[xdp]
+#[xdp(frags)]
 pub(crate) fn forwarder_xdp(ctx: XdpContext) -> u32 {
     ingress::<false>(ctx)
 }
 
 /// Frames of an interface in generic mode, where the mark of a partial checksum stays with the frame.
-#[xdp]
+#[xdp(frags)]
 pub(crate) fn forwarder_skb(ctx: XdpContext) -> u32 {
     ingress::<true>(ctx)
 }

@@ -10,7 +10,7 @@ use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_PSEUDO_HDR, xdp_md},
     helpers::generated::{
         bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_store_bytes,
-        bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_load_bytes,
+        bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len, bpf_xdp_load_bytes,
     },
     programs::{TcContext, XdpContext},
 };
@@ -161,7 +161,9 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
 
     #[inline(always)]
     fn frame_len(&self) -> usize {
-        self.data_end() - self.data()
+        // All buffers of the frame: the pointers are those of the first.
+        // SAFETY: the context is the one the kernel passed in.
+        unsafe { bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
     }
 
     #[inline(always)]

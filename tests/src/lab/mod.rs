@@ -138,17 +138,17 @@ impl Lab {
         name: &str,
         uplink: (&Namespace, &str),
         hosts: &[(&Namespace, &str)],
+        mtu_bytes: u16,
     ) -> Result<()> {
-        const MTU_BYTES: u16 = 1500;
         if let [host] = hosts {
-            return self.cable(uplink, *host, MTU_BYTES);
+            return self.cable(uplink, *host, mtu_bytes);
         }
         let switch = self.namespace(name)?;
         switch.run("ip link add name bridge type bridge")?;
         switch.run("ip link set bridge up")?;
         for (number, end) in std::iter::once(&uplink).chain(hosts).enumerate() {
             let port = format!("port{number}");
-            self.cable(*end, (&switch, &port), MTU_BYTES)?;
+            self.cable(*end, (&switch, &port), mtu_bytes)?;
             switch.run(&format!("ip link set {port} master bridge"))?;
         }
         Ok(())

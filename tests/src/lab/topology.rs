@@ -33,6 +33,8 @@ pub const BACK_TO_ORIGIN: &str = "100.64.0.0/10";
 pub const PORT: u16 = 80;
 
 const MTU_BYTES: u16 = 1500;
+/// What data centres use for large frames.
+const JUMBO_MTU_BYTES: u16 = 9000;
 
 /// A server with a page.
 #[derive(Debug)]
@@ -105,6 +107,8 @@ pub struct Extras {
     pub remote_client: bool,
     /// Inbound rules on ECS01 and ECS02.
     pub security_groups: bool,
+    /// 9000 bytes in the gateway's own networks.
+    pub jumbo_frames: bool,
 }
 
 /// A host to be put on a segment.
@@ -307,9 +311,15 @@ impl Site {
         }
         let mut remote_hosts = remote.clone();
         remote_hosts.extend(extras.remote_client.then_some(&REMOTE_CLIENT));
-        let clients = subnet(&lab, "vsw", (&gateway, "eth0", "172.16.0.1"), &clients)?;
-        let local_hosts = subnet(&lab, "vsw1", (&gateway, "eth1", "172.16.1.1"), &local)?;
-        let mut remote_hosts = subnet(&lab, "vsw3", (&hangzhou, "eth1", "192.168.1.1"), &remote_hosts)?;
+        let mtu_bytes = if extras.jumbo_frames {
+            JUMBO_MTU_BYTES
+        } else {
+            MTU_BYTES
+        };
+        let clients = subnet(&lab, "vsw", (&gateway, "eth0", "172.16.0.1"), &clients, mtu_bytes)?;
+        let local_hosts = subnet(&lab, "vsw1", (&gateway, "eth1", "172.16.1.1"), &local, mtu_bytes)?;
+        let router = (&hangzhou, "eth1", "192.168.1.1");
+        let mut remote_hosts = subnet(&lab, "vsw3", router, &remote_hosts, MTU_BYTES)?;
 
         // VPC1's route table; then VPC2's, in its router and on its hosts.
         gateway.route("192.168.0.0/16", far)?;
@@ -504,13 +514,14 @@ fn subnet(
     name: &str,
     router: (&Namespace, &str, &str),
     hosts: &[&Host],
+    mtu_bytes: u16,
 ) -> Result<Vec<Namespace>> {
     let namespaces = hosts
         .iter()
         .map(|host| lab.namespace(host.name))
         .collect::<Result<Vec<_>>>()?;
     let ends: Vec<_> = namespaces.iter().map(|namespace| (namespace, "eth0")).collect();
-    lab.segment(name, (router.0, router.1), &ends)?;
+    lab.segment(name, (router.0, router.1), &ends, mtu_bytes)?;
     router.0.address(router.1, &format!("{}/24", router.2))?;
     for (namespace, host) in namespaces.iter().zip(hosts) {
         namespace.address("eth0", &format!("{}/24", host.address))?;
