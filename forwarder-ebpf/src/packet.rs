@@ -9,8 +9,8 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, BPF_F_PSEUDO_HDR, xdp_md},
     helpers::generated::{
-        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
-        bpf_xdp_load_bytes,
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_pull_data, bpf_xdp_adjust_head,
+        bpf_xdp_adjust_tail, bpf_xdp_load_bytes,
     },
     programs::{TcContext, XdpContext},
 };
@@ -20,6 +20,7 @@ use forwarder_common::{
     wire::{
         WireHeader,
         checksum::{Delta, fold},
+        ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
     },
 };
 
@@ -185,6 +186,15 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn move_start(&mut self, by: i32) -> Result<(), Stop> {
+        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
+        if unsafe { bpf_xdp_adjust_head(self.ctx.ctx, by) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
         let ctx = self.ctx.ctx;
         let cut = len as i32 - self.frame_len() as i32;
@@ -192,11 +202,7 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
         if cut < 0 && unsafe { bpf_xdp_adjust_tail(ctx, cut) } < 0 {
             return Err(Stop::drop(Reason::INTERNAL));
         }
-        // SAFETY: as above.
-        if unsafe { bpf_xdp_adjust_head(ctx, -(front as i32)) } < 0 {
-            return Err(Stop::drop(Reason::INTERNAL));
-        }
-        Ok(())
+        self.move_start(-(front as i32))
     }
 }
 
@@ -205,7 +211,7 @@ pub(crate) struct SkbPacket {
     pub(crate) ctx: TcContext,
 }
 
-/// Bytes asked to be contiguous: Ethernet, IPv4 and TCP headers with all options.
+/// Bytes asked to be contiguous: Ethernet, IP and TCP headers with all options.
 const HEADERS: u32 = 14 + 60 + 60;
 
 impl SkbPacket {
@@ -228,6 +234,22 @@ impl SkbPacket {
     #[inline(always)]
     fn data_end(&self) -> usize {
         pointer::<{ offset_of!(__sk_buff, data_end) }>(self.ctx.as_ptr())
+    }
+}
+
+impl SkbPacket {
+    /// Puts an empty Ethernet header before a packet that begins with IP; `false`: the kernel refuses.
+    #[inline(always)]
+    pub(crate) fn push_link_header(&mut self, is_v4: bool) -> bool {
+        // SAFETY: the context is the one the kernel passed in.
+        if unsafe { bpf_skb_change_head(self.ctx.skb.skb, EthernetHeader::LEN as u32, 0) } < 0 {
+            return false;
+        }
+        let Ok(ethernet) = self.header::<EthernetHeader>(0) else {
+            return false;
+        };
+        ethernet.ethertype = if is_v4 { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+        true
     }
 }
 
@@ -272,6 +294,12 @@ impl Packet for SkbPacket {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn move_start(&mut self, _by: i32) -> Result<(), Stop> {
+        // Never asked for where the kernel writes the link header.
+        Err(Stop::drop(Reason::INTERNAL))
     }
 
     #[inline(always)]
