@@ -9,8 +9,8 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, BPF_F_PSEUDO_HDR, xdp_md},
     helpers::generated::{
-        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_store_bytes,
-        bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len, bpf_xdp_load_bytes,
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_pull_data, bpf_xdp_adjust_head,
+        bpf_xdp_adjust_tail, bpf_xdp_get_buff_len, bpf_xdp_load_bytes,
     },
     programs::{TcContext, XdpContext},
 };
@@ -18,9 +18,9 @@ use forwarder_common::{
     abi::reason::Reason,
     datapath::{ChecksumOffload, Packet, Stop},
     wire::{
-        Be16, LinkPair, WireHeader,
+        WireHeader,
         checksum::{Delta, fold},
-        ethernet::EthernetHeader,
+        ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
     },
 };
 
@@ -161,7 +161,7 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
 
     #[inline(always)]
     fn frame_len(&self) -> usize {
-        // All buffers of the frame: the pointers are those of the first.
+        // Of all buffers of the frame: the pointers are those of the first.
         // SAFETY: the context is the one the kernel passed in.
         unsafe { bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
     }
@@ -188,6 +188,15 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn move_start(&mut self, by: i32) -> Result<(), Stop> {
+        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
+        if unsafe { bpf_xdp_adjust_head(self.ctx.ctx, by) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
         let ctx = self.ctx.ctx;
         let cut = len as i32 - self.frame_len() as i32;
@@ -195,61 +204,28 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
         if cut < 0 && unsafe { bpf_xdp_adjust_tail(ctx, cut) } < 0 {
             return Err(Stop::drop(Reason::INTERNAL));
         }
-        // SAFETY: as above.
-        if unsafe { bpf_xdp_adjust_head(ctx, -(front as i32)) } < 0 {
-            return Err(Stop::drop(Reason::INTERNAL));
-        }
-        Ok(())
+        self.move_start(-(front as i32))
     }
 }
 
-/// A packet in tcx; `LINK`: it begins with an Ethernet header.
-///
-/// Where it does not, it is shown to the walk behind one that only exists here, so that offsets are alike
-/// everywhere. Aligned for the stack, see `datapath`.
-#[repr(C, align(8))]
-pub(crate) struct SkbPacket<const LINK: bool> {
-    link: EthernetHeader,
+/// A packet in tcx.
+pub(crate) struct SkbPacket {
     pub(crate) ctx: TcContext,
 }
 
-/// Bytes asked to be contiguous: Ethernet, IPv4 and TCP headers with all options.
+/// Bytes asked to be contiguous: Ethernet, IP and TCP headers with all options.
 const HEADERS: u32 = 14 + 60 + 60;
 
-impl<const LINK: bool> SkbPacket<LINK> {
-    /// Bytes that the walk sees in front of those that are there.
-    const SHOWN: usize = if LINK { 0 } else { EthernetHeader::LEN };
-
+impl SkbPacket {
     #[inline(always)]
     pub(crate) fn new(ctx: TcContext) -> Self {
-        // SAFETY: the kernel passes a valid context.
-        let protocol = unsafe { (*ctx.skb.skb).protocol };
-        let link = EthernetHeader {
-            link: LinkPair::default(),
-            ethertype: Be16::from_raw(protocol as u16),
-        };
-        let packet = Self { link, ctx };
+        let packet = Self { ctx };
         let wanted = packet.ctx.len().min(HEADERS);
         if packet.data() + wanted as usize > packet.data_end() {
             // SAFETY: the context is the one the kernel passed in. Failure shows when headers are read.
             unsafe { bpf_skb_pull_data(packet.ctx.skb.skb, wanted) };
         }
         packet
-    }
-
-    /// Makes a frame of a packet without a link header, or the kernel would not send it to an Ethernet device
-    /// (`__bpf_redirect_neigh` of Linux 6.18). False: there is no memory for it.
-    #[inline(always)]
-    pub(crate) fn make_frame(&mut self) -> bool {
-        if LINK {
-            return true;
-        }
-        let (skb, len) = (self.ctx.skb.skb, EthernetHeader::LEN as u32);
-        // SAFETY: the context is the one the kernel passed in; `link` has `len` bytes to read.
-        unsafe {
-            bpf_skb_change_head(skb, len, 0) == 0
-                && bpf_skb_store_bytes(skb, 0, (&raw const self.link).cast(), len, 0) == 0
-        }
     }
 
     #[inline(always)]
@@ -263,17 +239,27 @@ impl<const LINK: bool> SkbPacket<LINK> {
     }
 }
 
-impl<const LINK: bool> Packet for SkbPacket<LINK> {
+impl SkbPacket {
+    /// Puts an empty Ethernet header before a packet that begins with IP; `false`: the kernel refuses.
+    #[inline(always)]
+    pub(crate) fn push_link_header(&mut self, is_v4: bool) -> bool {
+        // SAFETY: the context is the one the kernel passed in.
+        if unsafe { bpf_skb_change_head(self.ctx.skb.skb, EthernetHeader::LEN as u32, 0) } < 0 {
+            return false;
+        }
+        let Ok(ethernet) = self.header::<EthernetHeader>(0) else {
+            return false;
+        };
+        ethernet.ethertype = if is_v4 { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+        true
+    }
+}
+
+impl Packet for SkbPacket {
     const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kernel;
 
     #[inline(always)]
     fn header<H: WireHeader>(&mut self, offset: usize) -> Result<&mut H, Stop> {
-        if !LINK && H::IS_OF_LINK {
-            const { assert!(!H::IS_OF_LINK || size_of::<H>() == EthernetHeader::LEN) };
-            // SAFETY: `link` is as large as `H`, which has alignment 1 and no invalid values.
-            return Ok(unsafe { &mut *(&raw mut self.link).cast() });
-        }
-        let offset = offset - Self::SHOWN;
         match bounded(self.data(), self.data_end(), offset, size_of::<H>()) {
             // SAFETY: as in `XdpPacket::header`; what may move the bytes takes `&mut self`.
             Some(start) => Ok(unsafe { &mut *(start as *mut H) }),
@@ -283,7 +269,7 @@ impl<const LINK: bool> Packet for SkbPacket<LINK> {
 
     #[inline(always)]
     fn frame_len(&self) -> usize {
-        self.ctx.len() as usize + Self::SHOWN
+        self.ctx.len() as usize
     }
 
     #[inline(always)]
@@ -300,7 +286,7 @@ impl<const LINK: bool> Packet for SkbPacket<LINK> {
         ports: Delta,
         is_optional: bool,
     ) -> Result<(), Stop> {
-        let (skb, offset) = (self.ctx.skb.skb, offset - Self::SHOWN);
+        let skb = self.ctx.skb.skb;
         let zero = if is_optional { MARK_MANGLED_0 } else { 0 };
         let update = |delta: Delta, flags: u64| {
             // SAFETY: the context is the one the kernel passed in; the helper checks the offset.
@@ -310,6 +296,12 @@ impl<const LINK: bool> Packet for SkbPacket<LINK> {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn move_start(&mut self, _by: i32) -> Result<(), Stop> {
+        // Never asked for where the kernel writes the link header.
+        Err(Stop::drop(Reason::INTERNAL))
     }
 
     #[inline(always)]

@@ -17,4 +17,4 @@ pub mod settings;
 pub mod snat;
 
 /// Number of the layout of everything in this module; it changes whenever a type here does.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;

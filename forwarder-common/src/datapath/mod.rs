@@ -5,22 +5,26 @@
 //! Nothing in the walk is random and only `persistence` reads a clock, so the same packet and tables give the same
 //! result in a test, in `forwarder explain` and in the kernel.
 //!
-//! Structs that stages hand on are aligned to 8: in the kernel they may end up on the stack, where the verifier
-//! refuses misaligned accesses ("misaligned stack access", all kernels), while the compiler, which is told that
-//! packet bytes may be misaligned, merges copies into 8-byte steps.
+//! What stages hand on is one struct, [`Walk`]: in the kernel it stands in a map, as the stack has 512 bytes. Small
+//! structs that may end up on the stack are aligned to 8: the verifier refuses misaligned accesses there ("misaligned
+//! stack access", all kernels), while the compiler, which is told that packet bytes may be misaligned, merges copies
+//! into 8-byte steps.
 //!
 //! Until `rewrite::apply` no byte of the packet is changed; from there on no policy decides.
+
+use bytemuck::{Pod, Zeroable};
 
 use crate::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
-        flow::{FlowEntry, FlowId, FlowKey, FlowReference},
+        flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
+        settings::Settings,
     },
-    wire::{Ipv4Address, LinkPair, WireHeader, checksum::Delta},
+    wire::{LinkPair, WireHeader, checksum::Delta},
 };
 
 pub mod admission;
@@ -29,10 +33,13 @@ pub mod backend;
 pub mod echo;
 pub mod flow;
 pub mod hash;
+pub mod icmp_error;
 pub mod inquiry;
 pub mod listener;
 pub mod mss;
+pub mod neighbour;
 pub mod next_hop;
+pub mod open;
 pub mod parse;
 pub mod persistence;
 pub mod pipeline;
@@ -122,6 +129,22 @@ impl Stop {
     }
 }
 
+/// What stages hand on.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct Walk {
+    /// What the packet is: by `parse`.
+    pub frame: parse::Frame,
+    /// What it wants, where it has no flow: by `admission`.
+    pub listener: Listener,
+    /// Its flow: by `flow::lookup` or `open`.
+    pub hit: flow::Hit,
+    /// The addresses of a new flow: by `snat::bind`.
+    pub binding: FlowBinding,
+    /// Room for the one key that a stage builds.
+    pub key: FlowKey,
+}
+
 /// Where the state "this transport checksum is not computed yet" lives; see `transport_checksum`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ChecksumOffload {
@@ -167,6 +190,13 @@ pub trait Packet {
         is_optional: bool,
     ) -> Result<(), Stop>;
 
+    /// Moves the frame's start: `by` bytes further back, or forth when negative; new bytes have any content. Asked for
+    /// where `CHECKSUM_OFFLOAD` is not `Kernel`.
+    ///
+    /// # Errors
+    /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
+    fn move_start(&mut self, by: i32) -> Result<(), Stop>;
+
     /// Cuts the frame to `len` bytes, then makes room for `front` bytes before them, of any content. Asked for where
     /// `CHECKSUM_OFFLOAD` is not `Kernel`.
     ///
@@ -202,13 +232,28 @@ pub trait Tables {
             .is_some_and(|interface| interface.flags & wanted != 0)
     }
 
-    /// [`backend::choose`], wherever it runs.
+    /// [`open::open`], wherever it runs; `walk` is the one of this packet.
     #[inline(always)]
-    fn choose(&mut self, group: GroupId, hash: u32, client: Ipv4Address, now_secs: u32) -> backend::Found
+    fn open(
+        &mut self,
+        settings: &Settings,
+        walk: &mut Walk,
+        backend: BackendId,
+        ended: Option<FlowId>,
+    ) -> open::Opened
     where
         Self: Sized,
     {
-        backend::choose(self, group, hash, client, now_secs)
+        open::open(self, settings, walk, backend, ended)
+    }
+
+    /// [`backend::choose`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn choose(&mut self, walk: &Walk, hash: u32, now_secs: u32) -> backend::Found
+    where
+        Self: Sized,
+    {
+        backend::choose(self, walk, hash, now_secs)
     }
 
     /// [`backend::search`], wherever it runs.
@@ -251,6 +296,9 @@ pub trait Tables {
     /// Live flows of a backend that count against its limit.
     fn backend_live(&mut self, id: BackendId) -> Option<&mut Self::Gauge>;
 
+    /// Seconds of CLOCK_MONOTONIC, by which entries age.
+    fn now_secs(&mut self) -> u32;
+
     fn count_listener(&mut self, id: ListenerId, event: TrafficEvent);
     fn count_backend(&mut self, id: BackendId, event: TrafficEvent);
     fn count_reason(&mut self, reason: Reason, frame_bytes: usize);
@@ -272,11 +320,11 @@ pub enum TrafficEvent {
     RefusalSent,
     /// A request or reply of so many IP bytes.
     Request {
-        bytes: u16,
+        bytes: u32,
         reset: bool,
     },
     Reply {
-        bytes: u16,
+        bytes: u32,
         reset: bool,
         /// It answers what opened the flow.
         first: bool,
@@ -335,8 +383,6 @@ pub trait Env {
     fn ingress_ifindex(&self) -> u32;
     /// The kernel's route for a packet with this 5-tuple.
     fn route(&mut self, key: &FlowKey) -> Route;
-    /// Seconds of CLOCK_MONOTONIC.
-    fn now_secs(&mut self) -> u32;
 }
 
 /// Answer of the kernel's forwarding table.

@@ -4,7 +4,7 @@
 //! neighbours or links change, the agent counts the generation up, and the next packet of each flow asks the
 //! kernel again. So a hit costs no route lookup and none is ever stale.
 
-use super::{Env, Hook, Route, Stop, Tables, Verdict, flow::Hit};
+use super::{Env, Hook, Route, Stop, Tables, Verdict, Walk, flow};
 use crate::abi::{
     flow::{FlowKey, HopKind, NextHop},
     interface::InterfaceKey,
@@ -12,43 +12,41 @@ use crate::abi::{
     settings::Settings,
 };
 
-/// The next hop of a packet of this flow; asks for a route only if the flow remembers none that holds.
+/// Brings the next hop in the walk's hit up to date; asks for a route only if the flow remembers none that holds.
 #[inline(always)]
 pub fn resolve<T: Tables, E: Env>(
     tables: &mut T,
     env: &mut E,
     settings: &Settings,
-    hit: &Hit,
-    protocol: u32,
-) -> Result<NextHop, Stop> {
+    walk: &mut Walk,
+) -> Result<(), Stop> {
     let hook = env.hook();
-    if hit.hop.kind != HopKind::UNKNOWN
-        && hit.hop.generation == settings.route_generation
-        && hit.hop.hook == hook as u8
-    {
-        return Ok(hit.hop);
+    let Walk { frame, hit, key, .. } = walk;
+    let hop = &mut hit.hop;
+    if hop.kind != HopKind::UNKNOWN && hop.generation == settings.route_generation && hop.hook == hook as u8 {
+        return Ok(());
     }
-    let rewritten = FlowKey {
+    *key = FlowKey {
         source: hit.rewrite.source,
         destination: hit.rewrite.destination,
         source_port: hit.rewrite.source_port,
         destination_port: hit.rewrite.destination_port,
-        protocol,
+        protocol: frame.key.protocol,
     };
-    let mut hop = NextHop {
+    *hop = NextHop {
         generation: settings.route_generation,
         hook: hook as u8,
         ..NextHop::default()
     };
-    match env.route(&rewritten) {
+    match env.route(key) {
         Route::Neighbour { ifindex, link } => {
-            let is_direct = tables.can_send(hook, ifindex);
+            leave_by(tables, hook, ifindex, hop);
+            let is_direct = tables.can_send(hook, hop.ifindex);
             hop.kind = if is_direct {
                 HopKind::DIRECT
             } else {
                 HopKind::STACK
             };
-            hop.ifindex = ifindex;
             hop.link = link;
         }
         Route::Interface { ifindex } => {
@@ -59,44 +57,51 @@ pub fn resolve<T: Tables, E: Env>(
             } else {
                 HopKind::STACK
             };
-            hop.ifindex = ifindex;
-            if hook != Hook::Tcx && tables.can_send(hook, ifindex) {
+            leave_by(tables, hook, ifindex, hop);
+            if hook != Hook::Tcx && tables.can_send(hook, hop.ifindex) {
                 // Not remembered: as soon as the neighbour is known, packets leave from here.
-                return Ok(hop);
+                return Ok(());
             }
         }
         Route::None => return Err(Stop::drop(Reason::NO_ROUTE)),
         Route::ForwardingDisabled => return Err(Stop::drop(Reason::FORWARDING_DISABLED)),
     }
-    super::flow::store_hop(tables, hit.id, hit.direction, hop);
-    Ok(hop)
+    flow::store_hop(tables, hit.id, hit.direction, hop);
+    Ok(())
 }
 
-/// The next hop for a packet of this length: generic XDP refuses to send packets above the egress MTU, which arrive
-/// there aggregated (GRO, or a sender's TSO through a veth). The stack segments them.
+/// Takes an egress interface into the next hop. Frames of a VLAN device leave from XDP by its carrier, with tags.
 #[inline(always)]
-pub fn fitting<T: Tables, E: Env>(tables: &T, env: &E, hop: NextHop, total_len: u16) -> NextHop {
-    if env.hook() != Hook::XdpGeneric || hop.kind != HopKind::DIRECT {
-        return hop;
+fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) {
+    hop.ifindex = ifindex;
+    let Some(egress) = tables.interface(&InterfaceKey { ifindex }) else {
+        return;
+    };
+    hop.mtu_bytes = egress.mtu_bytes.min(u32::from(u16::MAX)) as u16;
+    if hook != Hook::Tcx && egress.carrier_ifindex != 0 {
+        hop.ifindex = egress.carrier_ifindex;
+        hop.vlans = egress.vlans;
     }
-    match tables.interface(&InterfaceKey { ifindex: hop.ifindex }) {
-        Some(egress) if egress.mtu_bytes != 0 && u32::from(total_len) > egress.mtu_bytes => NextHop {
-            kind: HopKind::STACK,
-            ..hop
-        },
-        _ => hop,
+}
+
+/// Leaves packets to the stack that cannot be sent: generic XDP refuses those above the egress MTU, which arrive there
+/// aggregated (GRO, or a sender's TSO through a veth). The stack segments them.
+#[inline(always)]
+pub fn fit<E: Env>(env: &E, walk: &mut Walk) {
+    let (hop, total_len) = (&mut walk.hit.hop, walk.frame.total_len);
+    if env.hook() == Hook::XdpGeneric && hop.mtu_bytes != 0 && total_len > u32::from(hop.mtu_bytes) {
+        hop.kind = HopKind::STACK;
     }
 }
 
 /// The smaller MTU of the two interfaces the packet passes; zero: neither is known.
 #[inline(always)]
 pub fn path_mtu<T: Tables, E: Env>(tables: &T, env: &E, hop: &NextHop) -> u32 {
-    let mtu = |ifindex| {
-        tables
-            .interface(&InterfaceKey { ifindex })
-            .map_or(0, |interface| interface.mtu_bytes)
+    let key = InterfaceKey {
+        ifindex: env.ingress_ifindex(),
     };
-    let (ingress, egress) = (mtu(env.ingress_ifindex()), mtu(hop.ifindex));
+    let ingress = tables.interface(&key).map_or(0, |interface| interface.mtu_bytes);
+    let egress = u32::from(hop.mtu_bytes);
     if ingress == 0 || (egress != 0 && egress < ingress) {
         egress
     } else {

@@ -83,6 +83,12 @@ impl Ipv4Header {
         self.fragment.get() & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
     }
 
+    /// May no router fragment it (RFC 791 §2.3)?
+    #[inline(always)]
+    pub const fn dont_fragment(&self) -> bool {
+        self.fragment.get() & DONT_FRAGMENT != 0
+    }
+
     /// TTL and protocol as the 16-bit word that the header checksum covers, in machine order.
     #[inline(always)]
     pub const fn ttl_word(&self) -> u16 {

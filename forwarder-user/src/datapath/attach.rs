@@ -255,11 +255,6 @@ pub fn attach_tunnel(
     pins: &PinDirectory,
     link: &network::Interface,
 ) -> Result<Attachment, Error> {
-    let name = if link.is_ethernet {
-        map_name::PROGRAM_TUNNEL
-    } else {
-        map_name::PROGRAM_TUNNEL_IP
-    };
     let refused = |error: Refused| {
         kernel_error(
             &format!("attach to the ingress of \"{}\"", link.name),
@@ -267,13 +262,13 @@ pub fn attach_tunnel(
         )
     };
     let path = pins.link(AttachmentKind::Tcx, link.index);
-    let tunnel: &mut SchedClassifier = program(ebpf, name)?;
+    let tunnel: &mut SchedClassifier = program(ebpf, map_name::PROGRAM_TUNNEL)?;
     // Before Linux 6.6 there is no tcx and no link that could be pinned, but a queueing discipline with a filter that
     // stays when an agent is killed. It may be there.
     let is_tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
     if !is_tcx {
         let _ = tc::qdisc_add_clsact(&link.name);
-        let _ = tc::qdisc_detach_program(&link.name, TcAttachType::Ingress, name);
+        let _ = tc::qdisc_detach_program(&link.name, TcAttachType::Ingress, map_name::PROGRAM_TUNNEL);
         tunnel
             .attach(&link.name, TcAttachType::Ingress)
             .map_err(|error| refused(error.into()))?;
@@ -331,8 +326,14 @@ fn attachment(
                 .mac
                 .map(forwarder_common::wire::MacAddress::new)
                 .unwrap_or_default(),
-            flags,
+            flags: if link.is_ethernet {
+                flags
+            } else {
+                flags | flag::NO_LINK_HEADER
+            },
             mtu_bytes: link.mtu_bytes,
+            carrier_ifindex: 0,
+            vlans: [0; 2],
         },
         settings_flags: settings_flags | partial,
     }

@@ -14,7 +14,7 @@ use forwarder_common::{
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         settings::Settings,
     },
-    wire::Ipv4Address,
+    wire::IpAddress,
 };
 
 use super::{
@@ -97,8 +97,8 @@ impl Applied {
 pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec<MapWrite> {
     let mut writes = Vec::new();
     let interface = |ifindex: &u32| InterfaceKey { ifindex: *ifindex };
-    let vip = |address: &[u8; 4]| VipKey {
-        address: Ipv4Address::new(*address),
+    let vip = |address: &[u8; 16]| VipKey {
+        address: IpAddress::new(*address),
     };
     // What comes, or changes.
     writes.extend(came(&before.interfaces, &after.interfaces, |ifindex, value| {
@@ -133,8 +133,8 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
             nat: group.nat,
             selection: group.selection,
             persistence_secs: group.persistence_secs,
-            persistence_bits: group.persistence_bits,
-            reserved: 0,
+            persistence_bits_v4: group.persistence_bits_v4,
+            persistence_bits_v6: group.persistence_bits_v6,
         };
         writes.push(MapWrite::Group(*id, Some(value)));
     }
@@ -305,14 +305,14 @@ impl fmt::Display for MapWrite {
             Self::Listener(key, Some(value)) => {
                 write!(
                     f,
-                    "listener {:?}:{:?} protocol {}: group {}",
+                    "listener {:?}:{:?} protocol {:?}: group {}",
                     key.vip, key.port, key.protocol, value.group.0
                 )
             }
             Self::Listener(key, None) => {
                 write!(
                     f,
-                    "remove listener {:?}:{:?} protocol {}",
+                    "remove listener {:?}:{:?} protocol {:?}",
                     key.vip, key.port, key.protocol
                 )
             }

@@ -3,7 +3,7 @@
 //! What a kind is called, what it takes of the MTU and the commands that make it: nothing else is different between
 //! labs. Most kinds need a module that a kernel may not have, so only labs in a virtual machine make them.
 
-use std::{fs, net::Ipv4Addr, os::unix::fs::PermissionsExt as _};
+use std::{fs, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::Path};
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
@@ -85,9 +85,11 @@ pub struct End<'a> {
 /// Joins two ends by devices called `name`, for a carrier of `carrier_mtu_bytes`.
 pub fn join(lab: &Lab, kind: Kind, name: &str, ends: [End<'_>; 2], carrier_mtu_bytes: u16) -> Result<()> {
     let [a, b] = ends;
-    if matches!(kind, Kind::Fou | Kind::Gue) {
-        // All others are loaded by the kernel when a device of theirs is made.
-        command::run("modprobe", &["fou"])?;
+    match kind {
+        Kind::Fou | Kind::Gue => load("fou")?,
+        Kind::Tun if !Path::new("/dev/net/tun").exists() => load("tun")?,
+        // The kernel loads what the device takes when it is made.
+        _ => {}
     }
     let keys = if kind == Kind::Wireguard {
         Some([wireguard_keys(&a)?, wireguard_keys(&b)?])
@@ -156,6 +158,10 @@ pub fn join(lab: &Lab, kind: Kind, name: &str, ends: [End<'_>; 2], carrier_mtu_b
         this.namespace.run(&format!("ip link set {name} up"))?;
     }
     Ok(())
+}
+
+fn load(module: &str) -> Result<()> {
+    command::run("modprobe", &[module]).map(drop)
 }
 
 /// What a WireGuard interface knows itself by.
