@@ -14,7 +14,7 @@ use forwarder_common::{
     abi::{
         ABI_VERSION,
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, NatMode},
-        counter::{ReasonCounters, TrafficCounters},
+        counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         interface::{Interface, InterfaceKey, flag},
         listener::{
@@ -76,6 +76,7 @@ pub struct MemoryTables {
     pub listener_counters: Vec<TrafficCounters>,
     pub backend_counters: Vec<TrafficCounters>,
     pub reason_counters: Vec<ReasonCounters>,
+    pub icmp_budget: IcmpBudget,
 }
 
 impl Default for MemoryTables {
@@ -106,6 +107,7 @@ impl Default for MemoryTables {
             listener_counters: vec![TrafficCounters::default(); SIZES.listeners as usize],
             backend_counters: vec![TrafficCounters::default(); SIZES.backends as usize],
             reason_counters: vec![ReasonCounters::default(); Reason::COUNT],
+            icmp_budget: IcmpBudget::default(),
         }
     }
 }
@@ -524,6 +526,10 @@ impl Tables for MemoryTables {
 
     fn return_flow(&mut self, id: FlowId) {
         self.free_flows.push_back(id);
+    }
+
+    fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
+        Some(&mut self.icmp_budget)
     }
 
     fn now_secs(&mut self) -> u32 {
