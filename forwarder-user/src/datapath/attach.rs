@@ -326,11 +326,7 @@ fn attachment(
                 .mac
                 .map(forwarder_common::wire::MacAddress::new)
                 .unwrap_or_default(),
-            flags: if link.is_ethernet {
-                flags
-            } else {
-                flags | flag::NO_LINK_HEADER
-            },
+            flags,
             mtu_bytes: link.mtu_bytes,
             carrier_ifindex: 0,
             vlans: [0; 2],
