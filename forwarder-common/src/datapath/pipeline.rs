@@ -1,7 +1,7 @@
 //! The walk, on one screen.
 
 use super::{
-    Action, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
+    Action, Env, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
     flow::{self, Found, Hit},
     listener, mss, neighbour, next_hop, open,
     parse::{self, Frame, Kind},
@@ -10,7 +10,6 @@ use super::{
 use crate::{
     abi::{
         flow::{Direction, FlowId},
-        interface::{InterfaceKey, flag},
         reason::Reason,
         settings::Settings,
     },
@@ -45,7 +44,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     settings: &Settings,
     walk: &mut Walk,
 ) -> Result<Outcome, Stop> {
-    match parse::frame(packet, has_link_header(tables, env), &mut walk.frame)? {
+    match parse::frame(packet, &mut walk.frame)? {
         Kind::Flow => {}
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
         Kind::Icmp => return env.icmp(packet, tables, settings, walk),
@@ -87,18 +86,6 @@ pub fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
         forwarded
     };
     Outcome { verdict, reason }
-}
-
-/// Do frames of the ingress interface begin with Ethernet? Those of some tunnel devices begin with IP.
-#[inline(always)]
-fn has_link_header<T: Tables, E: Env>(tables: &T, env: &E) -> bool {
-    let key = InterfaceKey {
-        ifindex: env.ingress_ifindex(),
-    };
-    env.hook() != Hook::Tcx
-        || tables
-            .interface(&key)
-            .is_none_or(|interface| interface.flags & flag::NO_LINK_HEADER == 0)
 }
 
 /// May a packet without a flow open one of a listener?
