@@ -33,11 +33,12 @@ pub fn resolve<T: Tables, E: Env>(
         destination_port: hit.rewrite.destination_port,
         protocol: hit.protocol,
     };
-    *hop = NextHop {
-        generation: settings.route_generation,
-        hook: hook as u8,
-        ..NextHop::default()
-    };
+    // Field by field; see `IpAddress::copied`. The others are written below or have no meaning without a link.
+    hop.generation = settings.route_generation;
+    hop.hook = hook as u8;
+    hop.mtu_bytes = 0;
+    hop.peer = 0;
+    hop.vlans = [0; 2];
     match env.route(key) {
         Route::Neighbour { ifindex, link } => {
             leave_by(tables, hook, ifindex, hop);

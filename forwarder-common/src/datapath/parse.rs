@@ -183,8 +183,8 @@ fn ipv6<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop>
         return Err(Stop::pass(Reason::TRUNCATED));
     }
     let mut protocol = ip.next_header;
-    frame.key.source = ip.source;
-    frame.key.destination = ip.destination;
+    frame.key.source = ip.source();
+    frame.key.destination = ip.destination();
     frame.ttl = ip.hop_limit;
     frame.tos = ip.traffic_class();
     frame.is_whole = 1;
