@@ -12,7 +12,7 @@ use crate::{
     abi::{
         flow::{Direction, FlowId},
         reason::Reason,
-        settings::Settings,
+        settings::{Settings, flag},
     },
     wire::tcp::FLAG_RST,
 };
@@ -63,7 +63,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     rewrite::check_ttl(&walk.frame)?;
     next_hop::resolve(tables, env, settings, walk)?;
     next_hop::fit(env, walk)?;
-    let mtu_bytes = if mss::is_announced(&walk.frame) {
+    let mtu_bytes = if mss::is_announced(&walk.frame) && settings.flags & flag::KEEP_SEGMENT_SIZE == 0 {
         next_hop::path_mtu(tables, env, &walk.hit.hop)
     } else {
         0
