@@ -68,7 +68,7 @@ fn pointer<const OFFSET: usize>(ctx: *const c_void) -> usize {
 /// A number that the verifier sees to be at most `MASK`. The mask is assembly, as the compiler would drop one
 /// that it knows to change nothing, and the verifier of Linux 6.1 does not infer the bound.
 #[inline(always)]
-fn masked<const MASK: u64>(mut number: usize) -> usize {
+pub(crate) fn masked<const MASK: u64>(mut number: usize) -> usize {
     // SAFETY: arithmetic on one register.
     unsafe {
         core::arch::asm!(

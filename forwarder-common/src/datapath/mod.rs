@@ -19,6 +19,7 @@ use crate::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::IcmpBudget,
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
+        fragment::{FragmentFlow, FragmentKey},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
@@ -33,6 +34,7 @@ pub mod arp;
 pub mod backend;
 pub mod echo;
 pub mod flow;
+pub mod fragment;
 pub mod hash;
 pub mod icmp;
 pub mod icmp_error;
@@ -255,6 +257,15 @@ pub trait Tables {
         open::open(self, settings, walk, backend, ended)
     }
 
+    /// [`fragment::follow`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn follow(&mut self, settings: &Settings, walk: &mut Walk) -> fragment::Followed
+    where
+        Self: Sized,
+    {
+        fragment::follow(self, settings, walk)
+    }
+
     /// [`backend::choose`], wherever it runs; `walk` is the one of this packet.
     #[inline(always)]
     fn choose(&mut self, walk: &Walk, hash: u32, now_secs: u32) -> backend::Found
@@ -289,7 +300,10 @@ pub trait Tables {
     /// Keeps where a client's flow goes; of a full table, what was not used for longest makes room.
     fn keep_persistence(&mut self, key: &PersistenceKey, value: Persistence);
 
-    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference>;
+    /// A reference to the value, as all lookups have, and no copy: an option with a payload is undefined where there is
+    /// none, and where two lookups meet the compiler might still spill it, which the verifier refuses ("R1 !read_ok",
+    /// Linux 6.18).
+    fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference>;
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
     /// Inserts unless the key exists; `false`: it does, or there is no room.
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool;
@@ -306,6 +320,10 @@ pub trait Tables {
 
     /// Seconds of CLOCK_MONOTONIC, by which entries age.
     fn now_secs(&mut self) -> u32;
+
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentFlow>;
+    /// Keeps the flow of a first fragment; of a full table, what was not used for longest makes room.
+    fn keep_fragment(&mut self, key: &FragmentKey, flow: FragmentFlow);
 
     /// This CPU's budget of ICMP messages.
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget>;
@@ -394,6 +412,9 @@ pub trait Env {
     fn ingress_ifindex(&self) -> u32;
     /// The kernel's route for a packet with this 5-tuple.
     fn route(&mut self, key: &FlowKey) -> Route;
+
+    /// Hands a later fragment that came too early to the agent, which sends it on; `false`: it cannot.
+    fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk) -> bool;
 
     /// [`icmp::forward`], wherever it runs; `walk` is the one of this packet.
     ///

@@ -3,6 +3,7 @@
 use super::{
     Action, Env, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
     flow::{self, Found, Hit},
+    fragment::{self, part},
     listener, mss, neighbour, next_hop, open,
     parse::{self, Frame, Kind},
     quota, rewrite,
@@ -45,17 +46,19 @@ fn stages<P: Packet, T: Tables, E: Env>(
     walk: &mut Walk,
 ) -> Result<Outcome, Stop> {
     match parse::frame(packet, &mut walk.frame)? {
-        Kind::Flow => {}
+        Kind::Flow => find_or_open(tables, settings, walk)?,
+        Kind::Fragment => match tables.follow(settings, walk) {
+            fragment::FOUND => {}
+            reason => return Err(fragment::stop(packet, env, walk, Reason(reason as u32))),
+        },
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
         Kind::Icmp => return env.icmp(packet, tables, settings, walk),
         Kind::Neighbour => {
             return neighbour::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex());
         }
     }
-    let found = flow::lookup(tables, settings, walk)?;
-    if found != Found::Hit {
-        admit(tables, settings, walk)?;
-        open_flow(tables, settings, walk, found.ended())?;
+    if walk.frame.fragment == part::FIRST {
+        fragment::keep(tables, walk);
     }
     rewrite::check_ttl(&walk.frame)?;
     next_hop::resolve(tables, env, settings, walk)?;
@@ -86,6 +89,17 @@ pub fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
         forwarded
     };
     Outcome { verdict, reason }
+}
+
+/// The flow of a packet, which it may open.
+#[inline(always)]
+fn find_or_open<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+    let found = flow::lookup(tables, settings, walk)?;
+    if found == Found::Hit {
+        return Ok(());
+    }
+    admit(tables, settings, walk)?;
+    open_flow(tables, settings, walk, found.ended())
 }
 
 /// May a packet without a flow open one of a listener?
