@@ -17,6 +17,9 @@ use forwarder_common::{
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
+        tunnel::{
+            PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
+        },
     },
     datapath::{Gauge, Tables, TrafficEvent, backend},
     wire::{Be32, Ipv4Address},
@@ -46,6 +49,14 @@ static SLOTS: Array<BackendId, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 static BACKENDS: Array<Backend, 1> = Array::new();
 #[btf_map]
 static INTERFACES: HashMap<InterfaceKey, Interface, 1> = HashMap::new();
+#[btf_map]
+static TUNNEL_PORTS: Array<TunnelPort, 65_536> = Array::new();
+#[btf_map]
+static TUNNEL_ENDPOINT: HashMap<TunnelEndpointKey, TunnelEndpoint, 1> = HashMap::new();
+#[btf_map]
+static TUNNEL_HOPS: HashMap<TunnelHopKey, TunnelHop, 1> = HashMap::new();
+#[btf_map]
+static TUNNEL_PEERS: Array<TunnelPeer, 1> = Array::new();
 #[btf_map]
 static FLOW_INDEX: HashMap<FlowKey, FlowReference, 1> = HashMap::new();
 #[btf_map]
@@ -227,6 +238,28 @@ impl Tables for KernelTables {
     fn interface(&self, key: &InterfaceKey) -> Option<&Interface> {
         // SAFETY: as for `vip`.
         unsafe { INTERFACES.get(key) }
+    }
+
+    #[inline(always)]
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort> {
+        TUNNEL_PORTS.get(u32::from(port)).copied()
+    }
+
+    #[inline(always)]
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint> {
+        // SAFETY: as for `vip`.
+        unsafe { TUNNEL_ENDPOINT.get(key) }
+    }
+
+    #[inline(always)]
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId> {
+        // SAFETY: as for `vip`.
+        unsafe { TUNNEL_HOPS.get(key) }.map(|hop| hop.peer)
+    }
+
+    #[inline(always)]
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer> {
+        TUNNEL_PEERS.get(u32::from(id.0))
     }
 
     #[inline(always)]

@@ -198,6 +198,15 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
         }
         Ok(())
     }
+
+    #[inline(always)]
+    fn move_front(&mut self, bytes: i32) -> Result<(), Stop> {
+        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
+        if unsafe { bpf_xdp_adjust_head(self.ctx.ctx, bytes) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
+    }
 }
 
 /// A packet in tcx.
@@ -276,6 +285,12 @@ impl Packet for SkbPacket {
 
     #[inline(always)]
     fn cut_and_grow(&mut self, _len: usize, _front: usize) -> Result<(), Stop> {
+        // Never asked for where the kernel keeps the checksum.
+        Err(Stop::drop(Reason::INTERNAL))
+    }
+
+    #[inline(always)]
+    fn move_front(&mut self, _bytes: i32) -> Result<(), Stop> {
         // Never asked for where the kernel keeps the checksum.
         Err(Stop::drop(Reason::INTERNAL))
     }

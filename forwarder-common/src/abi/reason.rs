@@ -114,6 +114,8 @@ reasons! {
         "The listener has as many flows as it may have." "Raise the listener's `max_flows`.";
     25 BACKEND_LIMIT "backend_limit" Refuse
         "Every backend that could take the flow has as many as it may have." "Raise the backends' `max_flows`, or add backends.";
+    26 CONGESTION_UNHEARD "congestion_unheard" Drop
+        "A packet came out of a tunnel whose network marked congestion, and its sender does not look at such marks (RFC 6040)." "Relieve the network that carries the tunnel.";
 }
 
 impl Reason {

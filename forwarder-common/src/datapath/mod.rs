@@ -19,6 +19,7 @@ use crate::{
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
+        tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
     },
     wire::{Ipv4Address, LinkPair, WireHeader, checksum::Delta},
 };
@@ -33,6 +34,7 @@ pub mod inquiry;
 pub mod listener;
 pub mod mss;
 pub mod next_hop;
+pub mod overlay;
 pub mod parse;
 pub mod persistence;
 pub mod pipeline;
@@ -173,6 +175,13 @@ pub trait Packet {
     /// # Errors
     /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop>;
+
+    /// Takes `bytes` away from the front, or where negative makes room there, of any content. Asked for where
+    /// `CHECKSUM_OFFLOAD` is not `Kernel`.
+    ///
+    /// # Errors
+    /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
+    fn move_front(&mut self, bytes: i32) -> Result<(), Stop>;
 }
 
 /// The tables that the agent fills and the walk reads.
@@ -190,6 +199,13 @@ pub trait Tables {
     fn slot(&self, index: u32) -> Option<BackendId>;
     fn backend(&self, id: BackendId) -> Option<&Backend>;
     fn interface(&self, key: &InterfaceKey) -> Option<&Interface>;
+    /// What a UDP destination port means.
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort>;
+    /// The tunnel that a packet came through.
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint>;
+    /// The far end that a next hop on a tunnel device stands for.
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId>;
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer>;
     /// Can frames leave through this interface straight from this hook? Through all others the stack sends.
     #[inline(always)]
     fn can_send(&self, hook: Hook, ifindex: u32) -> bool {

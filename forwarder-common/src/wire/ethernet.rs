@@ -7,6 +7,8 @@ use super::{Be16, LinkPair, WireHeader};
 
 /// EtherType of IPv4.
 pub const ETHERTYPE_IPV4: Be16 = Be16::from_raw(EtherType::Ipv4 as u16);
+/// EtherType of IPv6 (RFC 2464 §3).
+pub const ETHERTYPE_IPV6: Be16 = Be16::from_raw(EtherType::Ipv6 as u16);
 /// EtherType of ARP (RFC 826).
 pub const ETHERTYPE_ARP: Be16 = Be16::from_raw(EtherType::Arp as u16);
 

@@ -19,7 +19,9 @@ pub mod checksum;
 pub mod ethernet;
 pub mod icmp;
 pub mod ipv4;
+pub mod ipv6;
 pub mod tcp;
+pub mod tunnel;
 pub mod udp;
 
 /// A header that can be overlaid on packet bytes; see the module text for the contract.
@@ -43,6 +45,8 @@ impl WireHeader for Field16 {}
 pub struct Be16(u16);
 
 impl Be16 {
+    pub const ZERO: Self = Self(0);
+
     /// From host byte order.
     #[inline(always)]
     pub const fn new(value: u16) -> Self {
@@ -157,6 +161,65 @@ impl From<Ipv4Address> for core::net::Ipv4Addr {
 impl core::fmt::Debug for Ipv4Address {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         core::net::Ipv4Addr::from(*self).fmt(f)
+    }
+}
+
+/// An IP address of either family in network byte order; IPv4 as ::ffff:a.b.c.d (RFC 4291 §2.5.5.2).
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Pod, Zeroable)]
+pub struct IpAddress(pub [Be32; 4]);
+
+impl IpAddress {
+    const V4_PREFIX: Be32 = Be32::new(0xffff);
+
+    /// No address at all.
+    pub const UNSPECIFIED: Self = Self([Be32::new(0); 4]);
+
+    /// An IPv4 address.
+    #[inline(always)]
+    pub const fn from_v4(address: Ipv4Address) -> Self {
+        Self([Be32::new(0), Be32::new(0), Self::V4_PREFIX, address.0])
+    }
+
+    /// From its sixteen octets, most significant first.
+    #[inline(always)]
+    pub const fn new(octets: [u8; 16]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = octets;
+        Self([
+            Be32(u32::from_ne_bytes([a, b, c, d])),
+            Be32(u32::from_ne_bytes([e, f, g, h])),
+            Be32(u32::from_ne_bytes([i, j, k, l])),
+            Be32(u32::from_ne_bytes([m, n, o, p])),
+        ])
+    }
+
+    /// Its IPv4 form; without a meaning for IPv6.
+    #[inline(always)]
+    pub const fn v4(self) -> Ipv4Address {
+        Ipv4Address(self.0[3])
+    }
+
+    /// Is this an IPv4 address?
+    #[inline(always)]
+    pub const fn is_v4(self) -> bool {
+        self.0[0].0 == 0 && self.0[1].0 == 0 && self.0[2].0 == Self::V4_PREFIX.0
+    }
+}
+
+impl From<core::net::IpAddr> for IpAddress {
+    fn from(address: core::net::IpAddr) -> Self {
+        match address {
+            core::net::IpAddr::V4(address) => Self::from_v4(address.into()),
+            core::net::IpAddr::V6(address) => Self::new(address.octets()),
+        }
+    }
+}
+
+impl core::fmt::Debug for IpAddress {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let [a, b, c, d] = self.0.map(Be32::get);
+        let number = u128::from(a) << 96 | u128::from(b) << 64 | u128::from(c) << 32 | u128::from(d);
+        core::net::Ipv6Addr::from(number).to_canonical().fmt(f)
     }
 }
 

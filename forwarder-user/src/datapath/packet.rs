@@ -35,20 +35,18 @@ fn forward_as<K: Kind, T: Tables, E: Env>(
     env: &mut E,
     settings: &Settings,
 ) -> (Outcome, Vec<u8>) {
-    let mut packet = MemoryPacket::<K> {
-        bytes: frame.to_vec(),
-        kind: PhantomData,
-    };
+    let mut packet = MemoryPacket::<K>::new(frame.to_vec());
     let outcome = pipeline::forward(&mut packet, tables, env, settings);
     (outcome, packet.bytes)
 }
 
 /// How a program's packets treat checksums.
-trait Kind {
+pub trait Kind {
     const CHECKSUM_OFFLOAD: ChecksumOffload;
 }
 
-struct Native;
+/// As in native XDP.
+pub struct Native;
 struct Generic;
 struct Tunnel;
 
@@ -64,9 +62,17 @@ impl Kind for Tunnel {
     const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kernel;
 }
 
-struct MemoryPacket<K> {
-    bytes: Vec<u8>,
+/// A frame in memory.
+pub struct MemoryPacket<K> {
+    pub bytes: Vec<u8>,
     kind: PhantomData<K>,
+}
+
+impl<K: Kind> MemoryPacket<K> {
+    pub fn new(bytes: Vec<u8>) -> Self {
+        let kind = PhantomData;
+        Self { bytes, kind }
+    }
 }
 
 impl<K: Kind> Packet for MemoryPacket<K> {
@@ -122,6 +128,18 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         }
         self.bytes.truncate(len);
         self.bytes.splice(..0, std::iter::repeat_n(0, front));
+        Ok(())
+    }
+
+    fn move_front(&mut self, bytes: i32) -> Result<(), Stop> {
+        let moved = bytes.unsigned_abs() as usize;
+        if bytes < 0 {
+            self.bytes.splice(..0, std::iter::repeat_n(0, moved));
+        } else if moved > self.bytes.len() {
+            return Err(Stop::drop(Reason::INTERNAL));
+        } else {
+            self.bytes.drain(..moved);
+        }
         Ok(())
     }
 }
