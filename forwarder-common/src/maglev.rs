@@ -96,15 +96,12 @@ pub fn build(entries: &[Entry], turns: &mut [Turn], slots: &mut [u32]) -> bool {
     }
 }
 
-/// Identity of a backend: FNV-1a over its address and port, which unlike names are the same everywhere.
-pub fn identity(address: [u8; 4], port: u16) -> u64 {
-    let [high, low] = port.to_be_bytes();
-    let [a, b, c, d] = address;
-    [a, b, c, d, high, low]
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-        })
+/// Identity of a backend: FNV-1a over the 4 or 16 octets of its address and over its port, which unlike names are the same everywhere.
+pub fn identity(address: &[u8], port: u16) -> u64 {
+    let bytes = address.iter().copied().chain(port.to_be_bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// Finalizer of SplitMix64 (Steele et al., OOPSLA 2014): spreads every input bit over the output.
@@ -127,7 +124,7 @@ mod tests {
         let octets = (0x0a00_0000 + number).to_be_bytes();
         Entry {
             value: number,
-            identity: identity(octets, 80),
+            identity: identity(&octets, 80),
             weight,
         }
     }
@@ -202,7 +199,7 @@ mod tests {
             const SIZE: u32 = 65537;
             let entries: Vec<_> = (0..).zip(addresses).map(|(value, address)| Entry {
                 value,
-                identity: identity(address.to_be_bytes(), 80),
+                identity: identity(&address.to_be_bytes(), 80),
                 weight: 1,
             }).collect();
             let before = table(entries.clone(), SIZE);
@@ -219,7 +216,7 @@ mod tests {
             prop_assume!(backends.values().any(|weight| *weight > 0));
             let entries: Vec<_> = (0..).zip(&backends).map(|(value, (address, weight))| Entry {
                 value,
-                identity: identity(address.to_be_bytes(), 80),
+                identity: identity(&address.to_be_bytes(), 80),
                 weight: *weight,
             }).collect();
             let slots = table(entries.clone(), size_for(backends.len()));

@@ -15,7 +15,7 @@ use crate::{
         checksum::{fold, sum_bytes},
         ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
         ipv4::{Ipv4Header, PROTOCOL_UDP},
-        ipv6::{Ipv6Header, TunnelLimit},
+        ipv6::{Ipv6Header, NEXT_DESTINATION, TunnelLimit},
         tunnel::{
             ETHERTYPE_BRIDGED, GeneveHeader, GreHeader, GreKey, GueHeader, PROTOCOL_GRE, PROTOCOL_IPIP,
             PROTOCOL_IPV6, VxlanHeader, vni_word,
@@ -171,24 +171,18 @@ impl Far<'_> {
         };
         let mut headers = Headers::default();
         if is_v4 {
-            let mut ip = Ipv4Header::fresh(protocol, 0, 0, self.local.v4(), self.remote.v4());
+            let mut ip = Ipv4Header::fresh(protocol, 0, 0, self.local.low(), self.remote.low());
             if self.dont_fragment != DontFragment::Always {
                 ip.fragment = Be16::new(0);
             }
             headers.push(bytes_of(&ip));
         } else {
-            headers.push(bytes_of(&Ipv6Header {
-                first_word: Ipv6Header::first_word(0, 0),
-                payload_len: Be16::new(0),
-                next_header: if self.has_limit() {
-                    TunnelLimit::PROTOCOL
-                } else {
-                    protocol
-                },
-                hop_limit: 0,
-                source: self.local,
-                destination: self.remote,
-            }));
+            let next = if self.has_limit() {
+                NEXT_DESTINATION
+            } else {
+                protocol
+            };
+            headers.push(bytes_of(&Ipv6Header::fresh(next, 0, 0, self.local, self.remote)));
         }
         let ip_len = headers.len;
         if let Some(limit) = self.limit.filter(|_| self.has_limit()) {
@@ -200,7 +194,7 @@ impl Far<'_> {
         let addresses = sum_bytes(bytes_of(&self.local)) + sum_bytes(bytes_of(&self.remote));
         // The prefix that makes IPv4 addresses long is in neither pseudo-header.
         let addresses = if is_v4 {
-            sum_bytes(&self.local.v4().octets()) + sum_bytes(&self.remote.v4().octets())
+            sum_bytes(&self.local.low().octets()) + sum_bytes(&self.remote.low().octets())
         } else {
             addresses
         };

@@ -5,39 +5,46 @@ use core::ffi::c_void;
 use aya_ebpf::{
     bindings::{
         BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
-        bpf_fib_lookup as FibLookup,
+        bpf_fib_lookup as FibLookup, xdp_md,
     },
-    helpers::generated::{bpf_fib_lookup, bpf_ktime_get_coarse_ns},
+    helpers::generated::bpf_fib_lookup,
 };
 use forwarder_common::{
-    abi::flow::FlowKey,
-    datapath::{Env, Hook, Route},
-    wire::{LinkPair, MacAddress},
+    abi::{flow::FlowKey, reason::Reason, settings::Settings},
+    datapath::{Env, Hook, Route, Stop, Tables, Walk, next_hop},
+    wire::{Be32, LinkPair, MacAddress},
 };
+
+use crate::maps::{self, KernelTables};
 
 /// Linux's AF_INET.
 const AF_INET: u8 = 2;
+/// Linux's AF_INET6.
+const AF_INET6: u8 = 10;
 
-/// Parameters and answer of a route lookup. Aligned so that the compiler may clear it in 8-byte steps: the
-/// verifier refuses misaligned stack accesses.
-#[repr(C, align(8))]
-struct Question(FibLookup);
+/// What [`forwarder_next_hop`] answers when there is a next hop; else the number of the reason why there is none.
+const FOUND: i64 = -1;
 
-impl Question {
-    /// Link addresses of the answer.
-    #[inline(always)]
-    fn link(&self) -> LinkPair {
-        let word = |byte: usize| {
-            let pointer = (&raw const self.0).cast::<u16>();
-            // SAFETY: inside the struct, whose fields from `smac` on are plain bytes. Volatile, or the compiler
-            // reads the addresses in 4-byte steps, which are misaligned on the stack.
-            unsafe { pointer.wrapping_add(byte / 2).read_volatile() }
-        };
-        let mac = |byte: usize| MacAddress::from_words([word(byte), word(byte + 2), word(byte + 4)]);
-        LinkPair::new(
-            mac(core::mem::offset_of!(FibLookup, dmac)),
-            mac(core::mem::offset_of!(FibLookup, smac)),
-        )
+/// The next hop of the walk's flow, for XDP. A function of its own for its stack; `hook` is a [`Hook`] of XDP.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_next_hop(ctx: *mut xdp_md, hook: u32, ingress_ifindex: u32) -> i64 {
+    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+        return i64::from(Reason::INTERNAL.0);
+    };
+    let hook = if hook == Hook::Xdp as u32 {
+        Hook::Xdp
+    } else {
+        Hook::XdpGeneric
+    };
+    let mut env = KernelEnv {
+        ctx: ctx.cast(),
+        hook,
+        ingress_ifindex,
+    };
+    match next_hop::find(&mut KernelTables, &mut env, settings, walk) {
+        Ok(()) => FOUND,
+        Err(Stop(outcome)) => i64::from(outcome.reason.0),
     }
 }
 
@@ -61,35 +68,60 @@ impl Env for KernelEnv {
     }
 
     #[inline(always)]
+    fn find_next_hop<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop> {
+        if self.hook == Hook::Tcx {
+            return next_hop::find(tables, self, settings, walk);
+        }
+        maps::lend(walk);
+        match forwarder_next_hop(self.ctx.cast(), self.hook as u32, self.ingress_ifindex) {
+            FOUND => Ok(()),
+            reason => Err(Stop::drop(Reason(reason as u32))),
+        }
+    }
+
+    #[inline(always)]
     fn route(&mut self, key: &FlowKey) -> Route {
-        // SAFETY: plain integers and arrays of them, for which zero is a value.
-        let mut question: Question = unsafe { core::mem::zeroed() };
-        let lookup = &mut question.0;
-        lookup.family = AF_INET;
+        // In a map, as the stack is short, and the verifier refuses misaligned accesses there, which the compiler makes.
+        let Some(lookup) = maps::scratch() else {
+            return Route::None;
+        };
+        // SAFETY: this CPU's own buffer, larger than the struct, which consists of plain integers; nobody else uses it
+        // until the answer is read.
+        let lookup = unsafe { &mut *lookup.cast::<FibLookup>() };
         lookup.l4_protocol = key.protocol as u8;
         lookup.sport = key.source_port.raw();
         lookup.dport = key.destination_port.raw();
+        // Zero, for no MTU check, which the stack or the egress device makes.
+        lookup.__bindgen_anon_1.tot_len = 0;
         lookup.ifindex = self.ingress_ifindex;
-        // The length stays zero: no MTU check, which the stack or the egress device makes.
-        lookup.__bindgen_anon_3.ipv4_src = key.source.0.raw();
-        lookup.__bindgen_anon_4.ipv4_dst = key.destination.0.raw();
+        // TOS or flow label.
+        lookup.__bindgen_anon_2.flowinfo = 0;
+        if key.is_v4() {
+            lookup.family = AF_INET;
+            lookup.__bindgen_anon_3.ipv4_src = key.source.low().0.raw();
+            lookup.__bindgen_anon_4.ipv4_dst = key.destination.low().0.raw();
+        } else {
+            lookup.family = AF_INET6;
+            lookup.__bindgen_anon_3.ipv6_src = key.source.0.map(Be32::raw);
+            lookup.__bindgen_anon_4.ipv6_dst = key.destination.0.map(Be32::raw);
+        }
         // SAFETY: context and parameter block are valid for the call.
         let answer = unsafe { bpf_fib_lookup(self.ctx, lookup, size_of::<FibLookup>() as i32, 0) } as u32;
         match answer {
             BPF_FIB_LKUP_RET_SUCCESS => Route::Neighbour {
-                ifindex: question.0.ifindex,
-                link: question.link(),
+                ifindex: lookup.ifindex,
+                link: LinkPair::new(MacAddress::new(lookup.dmac), MacAddress::new(lookup.smac)),
             },
             BPF_FIB_LKUP_RET_NO_NEIGH => Route::Interface {
-                ifindex: question.0.ifindex,
+                ifindex: lookup.ifindex,
             },
             BPF_FIB_LKUP_RET_FWD_DISABLED => Route::ForwardingDisabled,
             _ => Route::None,
         }
-    }
-    #[inline(always)]
-    fn now_secs(&mut self) -> u32 {
-        // SAFETY: a helper without parameters.
-        (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
     }
 }

@@ -41,7 +41,7 @@ pub(crate) fn forwarder_skb(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
-    let Some(settings) = KernelTables::settings() else {
+    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
         return xdp_action::XDP_PASS;
     };
     let ingress_ifindex = ctx.ingress_ifindex() as u32;
@@ -51,7 +51,7 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
         ingress_ifindex,
     };
     let mut packet = XdpPacket::<GENERIC> { ctx };
-    let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings);
+    let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings, walk);
     if outcome.reason == Reason::INTERNAL {
         debug!(
             &packet.ctx,
@@ -73,7 +73,7 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
 /// Packets that the kernel has taken out of a tunnel.
 #[classifier]
 pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
-    let Some(settings) = KernelTables::settings() else {
+    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
         return TC_ACT_OK;
     };
     // SAFETY: the kernel passes a valid context.
@@ -84,11 +84,17 @@ pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
         ingress_ifindex,
     };
     let mut packet = SkbPacket::new(ctx);
-    let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings);
+    let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings, walk);
     let Verdict { action, ifindex } = outcome.verdict;
     match action {
         // SAFETY: a helper without pointers.
         Action::Transmit => unsafe { bpf_redirect(ingress_ifindex, 0) as i32 },
+        // The kernel replaces a link header, but makes none.
+        Action::Redirect
+            if walk.frame.network_offset == 0 && !packet.push_link_header(walk.frame.is_v4()) =>
+        {
+            TC_ACT_SHOT
+        }
         // SAFETY: no parameters: the kernel finds the next hop of the packet's own destination.
         Action::Redirect => unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 },
         Action::Pass => TC_ACT_OK,

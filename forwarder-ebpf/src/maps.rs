@@ -5,13 +5,14 @@
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, lpm_trie::Key},
+    helpers::generated::bpf_ktime_get_coarse_ns,
     macros::btf_map,
 };
 use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::{ReasonCounters, TrafficCounters},
-        flow::{FlowEntry, FlowId, FlowKey, FlowReference},
+        flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
@@ -21,8 +22,7 @@ use forwarder_common::{
             PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
         },
     },
-    datapath::{Gauge, Tables, TrafficEvent, backend},
-    wire::{Be32, Ipv4Address},
+    datapath::{Gauge, Tables, TrafficEvent, Walk, backend, open},
 };
 
 use crate::packet::SCRATCH_WORDS;
@@ -32,9 +32,9 @@ static SETTINGS: Array<Settings, 1> = Array::new();
 #[btf_map]
 static LISTENERS: HashMap<ListenerKey, Listener, 1> = HashMap::new();
 #[btf_map]
-static LISTENER_RANGES: LpmTrie<[u32; 3], Listener, 1> = LpmTrie::new();
+static LISTENER_RANGES: LpmTrie<[u32; 5], Listener, 1> = LpmTrie::new();
 #[btf_map]
-static SOURCES: LpmTrie<[u32; 3], Source, 1> = LpmTrie::new();
+static SOURCES: LpmTrie<[u32; 5], Source, 1> = LpmTrie::new();
 #[btf_map]
 static VIPS: HashMap<VipKey, Vip, 1> = HashMap::new();
 #[btf_map]
@@ -58,7 +58,9 @@ static TUNNEL_HOPS: HashMap<TunnelHopKey, TunnelHop, 1> = HashMap::new();
 #[btf_map]
 static TUNNEL_PEERS: Array<TunnelPeer, 1> = Array::new();
 #[btf_map]
-static FLOW_INDEX: HashMap<FlowKey, FlowReference, 1> = HashMap::new();
+static FLOW_INDEX: HashMap<FlowKeyV4, FlowReference, 1> = HashMap::new();
+#[btf_map]
+static FLOW_INDEX_V6: HashMap<FlowKey, FlowReference, 1> = HashMap::new();
 #[btf_map]
 static FLOWS: Array<FlowEntry, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
@@ -74,6 +76,10 @@ static BACKEND_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
 #[btf_map]
 static REASON_COUNT: PerCpuArray<ReasonCounters, { Reason::COUNT }> = PerCpuArray::new();
 
+/// What the stages of one packet hand on; nothing in it outlives the packet.
+#[btf_map]
+static WALK: PerCpuArray<Walk, 1> = PerCpuArray::new();
+
 /// Where payload is copied to be summed: the BPF stack is too small.
 #[btf_map]
 static SCRATCH: PerCpuArray<[u64; SCRATCH_WORDS], 1> = PerCpuArray::new();
@@ -84,12 +90,19 @@ pub(crate) fn scratch() -> Option<*mut [u64; SCRATCH_WORDS]> {
     SCRATCH.get_ptr_mut(0)
 }
 
+/// Makes the compiler forget what it knows of the walk, and write what it has put off: the next function finds the walk in
+/// its map, where the compiler does not see it look.
+#[inline(always)]
+pub(crate) fn lend(walk: &Walk) {
+    core::hint::black_box(core::ptr::from_ref(walk));
+}
+
 /// A trie's key in the form that aya names.
 ///
 /// Ours are aligned, as the verifier wants keys on the stack to be; aya's is packed, with the same bytes.
 #[inline(always)]
-fn trie_key<K>(key: &K) -> &Key<[u32; 3]> {
-    const { assert!(size_of::<K>() == size_of::<Key<[u32; 3]>>()) };
+fn trie_key<K>(key: &K) -> &Key<[u32; 5]> {
+    const { assert!(size_of::<K>() == size_of::<Key<[u32; 5]>>()) };
     // SAFETY: the same size, alignment 1, plain integers on both sides.
     unsafe { &*core::ptr::from_ref(key).cast() }
 }
@@ -121,13 +134,30 @@ impl Gauge for Live {
     }
 }
 
-/// The choice of a backend and the searches for it, as functions of their own in BPF as well: inlined, each of their
+/// The slow path, the choice of a backend and the searches for it, as functions of their own in BPF as well: inlined, each of their
 /// rounds multiplies what the verifier has to follow behind it (more than 1 000 000 instructions, Linux 6.18).
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn forwarder_choose(group: u32, hash: u32, client: u32, now_secs: u32) -> i64 {
-    let client = Ipv4Address(Be32::from_raw(client));
-    backend::choose(&mut KernelTables, GroupId(group), hash, client, now_secs)
+extern "C" fn forwarder_choose(hash: u32, now_secs: u32) -> i64 {
+    let Some(walk) = KernelTables::walk() else {
+        return backend::BROKEN;
+    };
+    backend::choose(&mut KernelTables, walk, hash, now_secs)
+}
+
+/// `ended`: the number of the flow to take over, or a negative one.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_open(backend: u32, ended: i64) -> i64 {
+    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+        return i64::from(Reason::INTERNAL.0);
+    };
+    let ended = if ended < 0 {
+        None
+    } else {
+        Some(FlowId(ended as u32))
+    };
+    open::open(&mut KernelTables, settings, walk, BackendId(backend), ended)
 }
 
 #[inline(never)]
@@ -150,6 +180,14 @@ impl KernelTables {
     #[inline(always)]
     pub(crate) fn settings() -> Option<&'static Settings> {
         SETTINGS.get(0)
+    }
+
+    /// This CPU's walk; `None` as for the settings.
+    #[inline(always)]
+    pub(crate) fn walk() -> Option<&'static mut Walk> {
+        // SAFETY: this CPU's own element, which one packet uses at a time: programs of the hooks run with bottom
+        // halves off. Functions that ask for it again do so while their caller, who lent it to them, waits.
+        WALK.get_ptr_mut(0).map(|walk| unsafe { &mut *walk })
     }
 
     /// The flow that [`Tables::take_flow`] takes next; it stays where it is.
@@ -201,8 +239,19 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
-    fn choose(&mut self, group: GroupId, hash: u32, client: Ipv4Address, now_secs: u32) -> backend::Found {
-        forwarder_choose(group.0, hash, client.0.raw(), now_secs)
+    fn open(
+        &mut self,
+        _: &Settings,
+        _: &mut Walk,
+        backend: BackendId,
+        ended: Option<FlowId>,
+    ) -> open::Opened {
+        forwarder_open(backend.0, ended.map_or(-1, |id| i64::from(id.0)))
+    }
+
+    #[inline(always)]
+    fn choose(&mut self, _walk: &Walk, hash: u32, now_secs: u32) -> backend::Found {
+        forwarder_choose(hash, now_secs)
     }
 
     #[inline(always)]
@@ -265,7 +314,13 @@ impl Tables for KernelTables {
     #[inline(always)]
     fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference> {
         // SAFETY: the value is copied at once.
-        unsafe { FLOW_INDEX.get(key) }.copied()
+        unsafe {
+            if key.is_v4() {
+                FLOW_INDEX.get(key.v4()).copied()
+            } else {
+                FLOW_INDEX_V6.get(key).copied()
+            }
+        }
     }
 
     #[inline(always)]
@@ -277,13 +332,22 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool {
-        FLOW_INDEX.insert(key, reference, u64::from(BPF_NOEXIST)).is_ok()
+        let flags = u64::from(BPF_NOEXIST);
+        if key.is_v4() {
+            FLOW_INDEX.insert(key.v4(), reference, flags).is_ok()
+        } else {
+            FLOW_INDEX_V6.insert(key, reference, flags).is_ok()
+        }
     }
 
     #[inline(always)]
     fn remove_flow_reference(&mut self, key: &FlowKey) {
         // A key that is gone already is as good as removed.
-        let _ = FLOW_INDEX.remove(key);
+        let _ = if key.is_v4() {
+            FLOW_INDEX.remove(key.v4())
+        } else {
+            FLOW_INDEX_V6.remove(key)
+        };
     }
 
     #[inline(always)]
@@ -307,6 +371,12 @@ impl Tables for KernelTables {
     fn backend_live(&mut self, id: BackendId) -> Option<&mut Live> {
         // SAFETY: as for `listener_live`.
         BACKEND_LIVE.get_ptr_mut(id.0).map(|live| unsafe { &mut *live })
+    }
+
+    #[inline(always)]
+    fn now_secs(&mut self) -> u32 {
+        // SAFETY: a helper without parameters.
+        (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
     }
 
     #[inline(always)]

@@ -9,21 +9,22 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, BPF_F_PSEUDO_HDR, xdp_md},
     helpers::generated::{
-        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
-        bpf_xdp_load_bytes,
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_pull_data, bpf_xdp_adjust_head,
+        bpf_xdp_adjust_tail, bpf_xdp_load_bytes,
     },
     programs::{TcContext, XdpContext},
 };
 use forwarder_common::{
-    abi::reason::Reason,
-    datapath::{ChecksumOffload, Packet, Stop},
+    abi::{reason::Reason, settings::Settings},
+    datapath::{ChecksumOffload, Packet, Stop, Tables, Walk, overlay},
     wire::{
         WireHeader,
         checksum::{Delta, fold},
+        ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
     },
 };
 
-use crate::maps;
+use crate::maps::{self, KernelTables};
 
 /// Largest offset of anything that is read: keeps offsets within what the verifier tracks (MAX_PACKET_OFF,
 /// 65 535) when a length from the packet went into one.
@@ -185,6 +186,15 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn move_start(&mut self, by: i32) -> Result<(), Stop> {
+        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
+        if unsafe { bpf_xdp_adjust_head(self.ctx.ctx, by) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
         let ctx = self.ctx.ctx;
         let cut = len as i32 - self.frame_len() as i32;
@@ -192,20 +202,52 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
         if cut < 0 && unsafe { bpf_xdp_adjust_tail(ctx, cut) } < 0 {
             return Err(Stop::drop(Reason::INTERNAL));
         }
-        // SAFETY: as above.
-        if unsafe { bpf_xdp_adjust_head(ctx, -(front as i32)) } < 0 {
+        self.move_start(-(front as i32))
+    }
+    #[inline(always)]
+    fn recognise<T: Tables>(&mut self, _tables: &T, walk: &mut Walk) {
+        maps::lend(walk);
+        forwarder_recognise(self.ctx.ctx);
+    }
+
+    #[inline(always)]
+    fn encapsulate<T: Tables>(&mut self, _tables: &T, _settings: &Settings, walk: &Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        if forwarder_encapsulate(self.ctx.ctx) < 0 {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         Ok(())
     }
+}
 
-    #[inline(always)]
-    fn move_front(&mut self, bytes: i32) -> Result<(), Stop> {
-        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
-        if unsafe { bpf_xdp_adjust_head(self.ctx.ctx, bytes) } < 0 {
-            return Err(Stop::drop(Reason::INTERNAL));
-        }
-        Ok(())
+/// The tunnel that a frame came through, noted in the walk. A function of its own, so that the paths through it are not
+/// multiplied by those behind it.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_recognise(ctx: *mut xdp_md) -> i32 {
+    let Some(walk) = KernelTables::walk() else {
+        return -1;
+    };
+    let mut packet = XdpPacket::<false> {
+        ctx: XdpContext::new(ctx),
+    };
+    overlay::recognise(&mut packet, &KernelTables, walk);
+    0
+}
+
+/// Outer headers for the walk's next hop; negative when there is no room. A function of its own for its stack.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_encapsulate(ctx: *mut xdp_md) -> i32 {
+    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+        return -1;
+    };
+    let mut packet = XdpPacket::<false> {
+        ctx: XdpContext::new(ctx),
+    };
+    match overlay::encapsulate(&mut packet, &KernelTables, settings, walk) {
+        Ok(()) => 0,
+        Err(_) => -1,
     }
 }
 
@@ -214,7 +256,7 @@ pub(crate) struct SkbPacket {
     pub(crate) ctx: TcContext,
 }
 
-/// Bytes asked to be contiguous: Ethernet, IPv4 and TCP headers with all options.
+/// Bytes asked to be contiguous: Ethernet, IP and TCP headers with all options.
 const HEADERS: u32 = 14 + 60 + 60;
 
 impl SkbPacket {
@@ -237,6 +279,22 @@ impl SkbPacket {
     #[inline(always)]
     fn data_end(&self) -> usize {
         pointer::<{ offset_of!(__sk_buff, data_end) }>(self.ctx.as_ptr())
+    }
+}
+
+impl SkbPacket {
+    /// Puts an empty Ethernet header before a packet that begins with IP; `false`: the kernel refuses.
+    #[inline(always)]
+    pub(crate) fn push_link_header(&mut self, is_v4: bool) -> bool {
+        // SAFETY: the context is the one the kernel passed in.
+        if unsafe { bpf_skb_change_head(self.ctx.skb.skb, EthernetHeader::LEN as u32, 0) } < 0 {
+            return false;
+        }
+        let Ok(ethernet) = self.header::<EthernetHeader>(0) else {
+            return false;
+        };
+        ethernet.ethertype = if is_v4 { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+        true
     }
 }
 
@@ -284,13 +342,13 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn cut_and_grow(&mut self, _len: usize, _front: usize) -> Result<(), Stop> {
-        // Never asked for where the kernel keeps the checksum.
+    fn move_start(&mut self, _by: i32) -> Result<(), Stop> {
+        // Never asked for where the kernel writes the link header.
         Err(Stop::drop(Reason::INTERNAL))
     }
 
     #[inline(always)]
-    fn move_front(&mut self, _bytes: i32) -> Result<(), Stop> {
+    fn cut_and_grow(&mut self, _len: usize, _front: usize) -> Result<(), Stop> {
         // Never asked for where the kernel keeps the checksum.
         Err(Stop::drop(Reason::INTERNAL))
     }

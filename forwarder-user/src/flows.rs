@@ -2,7 +2,7 @@
 //!
 //! The names of [`FlowStatus`]' fields are the names in the JSON, which scripts rely on: add some, but rename none.
 
-use std::{fmt, net::SocketAddrV4, str::FromStr};
+use std::{fmt, net::SocketAddr, str::FromStr};
 
 use forwarder_common::{
     abi::{
@@ -12,11 +12,11 @@ use forwarder_common::{
     },
     datapath::tcp_state::Phase,
     wire::{
-        Be16, Ipv4Address,
+        Be16, IpAddress,
         ipv4::{PROTOCOL_TCP, PROTOCOL_UDP},
     },
 };
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -35,14 +35,14 @@ const ACTIVE_SECS: u32 = 5;
 pub struct FlowStatus {
     /// `tcp` or `udp`.
     pub protocol: String,
-    pub client: SocketAddrV4,
-    pub vip: SocketAddrV4,
+    pub client: SocketAddr,
+    pub vip: SocketAddr,
     pub listener: String,
     pub group: String,
     pub backend: String,
-    pub backend_address: SocketAddrV4,
+    pub backend_address: SocketAddr,
     /// What the backend sees as its client.
-    pub binding: SocketAddrV4,
+    pub binding: SocketAddr,
     pub state: FlowPhase,
     /// Since the agent saw it first, which is less than its age if the agent was restarted; none for a flow of the
     /// last second.
@@ -123,15 +123,14 @@ impl FromStr for FlowPhase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Endpoints {
-    addresses: Ipv4Net,
+    addresses: IpNet,
     /// `None`: any.
     port: Option<u16>,
 }
 
 impl Endpoints {
-    fn has(&self, address: Ipv4Address, port: Be16) -> bool {
-        self.addresses.contains(&std::net::Ipv4Addr::from(address))
-            && self.port.is_none_or(|wanted| wanted == port.get())
+    fn has(&self, address: IpAddress, port: Be16) -> bool {
+        self.addresses.contains(&address.to_std()) && self.port.is_none_or(|wanted| wanted == port.get())
     }
 }
 
@@ -151,7 +150,7 @@ impl FromStr for Endpoints {
         let addresses = if addresses.contains('/') {
             addresses.parse().map_err(|_| wrong())?
         } else {
-            Ipv4Net::from(addresses.parse::<std::net::Ipv4Addr>().map_err(|_| wrong())?)
+            IpNet::from(addresses.parse::<std::net::IpAddr>().map_err(|_| wrong())?)
         };
         let port = port.map(str::parse).transpose().map_err(|_| wrong())?;
         Ok(Self { addresses, port })
@@ -174,7 +173,7 @@ impl From<Endpoints> for String {
 
 impl fmt::Display for Endpoints {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.addresses.prefix_len() == 32 {
+        if self.addresses.prefix_len() == self.addresses.max_prefix_len() {
             write!(f, "{}", self.addresses.addr())?;
         } else {
             write!(f, "{}", self.addresses)?;
@@ -375,7 +374,7 @@ impl FlowTable<'_> {
     /// One flow for people.
     pub fn status(&self, id: FlowId, entry: &FlowEntry) -> FlowStatus {
         let binding = &entry.binding;
-        let at = |address: Ipv4Address, port: Be16| SocketAddrV4::new(address.into(), port.get());
+        let at = |address: IpAddress, port: Be16| SocketAddr::new(address.to_std(), port.get());
         let backend = self.names.backend(entry.backend);
         let idle_secs = self.times.idle_secs(id);
         FlowStatus {
@@ -404,6 +403,8 @@ impl FlowTable<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use bytemuck::Zeroable as _;
     use forwarder_common::abi::flow::TcpEvents;
 
@@ -413,9 +414,9 @@ mod tests {
         let mut entry = FlowEntry::zeroed();
         entry.state = FlowState::LIVE;
         entry.binding.protocol = u32::from(PROTOCOL_TCP);
-        entry.binding.client = Ipv4Address::new([192, 0, 2, 7]);
+        entry.binding.client = Ipv4Addr::new(192, 0, 2, 7).into();
         entry.binding.client_port = Be16::new(51000);
-        entry.binding.backend = Ipv4Address::new([10, 20, 0, 5]);
+        entry.binding.backend = Ipv4Addr::new(10, 20, 0, 5).into();
         entry.binding.backend_port = Be16::new(8443);
         entry.tcp = TcpEvents::OPENED;
         entry

@@ -4,18 +4,16 @@
 //! keeps what each end acknowledged last, and of an idle connection that is what it expects. Both are told, or
 //! the one that is not would find out only when it sends.
 
-use std::{
-    io,
-    net::{Ipv4Addr, SocketAddrV4},
-};
+use std::{io, net::SocketAddr};
 
 use forwarder_common::{
     abi::flow::{FlowBinding, FlowEntry},
     datapath::tcp_state::Phase,
     wire::{
-        Be16, Be32, Ipv4Address, WireHeader as _,
+        Be16, Be32, IpAddress, WireHeader as _,
         checksum::{finish, fold, pseudo_header, sum_bytes},
         ipv4::{Ipv4Header, PROTOCOL_TCP},
+        ipv6::Ipv6Header,
         tcp::{FLAG_RST, TcpHeader},
     },
 };
@@ -28,26 +26,30 @@ use crate::error::Error;
 const TTL: u8 = 64;
 /// IPPROTO_RAW (linux/in.h): the sender writes the IP header itself.
 const PROTOCOL_RAW: i32 = 255;
-const PACKET_LEN: usize = Ipv4Header::LEN + TcpHeader::LEN;
 
-/// A raw socket: the resets carry a VIP or an SNAT address as their source, which this host does not own.
+/// Raw sockets: the resets carry a VIP or an SNAT address as their source, which this host does not own.
 pub struct ResetSender {
-    socket: Socket,
+    v4: Socket,
+    /// `None`: this host has no IPv6.
+    v6: Option<Socket>,
 }
 
 impl ResetSender {
-    /// Opens the socket.
+    /// Opens the sockets.
     ///
     /// # Errors
     /// When the kernel refuses, for want of CAP_NET_RAW.
     pub fn open() -> Result<Self, Error> {
-        let open = || {
-            let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(PROTOCOL_RAW)))?;
+        let open = |domain| {
+            let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(PROTOCOL_RAW)))?;
             socket.set_nonblocking(true)?;
             io::Result::Ok(socket)
         };
-        match open() {
-            Ok(socket) => Ok(Self { socket }),
+        match open(Domain::IPV4) {
+            Ok(v4) => Ok(Self {
+                v4,
+                v6: open(Domain::IPV6).ok(),
+            }),
             Err(error) => Err(
                 Error::host(format!("cannot open a raw socket for resets: {error}"))
                     .hint("run as root, or grant CAP_NET_RAW"),
@@ -62,7 +64,7 @@ impl ResetSender {
             return 0;
         }
         let sent = resets(entry).into_iter().filter(|(to, packet)| {
-            match self.socket.send_to(packet, &(*to).into()) {
+            match self.send(packet, *to) {
                 Ok(_) => true,
                 // The other end finds out by itself when it sends next.
                 Err(error) => {
@@ -73,6 +75,16 @@ impl ResetSender {
         });
         sent.count() as u64
     }
+
+    fn send(&self, packet: &[u8], to: SocketAddr) -> io::Result<usize> {
+        let socket = if to.is_ipv4() {
+            Some(&self.v4)
+        } else {
+            self.v6.as_ref()
+        };
+        let socket = socket.ok_or(io::ErrorKind::Unsupported)?;
+        socket.send_to(packet, &to.into())
+    }
 }
 
 /// Is there a connection whose ends can be told?
@@ -82,7 +94,7 @@ pub fn is_open(entry: &FlowEntry) -> bool {
 }
 
 /// The resets of a connection with where to send them: to the client, and to the backend.
-fn resets(entry: &FlowEntry) -> [(SocketAddrV4, [u8; PACKET_LEN]); 2] {
+fn resets(entry: &FlowEntry) -> [(SocketAddr, Vec<u8>); 2] {
     let FlowBinding {
         client,
         vip,
@@ -101,12 +113,19 @@ fn resets(entry: &FlowEntry) -> [(SocketAddrV4, [u8; PACKET_LEN]); 2] {
 }
 
 fn reset(
-    (source, source_port): (Ipv4Address, Be16),
-    (destination, destination_port): (Ipv4Address, Be16),
+    (source, source_port): (IpAddress, Be16),
+    (destination, destination_port): (IpAddress, Be16),
     sequence: Be32,
-) -> (SocketAddrV4, [u8; PACKET_LEN]) {
-    let mut ip = Ipv4Header::fresh(PROTOCOL_TCP, TTL, PACKET_LEN as u16, source, destination);
-    ip.checksum = Be16::from_raw(finish(sum_bytes(bytemuck::bytes_of(&ip))));
+) -> (SocketAddr, Vec<u8>) {
+    let mut packet = if destination.is_v4() {
+        let total_len = (Ipv4Header::LEN + TcpHeader::LEN) as u16;
+        let mut ip = Ipv4Header::fresh(PROTOCOL_TCP, TTL, total_len, source.low(), destination.low());
+        ip.checksum = Be16::from_raw(finish(sum_bytes(bytemuck::bytes_of(&ip))));
+        bytemuck::bytes_of(&ip).to_vec()
+    } else {
+        let ip = Ipv6Header::fresh(PROTOCOL_TCP, TTL, TcpHeader::LEN as u16, source, destination);
+        bytemuck::bytes_of(&ip).to_vec()
+    };
     let mut tcp = TcpHeader {
         source_port,
         destination_port,
@@ -118,18 +137,23 @@ fn reset(
         checksum: Be16::new(0),
         urgent: Be16::new(0),
     };
-    let pseudo = pseudo_header(source.0, destination.0, PROTOCOL_TCP, TcpHeader::LEN as u16);
+    let pseudo = pseudo_header(source, destination, PROTOCOL_TCP, TcpHeader::LEN as u32);
     let sum = u32::from(fold(pseudo)) + sum_bytes(bytemuck::bytes_of(&tcp));
     tcp.checksum = Be16::from_raw(finish(sum));
-    let mut packet = [0; PACKET_LEN];
-    packet[..Ipv4Header::LEN].copy_from_slice(bytemuck::bytes_of(&ip));
-    packet[Ipv4Header::LEN..].copy_from_slice(bytemuck::bytes_of(&tcp));
-    let to = SocketAddrV4::new(Ipv4Addr::from(destination), destination_port.get());
-    (to, packet)
+    packet.extend_from_slice(bytemuck::bytes_of(&tcp));
+    // Linux wants no port here: the socket's protocol is not TCP.
+    let port = if destination.is_v4() {
+        destination_port.get()
+    } else {
+        0
+    };
+    (SocketAddr::new(destination.to_std(), port), packet)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use bytemuck::Zeroable;
 
     use super::*;
@@ -138,10 +162,10 @@ mod tests {
     fn each_end_gets_the_sequence_number_it_expects_from_the_address_it_knows() {
         let mut entry = FlowEntry::zeroed();
         entry.binding = FlowBinding {
-            client: Ipv4Address::new([192, 0, 2, 7]),
-            vip: Ipv4Address::new([198, 51, 100, 10]),
-            snat: Ipv4Address::new([100, 64, 0, 2]),
-            backend: Ipv4Address::new([10, 0, 0, 5]),
+            client: Ipv4Addr::new(192, 0, 2, 7).into(),
+            vip: Ipv4Addr::new(198, 51, 100, 10).into(),
+            snat: Ipv4Addr::new(100, 64, 0, 2).into(),
+            backend: Ipv4Addr::new(10, 0, 0, 5).into(),
             client_port: Be16::new(51000),
             vip_port: Be16::new(443),
             snat_port: Be16::new(1024),

@@ -1347,7 +1347,7 @@ fn bindings() -> Vec<Case> {
     let mut exhausted = world();
     exhausted.free_flows = [FlowId(SNAT_COUNT * PORTS_PER_ADDRESS), FlowId(3)].into();
     let mut no_pool = world();
-    no_pool.settings.pool.ranges[0].count = 0;
+    no_pool.settings.pool.v4.runs[0].count = 0;
     let mut beyond = world();
     beyond.free_flows = [FlowId(SIZES.flows), FlowId(5)].into();
     let mut order = world();

@@ -28,7 +28,7 @@ use bytemuck::Pod;
 use forwarder_common::{
     abi::{
         counter::{ReasonCounters, TrafficCounters},
-        flow::{FlowEntry, FlowId, FlowKey, FlowReference},
+        flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         map_name,
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
@@ -184,7 +184,18 @@ impl Kernel {
         self.set_array(map_name::LISTENER_LIVE, &tables.listeners_live)?;
         self.set_array(map_name::BACKEND_LIVE, &tables.backends_live)?;
         self.set_hash(map_name::INTERFACES, &tables.interfaces)?;
-        self.set_hash(map_name::FLOW_INDEX, &tables.flow_index)?;
+        let keys = || {
+            tables
+                .flow_index
+                .iter()
+                .map(|(key, reference)| (*key, *reference))
+        };
+        let v4 = keys()
+            .filter(|(key, _)| key.is_v4())
+            .map(|(key, reference)| (key.v4(), reference));
+        self.set_hash(map_name::FLOW_INDEX, &v4.collect())?;
+        let v6 = keys().filter(|(key, _)| !key.is_v4());
+        self.set_hash(map_name::FLOW_INDEX_V6, &v6.collect())?;
         self.set_array(map_name::GROUPS, &tables.groups)?;
         self.set_array(map_name::GROUP_TURNS, &tables.group_turns)?;
         self.set_hash(map_name::PERSISTENCE, &tables.persistence)?;
@@ -204,8 +215,11 @@ impl Kernel {
     /// These tables with what the data path writes read from the maps. Takes the queue of free flows apart:
     /// fill the maps anew before the next run.
     pub fn read(&mut self, tables: &MemoryTables) -> Result<MemoryTables> {
+        let mut flow_index = self.hash::<FlowKey, FlowReference>(map_name::FLOW_INDEX_V6)?;
+        let v4 = self.hash::<FlowKeyV4, FlowReference>(map_name::FLOW_INDEX)?;
+        flow_index.extend(v4.into_iter().map(|(key, reference)| (key.long(), reference)));
         Ok(MemoryTables {
-            flow_index: self.hash::<FlowKey, FlowReference>(map_name::FLOW_INDEX)?,
+            flow_index,
             flows: self.array::<FlowEntry>(map_name::FLOWS)?,
             free_flows: self.drain_free_flows()?,
             group_turns: self.array::<Live>(map_name::GROUP_TURNS)?,
@@ -328,13 +342,13 @@ impl Kernel {
 
     /// Keys are a number of bits and three words.
     fn set_trie<K: Pod, V: Pod>(&mut self, name: &str, entries: &StdHashMap<K, V>) -> Result<()> {
-        let mut trie: LpmTrie<_, [u32; 3], AsPod<V>> = LpmTrie::try_from(self.map(name)?)?;
+        let mut trie: LpmTrie<_, [u32; 5], AsPod<V>> = LpmTrie::try_from(self.map(name)?)?;
         let stale: Vec<_> = trie.keys().collect::<Result<_, _>>()?;
         for key in stale {
             trie.remove(&key)?;
         }
         for (key, value) in entries {
-            let [bits, words @ ..]: [u32; 4] = bytemuck::cast(*key);
+            let [bits, words @ ..]: [u32; 6] = bytemuck::cast(*key);
             trie.insert(&Key::new(bits, words), AsPod(*value), 0)?;
         }
         Ok(())

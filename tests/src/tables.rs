@@ -28,7 +28,7 @@ use forwarder_common::{
         tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
     },
     datapath::{Env, Gauge, Hook, Outcome, Route, Tables, TrafficEvent},
-    wire::{Be16, Ipv4Address, LinkPair, MacAddress},
+    wire::{Be16, IpAddress, LinkPair, MacAddress},
 };
 use forwarder_user::{
     datapath::{attach::AttachmentKind, flows::FlowStore, object::Sizes, packet, times::monotonic_secs},
@@ -41,6 +41,7 @@ use crate::packet::Mac;
 pub const SIZES: Sizes = Sizes {
     flows: 16,
     flow_keys: 24,
+    flow_keys_v6: 24,
     slots: 128,
     groups: 16,
     backends: 16,
@@ -123,7 +124,7 @@ impl MemoryTables {
     /// Tables with the interfaces of [`LINKS`] and this many consecutive SNAT addresses.
     pub fn new(first_snat: Ipv4Addr, snat_count: u32) -> Self {
         let mut tables = Self::default();
-        tables.settings.pool.ranges[0] = SnatRange {
+        tables.settings.pool.v4.runs[0] = SnatRange {
             first: first_snat.into(),
             count: snat_count,
         };
@@ -143,6 +144,8 @@ impl MemoryTables {
                     mac,
                     flags,
                     mtu_bytes: 0,
+                    carrier_ifindex: 0,
+                    vlans: [0; 2],
                 },
             );
         }
@@ -201,7 +204,7 @@ impl MemoryTables {
 
     /// Only clients of this prefix may open flows of a listener, and those of other prefixes added so.
     pub fn admit_source(&mut self, listener: ListenerId, address: Ipv4Addr, bits: u32) {
-        let key = SourceKey::new(listener, address.into(), bits);
+        let key = SourceKey::new(listener, address.into(), IpAddress::V4_PREFIX_BITS + bits);
         self.sources.insert(key, Source { admitted: 1 });
         for entry in self.listener_mut(listener) {
             entry.flags |= listener_flag::SOURCES;
@@ -426,24 +429,22 @@ impl Gauge for Live {
     }
 }
 
+/// Number of bits and the bits of a trie's key.
+fn split_prefix<K: bytemuck::Pod>(key: &K) -> (u32, &[u8]) {
+    let (len, bits) = bytemuck::bytes_of(key).split_at(4);
+    (u32::from_ne_bytes(len.try_into().expect("four bytes")), bits)
+}
+
 /// The value with the longest prefix that the key has. The bits of a prefix stand behind its length.
 fn longest<'t, K: bytemuck::Pod, V>(entries: &'t HashMap<K, V>, key: &K) -> Option<&'t V> {
-    let bits = |key: &K| {
-        let bytes: &[u8] = bytemuck::bytes_of(key);
-        let (len, words) = bytes.split_at(4);
-        let len = u32::from_ne_bytes(len.try_into().expect("four bytes"));
-        (
-            len,
-            u128::from_be_bytes([words, &[0; 4]].concat().try_into().expect("sixteen bytes")),
-        )
-    };
-    let (_, wanted) = bits(key);
+    let bit = |bytes: &[u8], place: u32| bytes[place as usize / 8] >> (7 - place % 8) & 1;
+    let (_, wanted) = split_prefix(key);
     let matching = entries.iter().filter(|(prefix, _)| {
-        let (len, value) = bits(prefix);
-        (value ^ wanted).checked_shr(128 - len).unwrap_or(0) == 0
+        let (len, value) = split_prefix(*prefix);
+        (0..len).all(|place| bit(value, place) == bit(wanted, place))
     });
     matching
-        .max_by_key(|(prefix, _)| bits(prefix).0)
+        .max_by_key(|(prefix, _)| split_prefix(*prefix).0)
         .map(|(_, value)| value)
 }
 
@@ -527,7 +528,11 @@ impl Tables for MemoryTables {
     }
 
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool {
-        let has_room = self.flow_index.len() < self.flow_keys;
+        let keys = self
+            .flow_index
+            .keys()
+            .filter(|other| other.is_v4() == key.is_v4());
+        let has_room = keys.count() < self.flow_keys;
         if !has_room || self.flow_index.contains_key(key) {
             return false;
         }
@@ -545,6 +550,10 @@ impl Tables for MemoryTables {
 
     fn return_flow(&mut self, id: FlowId) {
         self.free_flows.push_back(id);
+    }
+
+    fn now_secs(&mut self) -> u32 {
+        monotonic_secs()
     }
 
     fn count_listener(&mut self, id: ListenerId, event: TrafficEvent) {
@@ -654,10 +663,6 @@ impl Env for MemoryEnv {
     fn route(&mut self, key: &FlowKey) -> Route {
         route(self.ingress_ifindex, key.destination)
     }
-
-    fn now_secs(&mut self) -> u32 {
-        monotonic_secs()
-    }
 }
 
 /// An interface of the gateway in the cases' network.
@@ -739,14 +744,16 @@ fn network(address: Ipv4Addr) -> [u8; 3] {
 }
 
 /// What the kernel's forwarding table says in this network.
-fn route(ingress_ifindex: u32, destination: Ipv4Address) -> Route {
+fn route(ingress_ifindex: u32, destination: IpAddress) -> Route {
     let is_closed = LINKS
         .iter()
         .any(|link| link.ifindex == ingress_ifindex && !link.is_forwarding);
     if is_closed {
         return Route::ForwardingDisabled;
     }
-    let destination = Ipv4Addr::from(destination);
+    let std::net::IpAddr::V4(destination) = destination.to_std() else {
+        return Route::None;
+    };
     let next = if network(destination) == network(BEHIND_ROUTER) {
         ROUTER
     } else {

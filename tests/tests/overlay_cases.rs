@@ -2,9 +2,14 @@
 
 use std::net::{IpAddr, SocketAddrV4};
 
+use bytemuck::Zeroable;
 use forwarder_common::{
     abi::tunnel::{TunnelEndpoint, TunnelEndpointKey, TunnelKind, TunnelPort},
-    datapath::overlay::{self, Inner, Inside},
+    datapath::{
+        Walk,
+        overlay::{self, Inner, Inside},
+        rewrite::Tags,
+    },
     outer::{self, DontFragment, Far},
     wire::{Be16, Be32, IpAddress, LinkPair, MacAddress, checksum::fold, tunnel::vni_word},
 };
@@ -230,16 +235,16 @@ fn encapsulated(frame: &[u8], far: &Far<'_>) -> Vec<u8> {
     let peer = far.peer().expect("a possible tunnel");
     assert_eq!(usize::from(peer.outer_len), far.overhead_bytes());
     let link = LinkPair::new(mac(PEER_MAC), mac(OWN_MAC));
-    overlay::encapsulate(&mut packet, &peer, link, &inner_of(frame)).expect("it fits");
+    overlay::push(&mut packet, &peer, link, Tags::NONE, &inner_of(frame)).expect("it fits");
     packet.bytes
 }
 
 fn recognised(frame: &[u8], tables: &MemoryTables) -> Option<Inside> {
     let mut packet = MemoryPacket::<Native>::new(frame.to_vec());
-    let ethertype = Be16::new(u16::from_be_bytes([frame[12], frame[13]]));
-    let inside = overlay::recognise(&mut packet, tables, ethertype, ETHERNET_LEN);
+    let mut walk = Walk::zeroed();
+    overlay::recognise(&mut packet, tables, &mut walk);
     assert_eq!(packet.bytes, frame, "looking changes nothing");
-    inside
+    Some(walk.inside).filter(Inside::is_tunnel)
 }
 
 #[test]
@@ -279,9 +284,9 @@ fn what_one_end_sends_the_other_recognises_and_strips() {
             );
             assert_eq!(inside.ethertype, Be16::new(0x0800), "{what}");
             let mut packet = MemoryPacket::<Native>::new(out);
-            let link = LinkPair::new(mac(PEER_MAC), mac(OWN_MAC));
-            overlay::strip(&mut packet, inside.network_offset, link, inside.ethertype).unwrap();
-            assert_eq!(packet.bytes[ETHERNET_LEN..], frame[ETHERNET_LEN..], "{what}");
+            overlay::strip(&mut packet, &inside).unwrap();
+            let expected = [&PEER_MAC, &OWN_MAC, &frame[12..]].concat();
+            assert_eq!(hex(&packet.bytes), hex(&expected), "{what}");
         }
     }
 }
@@ -430,7 +435,7 @@ fn linux_nests_ipv6_tunnels_with_a_limit() {
     };
     assert_eq!(hex(&encapsulated(&frame, &far)), hex(&expected.around(&frame)));
     let inside = recognised(&expected.around(&frame), &tunnel.receiver(V6)).unwrap();
-    assert_eq!(inside.network_offset, ETHERNET_LEN + 48);
+    assert_eq!(inside.network_offset as usize, ETHERNET_LEN + 48);
 }
 
 #[test]
@@ -507,11 +512,10 @@ fn congestion_is_heard_behind_the_tunnel() {
         for (outer_ecn, expected) in (0..).zip(row) {
             let frame = patched_tos(&inner_packets()[0].1.build(), 0xb8 | inner);
             let inside = Inside {
-                network_offset: ETHERNET_LEN,
+                network_offset: ETHERNET_LEN as u32,
                 ethertype: Be16::new(0x0800),
                 outer_tos: outer_ecn,
-                ifindex: 0,
-                mtu_bytes: 0,
+                ..Inside::zeroed()
             };
             let may_leave = overlay::check_congestion(0xb8 | inner, outer_ecn).is_ok();
             assert_eq!(may_leave, expected.is_some(), "{inner} in {outer_ecn}");
@@ -546,7 +550,7 @@ fn source_ports_stay_in_their_range_and_spread() {
             ..inner_of(&frame)
         };
         let link = LinkPair::new(mac(PEER_MAC), mac(OWN_MAC));
-        overlay::encapsulate(&mut packet, &peer, link, &inner).unwrap();
+        overlay::push(&mut packet, &peer, link, Tags::NONE, &inner).unwrap();
         seen.insert(u16::from_be_bytes([packet.bytes[34], packet.bytes[35]]));
     }
     assert_eq!(Vec::from_iter(seen), [50000, 50001, 50002, 50003]);

@@ -181,7 +181,7 @@ proptest! {
         let mut world = cases::world();
         // Our own addresses open no flow; the cases say so.
         let source = Ipv4Address::from(*client.ip());
-        prop_assume!(!world.settings.pool.contains(source) && !world.vips.contains_key(&VipKey { address: source }));
+        prop_assume!(!world.settings.pool.contains(source.into()) && !world.vips.contains_key(&VipKey { address: source.into() }));
         let request = service.request(client);
         let (outcome, there) = world.forward(Program::Native, 11, &request);
         prop_assert!(matches!(outcome.reason, Reason::REQUEST_FORWARDED | Reason::REQUEST_TO_STACK));

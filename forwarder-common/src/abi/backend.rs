@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::wire::{Be16, Ipv4Address};
+use crate::wire::{Be16, IpAddress};
 
 /// Index of a group in the group table.
 #[repr(transparent)]
@@ -60,9 +60,10 @@ pub struct BackendGroup {
     pub selection: Selection,
     /// For how long a client's next flow goes where its last one went; zero: it does not.
     pub persistence_secs: u32,
-    /// Clients are the same whose addresses share so many leading bits, 1 to 32.
-    pub persistence_bits: u32,
-    pub reserved: u32,
+    /// Clients are the same whose IPv4 addresses share so many leading bits, 1 to 32.
+    pub persistence_bits_v4: u32,
+    /// The same of IPv6, 1 to 128.
+    pub persistence_bits_v6: u32,
 }
 
 /// Whether a backend takes new flows.
@@ -82,10 +83,10 @@ impl BackendState {
 }
 
 /// A server.
-#[repr(C, align(8))]
+#[repr(C, align(4))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct Backend {
-    pub address: Ipv4Address,
+    pub address: IpAddress,
     /// Zero: the port that the client asked for.
     pub port: Be16,
     pub state: BackendState,

@@ -10,23 +10,69 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{backend::BackendId, listener::ListenerId};
-use crate::wire::{Be16, Be32, Ipv4Address, LinkPair};
+use crate::wire::{Be16, Be32, IpAddress, Ipv4Address, LinkPair};
 
 /// Index in the flow table.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default, Pod, Zeroable)]
 pub struct FlowId(pub u32);
 
-/// Key of the flow index: the 5-tuple as it stands in the packet.
+/// The 5-tuple as it stands in the packet; of IPv6 the key of the flow index.
 #[repr(C, align(8))]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Pod, Zeroable)]
 pub struct FlowKey {
-    pub source: Ipv4Address,
-    pub destination: Ipv4Address,
+    pub source: IpAddress,
+    pub destination: IpAddress,
     pub source_port: Be16,
     pub destination_port: Be16,
     /// IP protocol number; 32 bits wide because a key has no bytes to spare for padding.
     pub protocol: u32,
+}
+
+impl FlowKey {
+    /// Is it of IPv4? Then [`Self::v4`] is its key in the flow index.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.source.is_v4()
+    }
+
+    /// The short form.
+    #[inline(always)]
+    pub const fn v4(&self) -> FlowKeyV4 {
+        FlowKeyV4 {
+            source: self.source.low(),
+            destination: self.destination.low(),
+            source_port: self.source_port,
+            destination_port: self.destination_port,
+            protocol: self.protocol,
+        }
+    }
+}
+
+/// A 5-tuple of IPv4 in 16 bytes: key of its own flow index, as the cost of a lookup grows with the key.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
+pub struct FlowKeyV4 {
+    pub source: Ipv4Address,
+    pub destination: Ipv4Address,
+    pub source_port: Be16,
+    pub destination_port: Be16,
+    /// IP protocol number.
+    pub protocol: u32,
+}
+
+impl FlowKeyV4 {
+    /// The long form.
+    #[inline(always)]
+    pub const fn long(&self) -> FlowKey {
+        FlowKey {
+            source: IpAddress::from_v4(self.source),
+            destination: IpAddress::from_v4(self.destination),
+            source_port: self.source_port,
+            destination_port: self.destination_port,
+            protocol: self.protocol,
+        }
+    }
 }
 
 /// Value of the flow index.
@@ -56,10 +102,10 @@ impl Direction {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct FlowBinding {
-    pub client: Ipv4Address,
-    pub vip: Ipv4Address,
-    pub snat: Ipv4Address,
-    pub backend: Ipv4Address,
+    pub client: IpAddress,
+    pub vip: IpAddress,
+    pub snat: IpAddress,
+    pub backend: IpAddress,
     pub client_port: Be16,
     pub vip_port: Be16,
     pub snat_port: Be16,
@@ -92,6 +138,16 @@ impl FlowBinding {
             destination_port: self.snat_port,
             protocol: self.protocol,
         }
+    }
+
+    /// Do replies of both arrive with the same 5-tuple?
+    #[inline(always)]
+    pub fn has_replies_of(&self, other: &Self) -> bool {
+        self.backend == other.backend
+            && self.snat == other.snat
+            && self.backend_port == other.backend_port
+            && self.snat_port == other.snat_port
+            && self.protocol == other.protocol
     }
 
     /// Does a reply arrive at the client's own address? Then it needs a key in the flow index.
@@ -147,10 +203,15 @@ pub struct NextHop {
     pub kind: HopKind,
     /// Hook that looked it up (`datapath::Hook`); another hook asks anew, as it can send differently.
     pub hook: u8,
-    pub reserved: u16,
+    /// Largest IP packet that the egress interface carries, in bytes; zero: unknown, or more than 16 bits say.
+    pub mtu_bytes: u16,
+    /// The tunnel peer that packets are encapsulated for (`abi::tunnel::PeerId`); zero: none.
+    pub peer: u32,
+    /// VLAN identifiers that frames leave with, the outer one first; zero: none.
+    pub vlans: [u16; 2],
 }
 
-/// One flow. 128 bytes: two cache lines, requests read the first.
+/// One flow. 192 bytes: three cache lines; what a packet is compared with stands in the first.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct FlowEntry {
@@ -182,7 +243,7 @@ pub struct FlowEntry {
     pub reply_packets: u32,
 }
 
-const _: () = assert!(size_of::<FlowEntry>() == 128);
+const _: () = assert!(size_of::<FlowEntry>() == 192);
 
 #[cfg(test)]
 mod tests {
@@ -191,12 +252,12 @@ mod tests {
     #[test]
     fn a_dnat_binding_is_told_by_its_client_address() {
         let mut binding = FlowBinding::zeroed();
-        binding.client = Ipv4Address::new([192, 0, 2, 7]);
+        binding.client = Ipv4Address::new([192, 0, 2, 7]).into();
         binding.client_port = Be16::new(5000);
         binding.snat = binding.client;
         binding.snat_port = binding.client_port;
         assert!(binding.is_dnat());
-        binding.snat = Ipv4Address::new([100, 64, 0, 2]);
+        binding.snat = Ipv4Address::new([100, 64, 0, 2]).into();
         assert!(!binding.is_dnat());
         assert_eq!(binding.reply_key().destination, binding.snat);
     }

@@ -17,6 +17,8 @@ pub mod flag {
     pub const SEND_NATIVE: u16 = 1;
     /// Frames may leave through this interface straight from generic XDP.
     pub const SEND_GENERIC: u16 = 2;
+    /// Its frames begin with IP: TUN, WireGuard, IPIP and the like.
+    pub const NO_LINK_HEADER: u16 = 4;
 }
 
 /// Value of the interface table.
@@ -28,4 +30,8 @@ pub struct Interface {
     pub flags: u16,
     /// Largest IP packet in bytes; zero: unknown.
     pub mtu_bytes: u32,
+    /// Of a VLAN device: the interface that carries its frames; else zero.
+    pub carrier_ifindex: u32,
+    /// Its VLAN identifiers, the outer one first; zero: none.
+    pub vlans: [u16; 2],
 }

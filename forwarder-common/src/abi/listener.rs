@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::backend::GroupId;
-use crate::wire::{Be16, Be32, Ipv4Address};
+use crate::wire::{Be16, Be32, IpAddress};
 
 /// Index of a listener in the counter table; stable while the agent runs.
 #[repr(transparent)]
@@ -11,25 +11,23 @@ use crate::wire::{Be16, Be32, Ipv4Address};
 pub struct ListenerId(pub u32);
 
 /// Key of the listener table.
-#[repr(C, align(8))]
+#[repr(C, align(4))]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
 pub struct ListenerKey {
-    pub vip: Ipv4Address,
+    pub vip: IpAddress,
     pub port: Be16,
     /// IP protocol number.
-    pub protocol: u8,
-    pub reserved: u8,
+    pub protocol: Be16,
 }
 
 impl ListenerKey {
     /// The key of a listener on one port.
     #[inline(always)]
-    pub const fn new(vip: Ipv4Address, port: Be16, protocol: u8) -> Self {
+    pub const fn new(vip: IpAddress, port: Be16, protocol: u8) -> Self {
         Self {
             vip,
             port,
-            protocol,
-            reserved: 0,
+            protocol: Be16::new(protocol as u16),
         }
     }
 }
@@ -59,27 +57,24 @@ pub mod listener_flag {
 pub struct ListenerRangeKey {
     /// How many of the bits behind this field count.
     pub prefix_bits: u32,
-    pub vip: Ipv4Address,
+    pub vip: IpAddress,
     /// IP protocol number.
     pub protocol: Be16,
     pub port: Be16,
-    /// Beyond every prefix.
-    pub reserved: u32,
 }
 
 impl ListenerRangeKey {
     /// The bits of VIP, protocol and port: those of a packet's key.
-    pub const BITS: u32 = 64;
+    pub const BITS: u32 = IpAddress::BITS + 32;
 
     /// The key of the ports that share their first `port_bits` bits with `port`.
     #[inline(always)]
-    pub const fn new(vip: Ipv4Address, protocol: u8, port: Be16, port_bits: u32) -> Self {
+    pub const fn new(vip: IpAddress, protocol: u8, port: Be16, port_bits: u32) -> Self {
         Self {
             prefix_bits: Self::BITS - 16 + port_bits,
             vip,
             protocol: Be16::new(protocol as u16),
             port,
-            reserved: 0,
         }
     }
 }
@@ -92,20 +87,17 @@ pub struct SourceKey {
     pub prefix_bits: u32,
     /// The listener's id.
     pub listener: Be32,
-    pub address: Ipv4Address,
-    /// Beyond every prefix.
-    pub reserved: u32,
+    pub address: IpAddress,
 }
 
 impl SourceKey {
-    /// The key of the addresses that share their first `address_bits` bits with `address`.
+    /// The key of the addresses that share their first `address_bits` of 128 bits with `address`.
     #[inline(always)]
-    pub const fn new(listener: ListenerId, address: Ipv4Address, address_bits: u32) -> Self {
+    pub const fn new(listener: ListenerId, address: IpAddress, address_bits: u32) -> Self {
         Self {
             prefix_bits: 32 + address_bits,
             listener: Be32::new(listener.0),
             address,
-            reserved: 0,
         }
     }
 }
@@ -122,7 +114,7 @@ pub struct Source {
 #[repr(C, align(4))]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
 pub struct VipKey {
-    pub address: Ipv4Address,
+    pub address: IpAddress,
 }
 
 /// Value of the VIP table.

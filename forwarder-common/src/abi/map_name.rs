@@ -20,8 +20,10 @@ pub const GROUP_TURNS: &str = "GROUP_TURNS";
 pub const PERSISTENCE: &str = "PERSISTENCE";
 /// Array of `Backend`.
 pub const BACKENDS: &str = "BACKENDS";
-/// Hash from `FlowKey` to `FlowReference`.
+/// Hash from `FlowKeyV4` to `FlowReference`.
 pub const FLOW_INDEX: &str = "FLOW_INDEX";
+/// Hash from `FlowKey` to `FlowReference`, for IPv6.
+pub const FLOW_INDEX_V6: &str = "FLOW_INDEX_V6";
 /// Array of `FlowEntry`, mapped into the agent's memory.
 pub const FLOWS: &str = "FLOWS";
 /// Queue of free `FlowId`; the agent fills it with all there are.
@@ -44,6 +46,8 @@ pub const BACKEND_LIVE: &str = "BACKEND_LIVE";
 pub const LISTENER_COUNTERS: &str = "LISTENER_COUNT";
 /// Per-CPU array of `TrafficCounters` by `BackendId`.
 pub const BACKEND_COUNTERS: &str = "BACKEND_COUNT";
+/// Per-CPU array of one `datapath::Walk`: what stages hand on.
+pub const WALK: &str = "WALK";
 /// Per-CPU array of `ReasonCounters` by `Reason`.
 pub const REASON_COUNTERS: &str = "REASON_COUNT";
 

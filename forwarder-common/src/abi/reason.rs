@@ -75,13 +75,13 @@ reasons! {
     5 ECHO_ANSWERED "echo_answered" Send
         "An ICMP echo request to a VIP was answered." "";
     6 NOT_IP "not_ip" Pass
-        "The frame is neither IPv4 nor an ARP request for us." "";
+        "The frame is neither IP nor a question for the link address of one of our addresses." "";
     7 NOT_OURS "not_ours" Pass
         "No listener, flow or SNAT address has the packet's destination." "";
     8 NO_LISTENER "no_listener" Pass
         "The destination is a VIP, but no listener has this port and protocol." "Add a listener, or ignore it: port scans end here.";
     9 FRAGMENT "fragment" Pass
-        "The packet is an IPv4 fragment; fragments are not forwarded yet." "Lower the sender's MTU, or use TCP.";
+        "The packet is a fragment; fragments are not forwarded yet." "Lower the sender's MTU, or use TCP.";
     10 TRUNCATED "truncated" Pass
         "A header is cut short, or a length field claims more than there is." "";
     11 UNSUPPORTED_PROTOCOL "unsupported_protocol" Pass
@@ -114,8 +114,18 @@ reasons! {
         "The listener has as many flows as it may have." "Raise the listener's `max_flows`.";
     25 BACKEND_LIMIT "backend_limit" Refuse
         "Every backend that could take the flow has as many as it may have." "Raise the backends' `max_flows`, or add backends.";
-    26 CONGESTION_UNHEARD "congestion_unheard" Drop
+    26 MARTIAN "martian" Pass
+        "An IPv6 packet has an IPv4-mapped address, which is not for the wire (RFC 6890)." "Look for its sender: it is broken, or forges.";
+    27 EXTENSION_HEADER "extension_header" Pass
+        "An IPv6 packet has a routing header, IPsec, mobility, or more than three headers of options, which are not translated." "Send without them, or to the backend directly.";
+    28 NEIGHBOUR_ANSWERED "neighbour_answered" Send
+        "An IPv6 neighbour solicitation for a VIP or an SNAT address was answered." "";
+    29 TOO_BIG "too_big" Refuse
+        "The packet does not fit the way to its destination and may not be fragmented; its sender was told the largest size that does." "Nothing, unless it repeats for one sender: then something on its side drops ICMP.";
+    30 CONGESTION_UNHEARD "congestion_unheard" Drop
         "A packet came out of a tunnel whose network marked congestion, and its sender does not look at such marks (RFC 6040)." "Relieve the network that carries the tunnel.";
+    31 TUNNEL_TO_STACK "tunnel_to_stack" Pass
+        "A packet inside a native tunnel belongs to no flow yet, or to none of ours: the kernel's device takes it out." "";
 }
 
 impl Reason {
@@ -132,6 +142,7 @@ impl Reason {
                 | Self::FLOW_TABLE_FULL
                 | Self::LISTENER_LIMIT
                 | Self::BACKEND_LIMIT
+                | Self::TOO_BIG
         )
     }
 

@@ -11,69 +11,71 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::flow::FlowId;
-use crate::wire::{Be16, Ipv4Address};
+use crate::wire::{Be16, IpAddress};
 
 /// Ports below are left to services (RFC 6056 §3.2 starts at 1024 as well).
 pub const FIRST_PORT: u16 = 1024;
 /// Ports 1024 to 65535.
 pub const PORTS_PER_ADDRESS: u32 = 65536 - FIRST_PORT as u32;
-/// Most runs of addresses a pool consists of: the data path looks at them one by one.
+/// Most runs of addresses a family has in the pool: the data path looks at them one by one.
 pub const MAX_RANGES: usize = 8;
 
 /// A run of consecutive addresses.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 pub struct SnatRange {
-    /// `Ipv4Address::number` of the first address.
-    pub first: u32,
-    /// Number of addresses; zero: unused, as are all after it.
+    pub first: IpAddress,
+    /// Number of addresses, which differ in the last four octets only; zero: unused, as are all after it.
     pub count: u32,
 }
 
-/// The pool as a list of runs.
+/// The pool as a list of runs for each family.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 pub struct SnatPool {
-    pub ranges: [SnatRange; MAX_RANGES],
+    pub v4: SnatRanges,
+    pub v6: SnatRanges,
+}
+
+/// The pool's addresses of one family.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct SnatRanges {
+    pub runs: [SnatRange; MAX_RANGES],
 }
 
 /// One (address, port) of the pool.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SnatBinding {
-    pub address: Ipv4Address,
+    pub address: IpAddress,
     pub port: Be16,
 }
 
 impl SnatPool {
-    /// The pair that the flow `id` holds; `None` when the pool is smaller than that.
     #[inline(always)]
-    pub fn binding(&self, id: FlowId) -> Option<SnatBinding> {
-        let mut address_index = id.0 / PORTS_PER_ADDRESS;
-        let port = FIRST_PORT + (id.0 % PORTS_PER_ADDRESS) as u16;
-        for range in &self.ranges {
-            if address_index < range.count {
-                let address = Ipv4Address::from_number(range.first.wrapping_add(address_index));
-                return Some(SnatBinding {
-                    address,
-                    port: Be16::new(port),
-                });
-            }
-            address_index -= range.count;
-        }
-        None
+    const fn ranges(&self, is_v4: bool) -> &SnatRanges {
+        if is_v4 { &self.v4 } else { &self.v6 }
+    }
+
+    /// The pair of a family that the flow `id` holds; `None` when the pool is smaller than that.
+    #[inline(always)]
+    pub fn binding(&self, id: FlowId, is_v4: bool) -> Option<SnatBinding> {
+        self.ranges(is_v4).binding(id)
     }
 
     /// Is this an address of the pool?
     #[inline(always)]
-    pub fn contains(&self, address: Ipv4Address) -> bool {
-        self.address_index(address).is_some()
+    pub fn contains(&self, address: IpAddress) -> bool {
+        self.ranges(address.is_v4()).address_index(address).is_some()
     }
 
     /// The flow that holds this pair: `None` when the address is not of the pool, `Some(None)` when it is but
     /// no flow can hold this port.
     #[inline(always)]
     pub fn flow(&self, binding: SnatBinding) -> Option<Option<FlowId>> {
-        let address_index = self.address_index(binding.address)?;
+        let address_index = self
+            .ranges(binding.address.is_v4())
+            .address_index(binding.address)?;
         let port = binding.port.get();
         if port < FIRST_PORT {
             return Some(None);
@@ -82,20 +84,38 @@ impl SnatPool {
             address_index * PORTS_PER_ADDRESS + u32::from(port - FIRST_PORT),
         )))
     }
+}
+
+impl SnatRanges {
+    #[inline(always)]
+    fn binding(&self, id: FlowId) -> Option<SnatBinding> {
+        let mut address_index = id.0 / PORTS_PER_ADDRESS;
+        let port = FIRST_PORT + (id.0 % PORTS_PER_ADDRESS) as u16;
+        for run in &self.runs {
+            if address_index < run.count {
+                return Some(SnatBinding {
+                    address: run.first.plus(address_index),
+                    port: Be16::new(port),
+                });
+            }
+            address_index -= run.count;
+        }
+        None
+    }
 
     #[inline(always)]
-    fn address_index(&self, address: Ipv4Address) -> Option<u32> {
-        let number = address.number();
+    fn address_index(&self, address: IpAddress) -> Option<u32> {
         let mut before = 0;
-        for range in &self.ranges {
-            if range.count == 0 {
+        for run in &self.runs {
+            if run.count == 0 {
                 return None;
             }
-            let offset = number.wrapping_sub(range.first);
-            if offset < range.count {
+            if let Some(offset) = address.offset_from(run.first)
+                && offset < run.count
+            {
                 return Some(before + offset);
             }
-            before += range.count;
+            before += run.count;
         }
         None
     }
@@ -103,43 +123,62 @@ impl SnatPool {
 
 #[cfg(test)]
 mod tests {
+    use core::net::{Ipv4Addr, Ipv6Addr};
+
     use proptest::prelude::*;
 
     use super::*;
 
+    fn v4(octets: [u8; 4]) -> IpAddress {
+        Ipv4Addr::from(octets).into()
+    }
+
+    fn v6(last: u16) -> IpAddress {
+        Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, last).into()
+    }
+
     fn pool() -> SnatPool {
         let mut pool = SnatPool::default();
-        pool.ranges[0] = SnatRange {
-            first: Ipv4Address::new([100, 64, 0, 2]).number(),
+        pool.v4.runs[0] = SnatRange {
+            first: v4([100, 64, 0, 2]),
             count: 61,
         };
-        pool.ranges[1] = SnatRange {
-            first: Ipv4Address::new([100, 64, 8, 0]).number(),
+        pool.v4.runs[1] = SnatRange {
+            first: v4([100, 64, 8, 0]),
             count: 3,
+        };
+        pool.v6.runs[0] = SnatRange {
+            first: v6(1),
+            count: 64,
         };
         pool
     }
 
     #[test]
-    fn the_first_number_is_the_first_address_and_port() {
-        let first = SnatBinding {
-            address: Ipv4Address::new([100, 64, 0, 2]),
-            port: Be16::new(1024),
-        };
-        assert_eq!(pool().binding(FlowId(0)), Some(first));
+    fn the_first_number_is_the_first_address_and_port_of_each_family() {
+        for (is_v4, address) in [(true, v4([100, 64, 0, 2])), (false, v6(1))] {
+            let first = SnatBinding {
+                address,
+                port: Be16::new(1024),
+            };
+            assert_eq!(pool().binding(FlowId(0), is_v4), Some(first));
+        }
     }
 
     #[test]
     fn addresses_beside_the_runs_are_not_of_the_pool() {
         for octets in [[100, 64, 0, 1], [100, 64, 0, 63], [100, 64, 8, 3], [0, 0, 0, 0]] {
-            assert!(!pool().contains(Ipv4Address::new(octets)), "{octets:?}");
+            assert!(!pool().contains(v4(octets)), "{octets:?}");
         }
+        assert!(!pool().contains(v6(0)) && pool().contains(v6(64)) && !pool().contains(v6(65)));
+        let elsewhere = Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, 1);
+        assert!(!pool().contains(elsewhere.into()));
     }
 
     #[test]
     fn a_reserved_port_of_the_pool_is_ours_but_nobody_s() {
         let binding = SnatBinding {
-            address: Ipv4Address::new([100, 64, 8, 1]),
+            address: v4([100, 64, 8, 1]),
             port: Be16::new(1023),
         };
         assert_eq!(pool().flow(binding), Some(None));
@@ -147,8 +186,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_number_has_one_pair_and_every_pair_one_number(id in 0u32..70 * PORTS_PER_ADDRESS) {
-            match pool().binding(FlowId(id)) {
+        fn every_number_has_one_pair_and_every_pair_one_number(id in 0u32..70 * PORTS_PER_ADDRESS, is_v4: bool) {
+            match pool().binding(FlowId(id), is_v4) {
                 Some(binding) => prop_assert_eq!(pool().flow(binding), Some(Some(FlowId(id)))),
                 None => prop_assert!(id >= 64 * PORTS_PER_ADDRESS),
             }

@@ -7,7 +7,10 @@ use crate::{
         reason::Reason,
         settings::Settings,
     },
-    wire::tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN},
+    wire::{
+        IpAddress,
+        tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN},
+    },
 };
 
 /// Is this the first segment of a TCP connection (RFC 9293 §3.5)?
@@ -43,7 +46,7 @@ pub fn refuse_own_source<T: Tables>(tables: &T, settings: &Settings, frame: &Fra
 #[inline(always)]
 pub fn admit_source<T: Tables>(tables: &T, listener: &Listener, frame: &Frame) -> Result<(), Stop> {
     if listener.flags & listener_flag::SOURCES != 0
-        && !tables.is_source_admitted(&SourceKey::new(listener.id, frame.key.source, 32))
+        && !tables.is_source_admitted(&SourceKey::new(listener.id, frame.key.source, IpAddress::BITS))
     {
         return Err(Stop::drop(Reason::SOURCE_NOT_ALLOWED));
     }

@@ -3,7 +3,7 @@
 //! So none of them has to be an address of the host: the stack never takes a packet to one for its own, never
 //! answers one with a reset, and never calls a source one "martian". Requests for other addresses pass.
 
-use super::{Outcome, Packet, Stop, Tables, Verdict};
+use super::{Outcome, Packet, Stop, Tables, Verdict, parse::Frame};
 use crate::{
     abi::{
         interface::{Interface, InterfaceKey},
@@ -12,7 +12,7 @@ use crate::{
         settings::Settings,
     },
     wire::{
-        LinkPair, WireHeader,
+        IpAddress, LinkPair,
         arp::{ArpPacket, HARDWARE_ETHERNET, OPERATION_REPLY, OPERATION_REQUEST},
         ethernet::{ETHERTYPE_IPV4, EthernetHeader},
     },
@@ -24,9 +24,10 @@ pub fn answer<P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     settings: &Settings,
+    frame: &Frame,
     ifindex: u32,
 ) -> Result<Outcome, Stop> {
-    let arp = packet.header::<ArpPacket>(EthernetHeader::LEN)?;
+    let arp = packet.header::<ArpPacket>(frame.network_offset as usize)?;
     let asked = arp.target_address;
     let is_request = { arp.operation } == OPERATION_REQUEST
         && { arp.hardware_type } == HARDWARE_ETHERNET
@@ -35,14 +36,15 @@ pub fn answer<P: Packet, T: Tables>(
         && arp.protocol_len == 4
         // A sender that asks for its own address announces it, or looks for a duplicate of ours.
         && { arp.sender_address } != asked;
-    let is_ours = tables.vip(&VipKey { address: asked }).is_some() || settings.pool.contains(asked);
+    let address = IpAddress::from_v4(asked);
+    let is_ours = tables.vip(&VipKey { address }).is_some() || settings.pool.contains(address);
     if !is_request || !is_ours {
         return Err(Stop::pass(Reason::NOT_IP));
     }
     let Some(Interface { mac, .. }) = tables.interface(&InterfaceKey { ifindex }).copied() else {
         return Err(Stop::pass(Reason::NOT_IP));
     };
-    let arp = packet.header::<ArpPacket>(EthernetHeader::LEN)?;
+    let arp = packet.header::<ArpPacket>(frame.network_offset as usize)?;
     let (asker_mac, asker) = (arp.sender_mac, arp.sender_address);
     arp.operation = OPERATION_REPLY;
     arp.target_mac = asker_mac;

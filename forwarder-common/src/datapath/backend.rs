@@ -1,14 +1,10 @@
 //! Which backend serves a new flow: the one that served its client before, or one from the group's table.
 
-use super::{Env, Gauge as _, Stop, Tables, hash, persistence, quota};
-use crate::{
-    abi::{
-        backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, Selection},
-        flow::FlowKey,
-        reason::Reason,
-        settings::Settings,
-    },
-    wire::Ipv4Address,
+use super::{Gauge as _, Stop, Tables, Walk, hash, persistence, quota};
+use crate::abi::{
+    backend::{BackendId, BackendState, GroupId, Selection},
+    reason::Reason,
+    settings::Settings,
 };
 
 /// How many slots are tried before giving up. The agent takes a failed backend out of the table; until it has,
@@ -26,25 +22,19 @@ pub const BROKEN: Found = -3;
 
 /// A backend that takes new flows and has room for one.
 #[inline(always)]
-pub fn select<T: Tables, E: Env>(
-    tables: &mut T,
-    env: &mut E,
-    settings: &Settings,
-    group_id: GroupId,
-    group: &BackendGroup,
-    key: &FlowKey,
-) -> Result<(BackendId, Backend), Stop> {
+pub fn select<T: Tables>(tables: &mut T, settings: &Settings, walk: &Walk) -> Result<BackendId, Stop> {
+    let key = &walk.frame.key;
+    let group = tables
+        .group(walk.listener.group)
+        .ok_or(Stop::drop(Reason::INTERNAL))?;
+    let has_persistence = group.persistence_secs != 0;
     let hash = if group.selection == Selection::SOURCE_IP {
         hash::source_hash(key.source, settings.hash_seed)
     } else {
         hash::flow_hash(key, settings.hash_seed)
     };
-    let now_secs = if group.persistence_secs == 0 {
-        0
-    } else {
-        env.now_secs()
-    };
-    let found = tables.choose(group_id, hash, key.source, now_secs);
+    let now_secs = if has_persistence { tables.now_secs() } else { 0 };
+    let found = tables.choose(walk, hash, now_secs);
     if found < 0 {
         return Err(Stop::drop(match found {
             NONE => Reason::NO_BACKEND,
@@ -52,24 +42,17 @@ pub fn select<T: Tables, E: Env>(
             _ => Reason::INTERNAL,
         }));
     }
-    let id = BackendId(found as u32);
-    let backend = *tables.backend(id).ok_or(Stop::drop(Reason::INTERNAL))?;
-    Ok((id, backend))
+    Ok(BackendId(found as u32))
 }
 
-/// Chooses a backend of a group; see [`Found`].
+/// Chooses a backend of the group of the walk's listener for the client of its frame; see [`Found`].
 ///
 /// Numbers in, one out: so the kernel can run it, and the searches below, as functions that its verifier looks at
 /// once, and not once for each way that leads there. Their stack is short, too, so each step looks up the group for
 /// itself, which costs a nanosecond, instead of keeping a copy.
 #[inline(always)]
-pub fn choose<T: Tables>(
-    tables: &mut T,
-    id: GroupId,
-    hash: u32,
-    client: Ipv4Address,
-    now_secs: u32,
-) -> Found {
+pub fn choose<T: Tables>(tables: &mut T, walk: &Walk, hash: u32, now_secs: u32) -> Found {
+    let (id, client) = (walk.listener.group, &walk.frame.key.source);
     let found = persistence::recall(tables, id, client, now_secs);
     if found >= 0 {
         return found;

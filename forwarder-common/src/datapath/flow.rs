@@ -1,13 +1,13 @@
 //! Flows: find the one a packet belongs to, open one, keep it up to date.
 
-use super::{Stop, Tables, admission, parse::Frame, rewrite::Rewrite, tcp_state::Phase};
+use bytemuck::{Pod, Zeroable};
+
+use super::{Stop, Tables, Walk, admission, parse::Frame, rewrite::Rewrite, tcp_state::Phase};
 use crate::{
     abi::{
         backend::{BackendId, BackendState},
-        flow::{
-            Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents,
-        },
-        listener::{Listener, ListenerId},
+        flow::{Direction, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents},
+        listener::ListenerId,
         reason::Reason,
         settings::Settings,
         snat::SnatBinding,
@@ -19,8 +19,8 @@ use crate::{
 };
 
 /// What a packet of a flow needs from its entry: a copy, so that no table stays borrowed.
-#[repr(align(8))]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct Hit {
     pub id: FlowId,
     pub direction: Direction,
@@ -29,6 +29,7 @@ pub struct Hit {
     /// Non-zero: the backend's first answer to what opened the flow: of TCP the first SYN or reset, as a host that has
     /// remains of an older connection acknowledges a SYN before it decides (RFC 9293 §3.10.7.4).
     pub is_first_answer: u32,
+    pub reserved: u32,
     pub rewrite: Rewrite,
     pub hop: NextHop,
 }
@@ -36,8 +37,8 @@ pub struct Hit {
 /// What `lookup` found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Found {
-    /// The packet belongs to this flow.
-    Hit(Hit),
+    /// The packet belongs to a flow, and the walk has its [`Hit`].
+    Hit,
     /// The packet opens a TCP connection in place of one that has ended, or is ending: of two FINs that pass on two
     /// CPUs at once one may go unrecorded, and a client that has one outstanding sends no SYN from that port. The new one takes over the entry and
     /// its binding: the client's own clock and sequence numbers tell the backend old from new (RFC 6191),
@@ -67,7 +68,8 @@ impl Found {
 /// [`Reason::NO_FLOW`] for a packet to an SNAT address that belongs to no flow: it must not reach the stack,
 /// which would answer a stranger's reply with a reset.
 #[inline(always)]
-pub fn lookup<T: Tables>(tables: &mut T, settings: &Settings, frame: &Frame) -> Result<Found, Stop> {
+pub fn lookup<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<Found, Stop> {
+    let Walk { frame, hit, .. } = walk;
     let binding = SnatBinding {
         address: frame.key.destination,
         port: frame.key.destination_port,
@@ -78,20 +80,20 @@ pub fn lookup<T: Tables>(tables: &mut T, settings: &Settings, frame: &Frame) -> 
             id: id.ok_or(no_flow)?,
             direction: Direction::REPLY,
         };
-        return match touch(tables, reference, frame) {
+        return match touch(tables, reference, frame, hit) {
             Found::Nothing => Err(no_flow),
             found => Ok(found),
         };
     }
     match tables.flow_reference(&frame.key) {
-        Some(reference) => Ok(touch(tables, reference, frame)),
+        Some(reference) => Ok(touch(tables, reference, frame, hit)),
         None => Ok(Found::Nothing),
     }
 }
 
 /// Marks the flow as seen, counts the packet, follows TCP.
 #[inline(always)]
-fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> Found {
+fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame, hit: &mut Hit) -> Found {
     let FlowReference { id, direction } = reference;
     let is_request = direction == Direction::REQUEST;
     let is_opening = is_request && frame.is_tcp() && admission::is_opening(frame);
@@ -140,19 +142,18 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame) -> 
         entry.reply_packets = entry.reply_packets.wrapping_add(1);
         entry.reply_bytes = entry.reply_bytes.wrapping_add(bytes);
     }
-    Found::Hit(Hit {
-        id,
-        direction,
-        listener: entry.listener,
-        backend: entry.backend,
-        is_first_answer: u32::from(is_first_answer),
-        rewrite: Rewrite::of(entry, direction),
-        hop: if is_request {
-            entry.request_hop
-        } else {
-            entry.reply_hop
-        },
-    })
+    hit.id = id;
+    hit.direction = direction;
+    hit.listener = entry.listener;
+    hit.backend = entry.backend;
+    hit.is_first_answer = u32::from(is_first_answer);
+    hit.rewrite.set(entry, direction);
+    hit.hop = if is_request {
+        entry.request_hop
+    } else {
+        entry.reply_hop
+    };
+    Found::Hit
 }
 
 /// Does a flow without an answer wait for a backend that takes no new flows?
@@ -170,81 +171,90 @@ fn is_stranded<T: Tables>(tables: &mut T, id: FlowId) -> bool {
 
 /// Opens a flow with its first packet: both directions or neither.
 ///
-/// `ended` is the entry to take over, see [`Found::Ended`]; its request key is in the flow index already.
+/// `ended` is true where the entry is taken over, see [`Found::Ended`]; its request key is in the flow index already.
 #[inline(always)]
 pub fn open<T: Tables>(
     tables: &mut T,
     id: FlowId,
     ended: bool,
-    binding: &FlowBinding,
-    listener: &Listener,
     backend: BackendId,
-    frame: &Frame,
-) -> Result<Hit, Stop> {
+    walk: &mut Walk,
+) -> Result<(), Stop> {
+    let Walk {
+        frame,
+        listener,
+        hit,
+        binding,
+        key,
+        ..
+    } = walk;
     let (address_delta, port_delta) = Rewrite::deltas(binding);
     let entry = tables.flow(id).ok_or(Stop::drop(Reason::INTERNAL))?;
-    let previous = entry.binding;
-    *entry = FlowEntry {
-        binding: *binding,
-        state: FlowState::LIVE,
-        seen: 1,
-        tcp: TcpEvents::default().after(Direction::REQUEST, frame.tcp_flags),
-        counted: 1,
-        listener: listener.id,
-        backend,
-        address_delta: address_delta.folded(),
-        port_delta: port_delta.folded(),
-        request_hop: NextHop::default(),
-        reply_hop: NextHop::default(),
-        client_expects: Be32::new(0),
-        backend_expects: Be32::new(0),
-        request_bytes: u64::from(frame.total_len),
-        reply_bytes: 0,
-        request_packets: 1,
-        reply_packets: 0,
-    };
-    let hit = Hit {
-        id,
-        direction: Direction::REQUEST,
-        listener: listener.id,
-        backend,
-        is_first_answer: 0,
-        rewrite: Rewrite::of(entry, Direction::REQUEST),
-        hop: NextHop::default(),
-    };
-    if ended && previous.is_dnat() && previous.reply_key() != binding.reply_key() {
-        tables.remove_flow_reference(&previous.reply_key());
+    let is_reply_key_new = entry.binding.is_dnat() && !entry.binding.has_replies_of(binding);
+    *key = entry.binding.reply_key();
+    entry.binding = *binding;
+    entry.state = FlowState::LIVE;
+    entry.seen = 1;
+    entry.tcp = TcpEvents::default().after(Direction::REQUEST, frame.tcp_flags);
+    entry.counted = 1;
+    entry.listener = listener.id;
+    entry.backend = backend;
+    entry.address_delta = address_delta.folded();
+    entry.port_delta = port_delta.folded();
+    entry.request_hop = NextHop::default();
+    entry.reply_hop = NextHop::default();
+    entry.client_expects = Be32::new(0);
+    entry.backend_expects = Be32::new(0);
+    entry.request_bytes = u64::from(frame.total_len);
+    entry.reply_bytes = 0;
+    entry.request_packets = 1;
+    entry.reply_packets = 0;
+
+    hit.id = id;
+    hit.direction = Direction::REQUEST;
+    hit.listener = listener.id;
+    hit.backend = backend;
+    hit.is_first_answer = 0;
+    hit.rewrite.set(entry, Direction::REQUEST);
+    hit.hop = NextHop::default();
+    if ended && is_reply_key_new {
+        tables.remove_flow_reference(key);
     }
-    link(tables, id, ended, binding)?;
-    Ok(hit)
+    *key = binding.reply_key();
+    link(tables, id, ended, binding.is_dnat(), &frame.key, key)
 }
 
 /// Enters the keys of a new flow into the flow index; takes back what it did if one cannot be entered.
 #[inline(always)]
-fn link<T: Tables>(tables: &mut T, id: FlowId, ended: bool, binding: &FlowBinding) -> Result<(), Stop> {
-    let reply_key = binding.reply_key();
-    if binding.is_dnat() {
+fn link<T: Tables>(
+    tables: &mut T,
+    id: FlowId,
+    ended: bool,
+    is_dnat: bool,
+    request_key: &FlowKey,
+    reply_key: &FlowKey,
+) -> Result<(), Stop> {
+    if is_dnat {
         let reply = FlowReference {
             id,
             direction: Direction::REPLY,
         };
         let is_present = tables
-            .flow_reference(&reply_key)
+            .flow_reference(reply_key)
             .is_some_and(|found| found.id == id);
-        if !is_present && !tables.insert_flow_reference(&reply_key, reply) {
-            return Err(unlink(tables, id, ended, binding, &reply_key));
+        if !is_present && !tables.insert_flow_reference(reply_key, reply) {
+            return Err(unlink(tables, id, ended, request_key, reply_key));
         }
     }
-    let request_key = binding.request_key();
     let request = FlowReference {
         id,
         direction: Direction::REQUEST,
     };
-    if !ended && !tables.insert_flow_reference(&request_key, request) {
-        if binding.is_dnat() {
-            tables.remove_flow_reference(&reply_key);
+    if !ended && !tables.insert_flow_reference(request_key, request) {
+        if is_dnat {
+            tables.remove_flow_reference(reply_key);
         }
-        return Err(unlink(tables, id, ended, binding, &request_key));
+        return Err(unlink(tables, id, ended, request_key, request_key));
     }
     Ok(())
 }
@@ -255,11 +265,11 @@ fn unlink<T: Tables>(
     tables: &mut T,
     id: FlowId,
     ended: bool,
-    binding: &FlowBinding,
+    request_key: &FlowKey,
     refused: &FlowKey,
 ) -> Stop {
     if ended {
-        tables.remove_flow_reference(&binding.request_key());
+        tables.remove_flow_reference(request_key);
     }
     if let Some(entry) = tables.flow(id) {
         entry.counted = 0;
@@ -284,12 +294,12 @@ fn unlink<T: Tables>(
 
 /// Stores where packets of a direction go, for the packets after this one.
 #[inline(always)]
-pub fn store_hop<T: Tables>(tables: &mut T, id: FlowId, direction: Direction, hop: NextHop) {
+pub fn store_hop<T: Tables>(tables: &mut T, id: FlowId, direction: Direction, hop: &NextHop) {
     if let Some(entry) = tables.flow(id) {
         if direction == Direction::REQUEST {
-            entry.request_hop = hop;
+            entry.request_hop = *hop;
         } else {
-            entry.reply_hop = hop;
+            entry.reply_hop = *hop;
         }
     }
 }

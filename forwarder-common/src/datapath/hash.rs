@@ -4,7 +4,7 @@
 //! Not a defence against somebody who knows the seed: such a client can aim at one backend, as with any
 //! consistent hash; it cannot make lookups slow, as the flow index has the kernel's own seeded hash.
 
-use crate::{abi::flow::FlowKey, wire::Ipv4Address};
+use crate::{abi::flow::FlowKey, wire::IpAddress};
 
 const ROUND_1: u64 = 0xff51_afd7_ed55_8ccd;
 const ROUND_2: u64 = 0xc4ce_b9fe_1a85_ec53;
@@ -12,7 +12,7 @@ const ROUND_2: u64 = 0xc4ce_b9fe_1a85_ec53;
 /// Hash of a flow's 5-tuple.
 #[inline(always)]
 pub const fn flow_hash(key: &FlowKey, seed: u32) -> u32 {
-    let addresses = key.source.0.raw().to_le() as u64 | (key.destination.0.raw().to_le() as u64) << 32;
+    let addresses = fold(key.source) as u64 | (fold(key.destination) as u64) << 32;
     let ports = key.source_port.raw().to_le() as u64
         | (key.destination_port.raw().to_le() as u64) << 16
         | (key.protocol as u64) << 32;
@@ -21,8 +21,20 @@ pub const fn flow_hash(key: &FlowKey, seed: u32) -> u32 {
 
 /// Hash of a client's address alone.
 #[inline(always)]
-pub const fn source_hash(source: Ipv4Address, seed: u32) -> u32 {
-    rounds(source.0.raw().to_le() as u64 ^ (seed as u64) << 32, 0)
+pub const fn source_hash(source: IpAddress, seed: u32) -> u32 {
+    rounds(fold(source) as u64 ^ (seed as u64) << 32, 0)
+}
+
+/// 32 bits of an address: of IPv4 all, of IPv6 a hash, so that hosts of one network differ as well as networks.
+#[inline(always)]
+const fn fold(address: IpAddress) -> u32 {
+    if address.is_v4() {
+        return address.low().0.raw().to_le();
+    }
+    let [a, b, c, d] = address.0;
+    let network = a.raw().to_le() as u64 | (b.raw().to_le() as u64) << 32;
+    let host = c.raw().to_le() as u64 | (d.raw().to_le() as u64) << 32;
+    rounds(network, host)
 }
 
 #[inline(always)]
@@ -43,6 +55,8 @@ pub const fn scale(hash: u32, count: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use core::net::{Ipv4Addr, Ipv6Addr};
+
     use super::*;
     use crate::wire::Be16;
 
@@ -52,8 +66,8 @@ mod tests {
         let mut bins = [0u32; BINS];
         for port in 1024..65024u16 {
             let key = FlowKey {
-                source: Ipv4Address::new([192, 0, 2, 7]),
-                destination: Ipv4Address::new([198, 51, 100, 10]),
+                source: Ipv4Addr::new(192, 0, 2, 7).into(),
+                destination: Ipv4Addr::new(198, 51, 100, 10).into(),
                 source_port: Be16::new(port),
                 destination_port: Be16::new(443),
                 protocol: 6,
@@ -70,11 +84,30 @@ mod tests {
         const BINS: usize = 16;
         let mut bins = [0u32; BINS];
         for client in 0..64_000u32 {
-            let address = Ipv4Address::new((0x0a00_0000 + client).to_be_bytes());
+            let address = Ipv4Addr::from_bits(0x0a00_0000 + client).into();
             bins[scale(source_hash(address, 7), BINS as u32) as usize] += 1;
         }
         for (bin, count) in bins.iter().enumerate() {
             assert!((3800..4200).contains(count), "bin {bin} has {count} of 4000");
+        }
+    }
+
+    #[test]
+    fn ipv6_clients_spread_evenly_by_network_and_by_host() {
+        const BINS: usize = 16;
+        let first = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0).to_bits();
+        for shift in [0, 64, 80] {
+            let mut bins = [0u32; BINS];
+            for client in 0..64_000u128 {
+                let address = Ipv6Addr::from_bits(first + (client << shift)).into();
+                bins[scale(source_hash(address, 7), BINS as u32) as usize] += 1;
+            }
+            for (bin, count) in bins.iter().enumerate() {
+                assert!(
+                    (3800..4200).contains(count),
+                    "bin {bin} has {count} of 4000, shift {shift}"
+                );
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use super::Route;
 use crate::{
     abi::flow::{FlowId, FlowKey},
-    wire::{Be16, Ipv4Address, LinkPair, WireHeader},
+    wire::{Be16, IpAddress, LinkPair, WireHeader},
 };
 
 /// A question, and room for its answer. It travels in a frame, so it is made like a header.
@@ -18,9 +18,9 @@ use crate::{
 #[repr(C, packed)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct Inquiry {
-    source: Ipv4Address,
+    source: IpAddress,
     source_port: Be16,
-    destination: Ipv4Address,
+    destination: IpAddress,
     destination_port: Be16,
     protocol: u32,
     /// Interface the packet comes in by.

@@ -5,23 +5,27 @@
 //! Nothing in the walk is random and only `persistence` reads a clock, so the same packet and tables give the same
 //! result in a test, in `forwarder explain` and in the kernel.
 //!
-//! Structs that stages hand on are aligned to 8: in the kernel they may end up on the stack, where the verifier
-//! refuses misaligned accesses ("misaligned stack access", all kernels), while the compiler, which is told that
-//! packet bytes may be misaligned, merges copies into 8-byte steps.
+//! What stages hand on is one struct, [`Walk`]: in the kernel it stands in a map, as the stack has 512 bytes. Small
+//! structs that may end up on the stack are aligned to 8: the verifier refuses misaligned accesses there ("misaligned
+//! stack access", all kernels), while the compiler, which is told that packet bytes may be misaligned, merges copies
+//! into 8-byte steps.
 //!
 //! Until `rewrite::apply` no byte of the packet is changed; from there on no policy decides.
+
+use bytemuck::{Pod, Zeroable};
 
 use crate::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
-        flow::{FlowEntry, FlowId, FlowKey, FlowReference},
+        flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
+        settings::Settings,
         tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
     },
-    wire::{Ipv4Address, LinkPair, WireHeader, checksum::Delta},
+    wire::{LinkPair, WireHeader, checksum::Delta},
 };
 
 pub mod admission;
@@ -30,10 +34,13 @@ pub mod backend;
 pub mod echo;
 pub mod flow;
 pub mod hash;
+pub mod icmp_error;
 pub mod inquiry;
 pub mod listener;
 pub mod mss;
+pub mod neighbour;
 pub mod next_hop;
+pub mod open;
 pub mod overlay;
 pub mod parse;
 pub mod persistence;
@@ -124,6 +131,24 @@ impl Stop {
     }
 }
 
+/// What stages hand on.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct Walk {
+    /// What the packet is: by `parse`.
+    pub frame: parse::Frame,
+    /// The tunnel it came through, if the walk looks into one: by `overlay`.
+    pub inside: overlay::Inside,
+    /// What it wants, where it has no flow: by `admission`.
+    pub listener: Listener,
+    /// Its flow: by `flow::lookup` or `open`.
+    pub hit: flow::Hit,
+    /// The addresses of a new flow: by `snat::bind`.
+    pub binding: FlowBinding,
+    /// Room for the one key that a stage builds.
+    pub key: FlowKey,
+}
+
 /// Where the state "this transport checksum is not computed yet" lives; see `transport_checksum`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ChecksumOffload {
@@ -169,6 +194,13 @@ pub trait Packet {
         is_optional: bool,
     ) -> Result<(), Stop>;
 
+    /// Moves the frame's start: `by` bytes further back, or forth when negative; new bytes have any content. Asked for
+    /// where `CHECKSUM_OFFLOAD` is not `Kernel`.
+    ///
+    /// # Errors
+    /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
+    fn move_start(&mut self, by: i32) -> Result<(), Stop>;
+
     /// Cuts the frame to `len` bytes, then makes room for `front` bytes before them, of any content. Asked for where
     /// `CHECKSUM_OFFLOAD` is not `Kernel`.
     ///
@@ -176,12 +208,23 @@ pub trait Packet {
     /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop>;
 
-    /// Takes `bytes` away from the front, or where negative makes room there, of any content. Asked for where
-    /// `CHECKSUM_OFFLOAD` is not `Kernel`.
-    ///
-    /// # Errors
-    /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
-    fn move_front(&mut self, bytes: i32) -> Result<(), Stop>;
+    /// [`overlay::recognise`], wherever it runs.
+    #[inline(always)]
+    fn recognise<T: Tables>(&mut self, tables: &T, walk: &mut Walk)
+    where
+        Self: Sized,
+    {
+        overlay::recognise(self, tables, walk);
+    }
+
+    /// [`overlay::encapsulate`], wherever it runs.
+    #[inline(always)]
+    fn encapsulate<T: Tables>(&mut self, tables: &T, settings: &Settings, walk: &Walk) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        overlay::encapsulate(self, tables, settings, walk)
+    }
 }
 
 /// The tables that the agent fills and the walk reads.
@@ -218,13 +261,28 @@ pub trait Tables {
             .is_some_and(|interface| interface.flags & wanted != 0)
     }
 
-    /// [`backend::choose`], wherever it runs.
+    /// [`open::open`], wherever it runs; `walk` is the one of this packet.
     #[inline(always)]
-    fn choose(&mut self, group: GroupId, hash: u32, client: Ipv4Address, now_secs: u32) -> backend::Found
+    fn open(
+        &mut self,
+        settings: &Settings,
+        walk: &mut Walk,
+        backend: BackendId,
+        ended: Option<FlowId>,
+    ) -> open::Opened
     where
         Self: Sized,
     {
-        backend::choose(self, group, hash, client, now_secs)
+        open::open(self, settings, walk, backend, ended)
+    }
+
+    /// [`backend::choose`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn choose(&mut self, walk: &Walk, hash: u32, now_secs: u32) -> backend::Found
+    where
+        Self: Sized,
+    {
+        backend::choose(self, walk, hash, now_secs)
     }
 
     /// [`backend::search`], wherever it runs.
@@ -267,6 +325,9 @@ pub trait Tables {
     /// Live flows of a backend that count against its limit.
     fn backend_live(&mut self, id: BackendId) -> Option<&mut Self::Gauge>;
 
+    /// Seconds of CLOCK_MONOTONIC, by which entries age.
+    fn now_secs(&mut self) -> u32;
+
     fn count_listener(&mut self, id: ListenerId, event: TrafficEvent);
     fn count_backend(&mut self, id: BackendId, event: TrafficEvent);
     fn count_reason(&mut self, reason: Reason, frame_bytes: usize);
@@ -288,11 +349,11 @@ pub enum TrafficEvent {
     RefusalSent,
     /// A request or reply of so many IP bytes.
     Request {
-        bytes: u16,
+        bytes: u32,
         reset: bool,
     },
     Reply {
-        bytes: u16,
+        bytes: u32,
         reset: bool,
         /// It answers what opened the flow.
         first: bool,
@@ -351,8 +412,20 @@ pub trait Env {
     fn ingress_ifindex(&self) -> u32;
     /// The kernel's route for a packet with this 5-tuple.
     fn route(&mut self, key: &FlowKey) -> Route;
-    /// Seconds of CLOCK_MONOTONIC.
-    fn now_secs(&mut self) -> u32;
+
+    /// [`next_hop::find`], wherever it runs.
+    #[inline(always)]
+    fn find_next_hop<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        next_hop::find(tables, self, settings, walk)
+    }
 }
 
 /// Answer of the kernel's forwarding table.

@@ -14,13 +14,22 @@ use crate::wire::{
     Be16, WireHeader,
     checksum::Delta,
     ipv4::Ipv4Header,
+    ipv6::Ipv6Header,
     tcp::{FLAG_SYN, TcpHeader},
 };
 
 /// RFC 9293 §3.1: kind of the maximum segment size option.
 const KIND_MSS: u8 = 2;
 /// IP and TCP header without options: what an MTU leaves to a segment is this less (RFC 9293 §3.7.1).
-const HEADERS: u32 = (Ipv4Header::LEN + TcpHeader::LEN) as u32;
+#[inline(always)]
+const fn headers(frame: &Frame) -> u32 {
+    let ip = if frame.is_v4() {
+        Ipv4Header::LEN
+    } else {
+        Ipv6Header::LEN
+    };
+    (ip + TcpHeader::LEN) as u32
+}
 
 /// The option as it stands behind the TCP header.
 #[repr(C, packed)]
@@ -45,12 +54,14 @@ pub const fn is_announced(frame: &Frame) -> bool {
 /// transport header. Zero: unknown, nothing is changed.
 #[inline(always)]
 pub fn clamp<P: Packet>(packet: &mut P, frame: &Frame, mtu_bytes: u32) -> Result<Delta, Stop> {
-    let data_offset = packet.header::<TcpHeader>(frame.transport_offset)?.data_offset;
-    if mtu_bytes <= HEADERS || data_offset >> 4 < 6 {
+    let data_offset = packet
+        .header::<TcpHeader>(frame.transport_offset as usize)?
+        .data_offset;
+    if mtu_bytes <= headers(frame) || data_offset >> 4 < 6 {
         return Ok(Delta::ZERO);
     }
-    let largest = (mtu_bytes - HEADERS).min(u16::MAX as u32) as u16;
-    let option = packet.header::<MssOption>(frame.transport_offset + TcpHeader::LEN)?;
+    let largest = (mtu_bytes - headers(frame)).min(u16::MAX as u32) as u16;
+    let option = packet.header::<MssOption>(frame.transport_offset as usize + TcpHeader::LEN)?;
     let announced = option.value;
     if option.kind != KIND_MSS || option.len as usize != MssOption::LEN || announced.get() <= largest {
         return Ok(Delta::ZERO);

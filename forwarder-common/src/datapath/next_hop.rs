@@ -4,51 +4,81 @@
 //! neighbours or links change, the agent counts the generation up, and the next packet of each flow asks the
 //! kernel again. So a hit costs no route lookup and none is ever stale.
 
-use super::{Env, Hook, Route, Stop, Tables, Verdict, flow::Hit};
-use crate::abi::{
-    flow::{FlowKey, HopKind, NextHop},
-    interface::InterfaceKey,
-    reason::Reason,
-    settings::Settings,
+use super::{Env, Hook, Route, Stop, Tables, Verdict, Walk, flow};
+use crate::{
+    abi::{
+        flow::{FlowKey, HopKind, NextHop},
+        interface::InterfaceKey,
+        reason::Reason,
+        settings::{Settings, flag::TUNNELS},
+        tunnel::{PeerId, TunnelHopKey},
+    },
+    wire::{Be16, MacAddress, ipv4::PROTOCOL_UDP},
 };
 
-/// The next hop of a packet of this flow; asks for a route only if the flow remembers none that holds.
+/// Brings the next hop in the walk's hit up to date; asks for a route only if the flow remembers none that holds.
 #[inline(always)]
 pub fn resolve<T: Tables, E: Env>(
     tables: &mut T,
     env: &mut E,
     settings: &Settings,
-    hit: &Hit,
-    protocol: u32,
-) -> Result<NextHop, Stop> {
-    let hook = env.hook();
-    if hit.hop.kind != HopKind::UNKNOWN
-        && hit.hop.generation == settings.route_generation
-        && hit.hop.hook == hook as u8
+    walk: &mut Walk,
+) -> Result<(), Stop> {
+    let hop = &walk.hit.hop;
+    if hop.kind != HopKind::UNKNOWN
+        && hop.generation == settings.route_generation
+        && hop.hook == env.hook() as u8
     {
-        return Ok(hit.hop);
+        return Ok(());
     }
-    let rewritten = FlowKey {
+    env.find_next_hop(tables, settings, walk)
+}
+
+/// Asks for a route.
+///
+/// # Errors
+/// Always a drop: [`Reason::NO_ROUTE`], [`Reason::FORWARDING_DISABLED`].
+#[inline(always)]
+pub fn find<T: Tables, E: Env>(
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+    walk: &mut Walk,
+) -> Result<(), Stop> {
+    let hook = env.hook();
+    let Walk { frame, hit, key, .. } = walk;
+    let hop = &mut hit.hop;
+    *key = FlowKey {
         source: hit.rewrite.source,
         destination: hit.rewrite.destination,
         source_port: hit.rewrite.source_port,
         destination_port: hit.rewrite.destination_port,
-        protocol,
+        protocol: frame.key.protocol,
     };
-    let mut hop = NextHop {
+    *hop = NextHop {
         generation: settings.route_generation,
         hook: hook as u8,
         ..NextHop::default()
     };
-    match env.route(&rewritten) {
+    let route = env.route(key);
+    if hook == Hook::Xdp
+        && settings.flags & TUNNELS != 0
+        && let Some(id) = peer(tables, &route, frame.is_v4())
+    {
+        if into_tunnel(tables, env, key, id, hop) {
+            flow::store_hop(tables, hit.id, hit.direction, hop);
+        }
+        return Ok(());
+    }
+    match route {
         Route::Neighbour { ifindex, link } => {
-            let is_direct = tables.can_send(hook, ifindex);
+            leave_by(tables, hook, ifindex, hop);
+            let is_direct = tables.can_send(hook, hop.ifindex);
             hop.kind = if is_direct {
                 HopKind::DIRECT
             } else {
                 HopKind::STACK
             };
-            hop.ifindex = ifindex;
             hop.link = link;
         }
         Route::Interface { ifindex } => {
@@ -59,44 +89,106 @@ pub fn resolve<T: Tables, E: Env>(
             } else {
                 HopKind::STACK
             };
-            hop.ifindex = ifindex;
-            if hook != Hook::Tcx && tables.can_send(hook, ifindex) {
+            leave_by(tables, hook, ifindex, hop);
+            if hook != Hook::Tcx && tables.can_send(hook, hop.ifindex) {
                 // Not remembered: as soon as the neighbour is known, packets leave from here.
-                return Ok(hop);
+                return Ok(());
             }
         }
         Route::None => return Err(Stop::drop(Reason::NO_ROUTE)),
         Route::ForwardingDisabled => return Err(Stop::drop(Reason::FORWARDING_DISABLED)),
     }
-    super::flow::store_hop(tables, hit.id, hit.direction, hop);
-    Ok(hop)
+    flow::store_hop(tables, hit.id, hit.direction, hop);
+    Ok(())
 }
 
-/// The next hop for a packet of this length: generic XDP refuses to send packets above the egress MTU, which arrive
-/// there aggregated (GRO, or a sender's TSO through a veth). The stack segments them.
+/// The far end of a native tunnel that a route leads to.
 #[inline(always)]
-pub fn fitting<T: Tables, E: Env>(tables: &T, env: &E, hop: NextHop, total_len: u16) -> NextHop {
-    if env.hook() != Hook::XdpGeneric || hop.kind != HopKind::DIRECT {
-        return hop;
+fn peer<T: Tables>(tables: &T, route: &Route, is_v4: bool) -> Option<PeerId> {
+    let (ifindex, mac) = match *route {
+        Route::Neighbour { ifindex, link } => (ifindex, link.destination()),
+        Route::Interface { ifindex } => (ifindex, MacAddress::default()),
+        Route::None | Route::ForwardingDisabled => return None,
+    };
+    tables.tunnel_hop(&TunnelHopKey {
+        ifindex,
+        mac,
+        version: if is_v4 { 4 } else { 6 },
+    })
+}
+
+/// The next hop on the way to a far end. `false`: its neighbour is not known yet, and until then packets go to the stack,
+/// whose device makes it ask. `key` is room to work in.
+#[inline(always)]
+fn into_tunnel<T: Tables, E: Env>(
+    tables: &T,
+    env: &mut E,
+    key: &mut FlowKey,
+    id: PeerId,
+    hop: &mut NextHop,
+) -> bool {
+    hop.kind = HopKind::STACK;
+    let Some(far) = tables.tunnel_peer(id) else {
+        return false;
+    };
+    *key = FlowKey {
+        source: far.local,
+        destination: far.remote,
+        source_port: Be16::ZERO,
+        destination_port: Be16::ZERO,
+        protocol: u32::from(PROTOCOL_UDP),
+    };
+    let mtu_bytes = far.mtu_bytes.min(u32::from(u16::MAX)) as u16;
+    let Route::Neighbour { ifindex, link } = env.route(key) else {
+        return false;
+    };
+    leave_by(tables, Hook::Xdp, ifindex, hop);
+    if !tables.can_send(Hook::Xdp, hop.ifindex) {
+        return false;
     }
-    match tables.interface(&InterfaceKey { ifindex: hop.ifindex }) {
-        Some(egress) if egress.mtu_bytes != 0 && u32::from(total_len) > egress.mtu_bytes => NextHop {
-            kind: HopKind::STACK,
-            ..hop
-        },
-        _ => hop,
+    hop.kind = HopKind::DIRECT;
+    hop.link = link;
+    hop.peer = u32::from(id.0);
+    hop.mtu_bytes = mtu_bytes;
+    true
+}
+
+/// Takes an egress interface into the next hop. Frames of a VLAN device leave from XDP by its carrier, with tags.
+#[inline(always)]
+fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) {
+    hop.ifindex = ifindex;
+    let Some(egress) = tables.interface(&InterfaceKey { ifindex }) else {
+        return;
+    };
+    hop.mtu_bytes = egress.mtu_bytes.min(u32::from(u16::MAX)) as u16;
+    if hook != Hook::Tcx && egress.carrier_ifindex != 0 {
+        hop.ifindex = egress.carrier_ifindex;
+        hop.vlans = egress.vlans;
+    }
+}
+
+/// Leaves packets to the stack that cannot be sent: generic XDP refuses those above the egress MTU, which arrive there
+/// aggregated (GRO, or a sender's TSO through a veth). The stack segments them.
+#[inline(always)]
+pub fn fit<E: Env>(env: &E, walk: &mut Walk) {
+    let (hop, total_len) = (&mut walk.hit.hop, walk.frame.total_len);
+    if env.hook() == Hook::XdpGeneric && hop.mtu_bytes != 0 && total_len > u32::from(hop.mtu_bytes) {
+        hop.kind = HopKind::STACK;
     }
 }
 
 /// The smaller MTU of the two interfaces the packet passes; zero: neither is known.
 #[inline(always)]
-pub fn path_mtu<T: Tables, E: Env>(tables: &T, env: &E, hop: &NextHop) -> u32 {
-    let mtu = |ifindex| {
-        tables
-            .interface(&InterfaceKey { ifindex })
-            .map_or(0, |interface| interface.mtu_bytes)
+pub fn path_mtu<T: Tables, E: Env>(tables: &T, env: &E, walk: &Walk) -> u32 {
+    let key = InterfaceKey {
+        ifindex: env.ingress_ifindex(),
     };
-    let (ingress, egress) = (mtu(env.ingress_ifindex()), mtu(hop.ifindex));
+    let ingress = if walk.inside.is_tunnel() {
+        walk.inside.mtu_bytes
+    } else {
+        tables.interface(&key).map_or(0, |interface| interface.mtu_bytes)
+    };
+    let egress = u32::from(walk.hit.hop.mtu_bytes);
     if ingress == 0 || (egress != 0 && egress < ingress) {
         egress
     } else {

@@ -14,18 +14,22 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Packet, Stop, Tables};
+use super::{
+    Packet, Stop, Tables, Walk, hash, parse,
+    rewrite::{Tags, write_link},
+};
 use crate::{
     abi::{
         reason::Reason,
-        tunnel::{OUTER_BLOCK_LEN, TunnelEndpointKey, TunnelKind, TunnelPeer, peer_flag},
+        settings::Settings,
+        tunnel::{OUTER_BLOCK_LEN, PeerId, TunnelEndpointKey, TunnelKind, TunnelPeer, peer_flag},
     },
     wire::{
         Be16, Be32, Field16, IpAddress, LinkPair, WireHeader, checksum,
         checksum::{Delta, finish, fold},
         ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
         ipv4::{Ipv4Header, PROTOCOL_TCP, PROTOCOL_UDP},
-        ipv6::{Ipv6Header, TunnelLimit},
+        ipv6::{Ipv6Header, NEXT_DESTINATION, TunnelLimit},
         tcp::TcpHeader,
         tunnel::{
             ETHERTYPE_BRIDGED, GeneveHeader, GreHeader, GreKey, GueHeader, PROTOCOL_GRE, PROTOCOL_IPIP,
@@ -45,19 +49,30 @@ const ECN_ECT_1: u8 = 0x01;
 const ECN_CE: u8 = 0x03;
 
 /// A packet inside one of our tunnels.
-#[repr(align(8))]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct Inside {
-    /// Where the inner IP header starts, in bytes from the frame's start.
-    pub network_offset: usize,
-    /// What kind of packet that is.
-    pub ethertype: Be16,
-    /// The outer packet's type of service.
-    pub outer_tos: u8,
+    /// Link addresses of the outer frame.
+    pub link: LinkPair,
+    /// Where the inner IP header starts, in bytes from the frame's start; zero: the packet is in none.
+    pub network_offset: u32,
     /// The tunnel device; zero where there is none.
     pub ifindex: u32,
     /// Largest IP packet that the tunnel carries, in bytes.
     pub mtu_bytes: u32,
+    /// What kind of packet the inner one is.
+    pub ethertype: Be16,
+    /// The outer packet's type of service.
+    pub outer_tos: u8,
+    pub reserved: [u8; 5],
+}
+
+impl Inside {
+    /// Does the walk look into a tunnel?
+    #[inline(always)]
+    pub const fn is_tunnel(&self) -> bool {
+        self.network_offset != 0
+    }
 }
 
 /// An IP packet that may carry another.
@@ -88,15 +103,27 @@ struct Carried {
     offset: usize,
 }
 
-/// What is inside the IP packet at `network_offset`, if it is a packet of one of our tunnels. Its length fields were
-/// checked, outer and inner.
+/// Looks whether the frame is a packet of one of our tunnels, and notes in the walk what is inside. Its length fields were
+/// checked then, outer and inner.
 #[inline(always)]
-pub fn recognise<P: Packet, T: Tables>(
+pub fn recognise<P: Packet, T: Tables>(packet: &mut P, tables: &T, walk: &mut Walk) {
+    walk.inside.network_offset = 0;
+    let Ok(ethertype) = parse::link(packet, &mut walk.frame) else {
+        return;
+    };
+    let network_offset = walk.frame.network_offset as usize;
+    // Whatever cannot be read is none of ours.
+    let _ = look_inside(packet, tables, ethertype, network_offset, &mut walk.inside);
+}
+
+#[inline(always)]
+fn look_inside<P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     ethertype: Be16,
     network_offset: usize,
-) -> Option<Inside> {
+    inside: &mut Inside,
+) -> Option<()> {
     let outer = match ethertype {
         ETHERTYPE_IPV4 => outer_v4(packet, network_offset)?,
         ETHERTYPE_IPV6 => outer_v6(packet, network_offset)?,
@@ -107,7 +134,7 @@ pub fn recognise<P: Packet, T: Tables>(
         PROTOCOL_GRE => in_gre(packet, &outer)?,
         protocol => Carried {
             id: Be32::new(0),
-            port: Be16::new(0),
+            port: Be16::ZERO,
             kind: TunnelKind::IPIP,
             detail: protocol,
             ethertype: ethertype_of(protocol)?,
@@ -147,13 +174,13 @@ pub fn recognise<P: Packet, T: Tables>(
     if network_offset + total_len > outer.end {
         return None;
     }
-    Some(Inside {
-        network_offset,
-        ethertype,
-        outer_tos: outer.tos,
-        ifindex: endpoint.ifindex,
-        mtu_bytes: endpoint.mtu_bytes,
-    })
+    inside.link = packet.header::<EthernetHeader>(0).ok()?.link;
+    inside.ethertype = ethertype;
+    inside.outer_tos = outer.tos;
+    inside.ifindex = endpoint.ifindex;
+    inside.mtu_bytes = endpoint.mtu_bytes;
+    inside.network_offset = network_offset as u32;
+    Some(())
 }
 
 /// What an IP protocol number says of what is inside.
@@ -202,7 +229,7 @@ fn outer_v6<P: Packet>(packet: &mut P, network_offset: usize) -> Option<Outer> {
         payload: network_offset + Ipv6Header::LEN,
         end,
     };
-    if outer.protocol == TunnelLimit::PROTOCOL {
+    if outer.protocol == NEXT_DESTINATION {
         let limit = packet.header::<TunnelLimit>(outer.payload).ok()?;
         if !limit.is_alone() {
             return None;
@@ -330,16 +357,10 @@ const fn decapsulated_tos(inner_tos: u8, outer_tos: u8) -> u8 {
     }
 }
 
-/// The type of service of the packet at `network_offset`.
-#[inline(always)]
-pub fn tos<P: Packet>(packet: &mut P, network_offset: usize) -> Result<u8, Stop> {
-    Ok(Carrier::of(packet, network_offset)?.tos)
-}
-
 /// Carries a mark of congestion from the outer packet over to the inner one.
 #[inline(always)]
 pub fn carry_congestion<P: Packet>(packet: &mut P, inside: &Inside) -> Result<(), Stop> {
-    let offset = inside.network_offset;
+    let offset = inside.network_offset as usize;
     if inside.ethertype == ETHERTYPE_IPV4 {
         let ip = packet.header::<Ipv4Header>(offset)?;
         let old = ip.tos_word();
@@ -348,7 +369,7 @@ pub fn carry_congestion<P: Packet>(packet: &mut P, inside: &Inside) -> Result<()
     } else {
         let ip = packet.header::<Ipv6Header>(offset)?;
         let tos = decapsulated_tos(ip.traffic_class(), inside.outer_tos);
-        ip.first_word = Ipv6Header::first_word(tos, ip.flow_label());
+        ip.version_class_flow = Ipv6Header::first_word(tos, ip.flow_label());
     }
     Ok(())
 }
@@ -373,7 +394,7 @@ impl Carrier {
             return Ok(Self {
                 tos: ip.tos,
                 ttl: ip.ttl,
-                dont_fragment: u8::from(ip.is_not_to_be_fragmented()),
+                dont_fragment: u8::from(ip.dont_fragment()),
                 version: 4,
                 identification: ip.identification.raw(),
             });
@@ -413,21 +434,47 @@ struct Block([u32; OUTER_BLOCK_LEN / 4]);
 
 impl WireHeader for Block {}
 
-/// Puts the headers of `peer` in front of the inner packet, in a frame with these link addresses. What stood in front of the
-/// inner packet is gone.
+/// Puts the walk's rewritten packet into the tunnel of its next hop.
 ///
 /// # Errors
-/// [`Reason::INTERNAL`] when there is no room or the peer is none.
+/// [`Reason::INTERNAL`] when there is no room or no such peer.
 #[inline(always)]
-pub fn encapsulate<P: Packet>(
+pub fn encapsulate<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    settings: &Settings,
+    walk: &Walk,
+) -> Result<(), Stop> {
+    let (frame, hop) = (&walk.frame, &walk.hit.hop);
+    let peer = tables
+        .tunnel_peer(PeerId(hop.peer as u16))
+        .ok_or(Stop::drop(Reason::INTERNAL))?;
+    let inner = Inner {
+        network_offset: frame.network_offset as usize,
+        transport_offset: frame.transport_offset as usize,
+        total_len: frame.total_len as u16,
+        protocol: frame.key.protocol as u8,
+        is_fragment: false,
+        hash: hash::flow_hash(&frame.key, settings.hash_seed),
+    };
+    push(packet, peer, hop.link, hop.tags(), &inner)
+}
+
+/// Puts the headers of `peer` in front of the inner packet, in a frame with these link addresses and tags. What stood in
+/// front of the inner packet is gone.
+///
+/// # Errors
+/// As [`encapsulate`].
+#[inline(always)]
+pub fn push<P: Packet>(
     packet: &mut P,
     peer: &TunnelPeer,
     link: LinkPair,
+    tags: Tags,
     inner: &Inner,
 ) -> Result<(), Stop> {
     let carrier = Carrier::of(packet, inner.network_offset)?;
     let is_v6 = peer.flags & peer_flag::IPV6 != 0;
-    let ethertype = if is_v6 { ETHERTYPE_IPV6 } else { ETHERTYPE_IPV4 };
     let has_checksum = peer.flags & peer_flag::UDP_CHECKSUM != 0;
     let payload_sum = if has_checksum {
         sum(packet, inner, &carrier)?
@@ -440,8 +487,9 @@ pub fn encapsulate<P: Packet>(
     if outer_len < OUTER_BLOCK_LEN {
         return Err(Stop::drop(Reason::INTERNAL));
     }
-    reframe(packet, inner.network_offset, outer_len, link, ethertype)?;
-    let start = EthernetHeader::LEN;
+    let start = tags.link_len();
+    packet.move_start(inner.network_offset as i32 - (start + outer_len) as i32)?;
+    write_link(packet, link, tags, !is_v6)?;
     for (number, block) in peer.outer.iter().enumerate() {
         let end = (number + 1) * OUTER_BLOCK_LEN;
         if end <= outer_len {
@@ -467,7 +515,7 @@ pub fn encapsulate<P: Packet>(
             peer.flow_label
         };
         let ip = packet.header::<Ipv6Header>(start)?;
-        ip.first_word = Ipv6Header::first_word(tos, label);
+        ip.version_class_flow = Ipv6Header::first_word(tos, label);
         ip.payload_len = Be16::new(udp_len as u16);
         ip.hop_limit = ttl;
     } else {
@@ -480,7 +528,7 @@ pub fn encapsulate<P: Packet>(
             ip.fragment = Ipv4Header::DONT_FRAGMENT;
             sum += u32::from(ip.fragment.raw());
         }
-        if !ip.is_not_to_be_fragmented() {
+        if !ip.dont_fragment() {
             ip.identification = Be16::from_raw(carrier.identification ^ distinct);
         }
         // Zero where the peer's sum was taken.
@@ -504,29 +552,16 @@ pub fn encapsulate<P: Packet>(
     Ok(())
 }
 
-/// Takes off what stands in front of the IP packet at `network_offset`, and puts an Ethernet header there.
+/// Takes off what stands in front of the inner packet, for the stack, to which it is as if it had come without a tunnel.
 #[inline(always)]
-pub fn strip<P: Packet>(
-    packet: &mut P,
-    network_offset: usize,
-    link: LinkPair,
-    ethertype: Be16,
-) -> Result<(), Stop> {
-    reframe(packet, network_offset, 0, link, ethertype)
-}
-
-/// Makes the frame an Ethernet header, `room` bytes of any content, and what stands from `network_offset` on.
-#[inline(always)]
-fn reframe<P: Packet>(
-    packet: &mut P,
-    network_offset: usize,
-    room: usize,
-    link: LinkPair,
-    ethertype: Be16,
-) -> Result<(), Stop> {
-    packet.move_front(network_offset as i32 - (EthernetHeader::LEN + room) as i32)?;
-    *packet.header(0)? = EthernetHeader { link, ethertype };
-    Ok(())
+pub fn strip<P: Packet>(packet: &mut P, inside: &Inside) -> Result<(), Stop> {
+    packet.move_start(inside.network_offset as i32 - EthernetHeader::LEN as i32)?;
+    write_link(
+        packet,
+        inside.link,
+        Tags::NONE,
+        inside.ethertype == ETHERTYPE_IPV4,
+    )
 }
 
 /// A word that differs between packets of a flow: their transport checksum, which covers sequence numbers and payload.
@@ -571,12 +606,17 @@ fn sum_by_headers<P: Packet>(packet: &mut P, inner: &Inner, carrier: &Carrier) -
     let transport_len = inner.total_len - header_len as u16;
     if carrier.version == 4 {
         let ip = packet.header::<Ipv4Header>(inner.network_offset)?;
-        let pseudo = checksum::pseudo_header(ip.source.0, ip.destination.0, inner.protocol, transport_len);
+        let pseudo = checksum::pseudo_header(
+            ip.source.into(),
+            ip.destination.into(),
+            inner.protocol,
+            u32::from(transport_len),
+        );
         return Ok((header_len == Ipv4Header::LEN).then(|| u32::from(finish(pseudo))));
     }
     let ip = packet.header::<Ipv6Header>(inner.network_offset)?;
     // Addresses and length stand in the header as in the pseudo-header, so they cancel out.
-    let first_word = ip.first_word.raw();
+    let first_word = ip.version_class_flow.raw();
     let rest = (first_word & 0xffff) + (first_word >> 16) + u32::from(u16::from_ne_bytes([0, ip.hop_limit]));
     let protocol = u32::from(u16::from_ne_bytes([ip.next_header, 0]));
     let pseudo = u32::from(u16::from_ne_bytes([0, inner.protocol]));

@@ -11,12 +11,12 @@ use crate::{
         backend::{BackendId, BackendState, GroupId},
         persistence::{Persistence, PersistenceKey},
     },
-    wire::Ipv4Address,
+    wire::IpAddress,
 };
 
 /// The backend of the client's last flow, if it takes another one; else [`NONE`]. Counts as use.
 #[inline(always)]
-pub fn recall<T: Tables>(tables: &mut T, id: GroupId, client: Ipv4Address, now_secs: u32) -> Found {
+pub fn recall<T: Tables>(tables: &mut T, id: GroupId, client: &IpAddress, now_secs: u32) -> Found {
     let Some((key, timeout_secs)) = key(tables, id, client) else {
         return NONE;
     };
@@ -47,7 +47,7 @@ pub fn recall<T: Tables>(tables: &mut T, id: GroupId, client: Ipv4Address, now_s
 pub fn keep<T: Tables>(
     tables: &mut T,
     id: GroupId,
-    client: Ipv4Address,
+    client: &IpAddress,
     backend_id: BackendId,
     now_secs: u32,
 ) {
@@ -69,11 +69,15 @@ pub fn keep<T: Tables>(
 
 /// The client's key, and for how long what stands behind it holds; `None`: the group has no persistence.
 #[inline(always)]
-fn key<T: Tables>(tables: &T, id: GroupId, client: Ipv4Address) -> Option<(PersistenceKey, u32)> {
+fn key<T: Tables>(tables: &T, id: GroupId, client: &IpAddress) -> Option<(PersistenceKey, u32)> {
     let group = tables.group(id)?;
     if group.persistence_secs == 0 {
         return None;
     }
-    let key = PersistenceKey::new(id, client, group.persistence_bits);
-    Some((key, group.persistence_secs))
+    let bits = if client.is_v4() {
+        IpAddress::V4_PREFIX_BITS + group.persistence_bits_v4
+    } else {
+        group.persistence_bits_v6
+    };
+    Some((PersistenceKey::new(id, *client, bits), group.persistence_secs))
 }

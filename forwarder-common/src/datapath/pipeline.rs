@@ -1,32 +1,34 @@
 //! The walk, on one screen.
 
 use super::{
-    Action, Env, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, admission, arp, backend, echo,
+    Action, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
+    echo,
     flow::{self, Found, Hit},
-    listener, mss, next_hop,
-    parse::{self, Frame, Parsed},
-    quota, refuse, rewrite, snat,
+    listener, mss, neighbour, next_hop, open, overlay,
+    parse::{self, Frame, Kind},
+    quota, refuse, rewrite,
 };
 use crate::{
     abi::{
         flow::{Direction, FlowId},
-        listener::Listener,
+        interface::{InterfaceKey, flag},
         reason::Reason,
-        settings::Settings,
+        settings::{Settings, flag::TUNNELS},
     },
     wire::tcp::FLAG_RST,
 };
 
-/// What becomes of a packet; counts exactly one reason.
+/// What becomes of a packet; counts exactly one reason. `walk` is room to work in, of any content.
 #[inline(always)]
 pub fn forward<P: Packet, T: Tables, E: Env>(
     packet: &mut P,
     tables: &mut T,
     env: &mut E,
     settings: &Settings,
+    walk: &mut Walk,
 ) -> Outcome {
     let frame_bytes = packet.frame_len();
-    let outcome = match walk(packet, tables, env, settings) {
+    let outcome = match stages(packet, tables, env, settings, walk) {
         Ok(outcome) | Err(Stop(outcome)) => outcome,
     };
     tables.count_reason(outcome.reason, frame_bytes);
@@ -34,92 +36,102 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
 }
 
 #[inline(always)]
-fn walk<P: Packet, T: Tables, E: Env>(
+fn stages<P: Packet, T: Tables, E: Env>(
     packet: &mut P,
     tables: &mut T,
     env: &mut E,
     settings: &Settings,
+    walk: &mut Walk,
 ) -> Result<Outcome, Stop> {
-    let frame = match parse::frame(packet)? {
-        Parsed::Flow(frame) => frame,
-        Parsed::Arp => return arp::answer(packet, tables, settings, env.ingress_ifindex()),
-        Parsed::Icmp { transport_offset } => return echo::answer(packet, tables, transport_offset),
-    };
-    let hit = match flow::lookup(tables, settings, &frame)? {
-        Found::Hit(hit) => hit,
-        found => {
-            let listener = admit(tables, settings, &frame)?;
-            match open(tables, env, settings, &frame, &listener, found.ended()) {
-                Ok(hit) => hit,
-                Err(Stop(refusal)) => return refuse(packet, tables, settings, &frame, &listener, refusal),
-            }
+    // Only native XDP can take headers off and put them on: elsewhere the stack holds on to what it knows of them.
+    let has_tunnels = env.hook() == Hook::Xdp && settings.flags & TUNNELS != 0;
+    walk.inside.network_offset = 0;
+    if has_tunnels {
+        packet.recognise(tables, walk);
+    }
+    match parse::frame(packet, has_link_header(tables, env), walk)? {
+        Kind::Flow => {}
+        // Answers to what came through a tunnel would have to go back through it; they do from the device's tcx program.
+        _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
+        Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
+        Kind::Icmp => return echo::answer(packet, tables, &walk.frame),
+        Kind::Neighbour => {
+            return neighbour::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex());
         }
-    };
-    rewrite::check_ttl(&frame)?;
-    let hop = next_hop::resolve(tables, env, settings, &hit, frame.key.protocol)?;
-    let hop = next_hop::fitting(tables, env, hop, frame.total_len);
-    let mtu_bytes = if mss::is_announced(&frame) {
-        next_hop::path_mtu(tables, env, &hop)
+    }
+    let found = flow::lookup(tables, settings, walk)?;
+    if found != Found::Hit {
+        if walk.inside.is_tunnel() {
+            return Err(Stop::pass(Reason::TUNNEL_TO_STACK));
+        }
+        admit(tables, settings, walk)?;
+        if let Err(Stop(refusal)) = open_flow(tables, settings, walk, found.ended()) {
+            return refuse(packet, tables, settings, walk, refusal);
+        }
+    }
+    rewrite::check_ttl(&walk.frame)?;
+    if walk.inside.is_tunnel() {
+        overlay::check_congestion(walk.frame.tos, walk.inside.outer_tos)?;
+    }
+    next_hop::resolve(tables, env, settings, walk)?;
+    next_hop::fit(env, walk);
+    let mtu_bytes = if mss::is_announced(&walk.frame) {
+        next_hop::path_mtu(tables, env, walk)
     } else {
         0
     };
 
     // No byte was changed above this line; below it no policy decides.
-    rewrite::apply(
-        packet,
-        &frame,
-        &hit.rewrite,
-        &hop,
-        env.hook(),
-        settings,
-        mtu_bytes,
-    )?;
-    count(tables, &frame, &hit);
-    let verdict = next_hop::verdict(env, &hop);
+    rewrite::apply(packet, walk, env.hook(), settings, mtu_bytes)?;
+    if has_tunnels && walk.hit.hop.peer != 0 {
+        packet.encapsulate(tables, settings, walk)?;
+    }
+    count(tables, &walk.frame, &walk.hit);
+    let verdict = next_hop::verdict(env, &walk.hit.hop);
     Ok(Outcome {
         verdict,
-        reason: reason(hit.direction, verdict),
+        reason: reason(walk.hit.direction, verdict),
     })
 }
 
-/// The listener that a packet without a flow may open one of.
+/// Do frames of the ingress interface begin with Ethernet? Those of some tunnel devices begin with IP.
 #[inline(always)]
-fn admit<T: Tables>(tables: &mut T, settings: &Settings, frame: &Frame) -> Result<Listener, Stop> {
-    let listener = listener::lookup(tables, &frame.key)?;
-    admission::admit(frame)?;
-    admission::refuse_own_source(tables, settings, frame)?;
-    admission::admit_source(tables, &listener, frame)?;
-    rewrite::check_ttl(frame)?;
-    Ok(listener)
+fn has_link_header<T: Tables, E: Env>(tables: &T, env: &E) -> bool {
+    let key = InterfaceKey {
+        ifindex: env.ingress_ifindex(),
+    };
+    env.hook() != Hook::Tcx
+        || tables
+            .interface(&key)
+            .is_none_or(|interface| interface.flags & flag::NO_LINK_HEADER == 0)
+}
+
+/// May a packet without a flow open one of a listener?
+#[inline(always)]
+fn admit<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+    walk.listener = listener::lookup(tables, &walk.frame.key)?;
+    admission::admit(&walk.frame)?;
+    admission::refuse_own_source(tables, settings, &walk.frame)?;
+    admission::admit_source(tables, &walk.listener, &walk.frame)?;
+    rewrite::check_ttl(&walk.frame)
 }
 
 /// The slow path, once per flow.
 #[inline(always)]
-fn open<T: Tables, E: Env>(
+fn open_flow<T: Tables>(
     tables: &mut T,
-    env: &mut E,
     settings: &Settings,
-    frame: &Frame,
-    listener: &Listener,
+    walk: &mut Walk,
     ended: Option<FlowId>,
-) -> Result<Hit, Stop> {
+) -> Result<(), Stop> {
     if let Some(id) = ended {
         quota::leave_ended(tables, id);
     }
-    let group = *tables.group(listener.group).ok_or(Stop::drop(Reason::INTERNAL))?;
-    let (backend_id, backend) = backend::select(tables, env, settings, listener.group, &group, &frame.key)?;
-    quota::enter(tables, listener, backend_id, &backend)?;
-    let opened = snat::bind(tables, settings, group.nat, frame, &backend, ended).and_then(|(id, binding)| {
-        flow::open(tables, id, ended.is_some(), &binding, listener, backend_id, frame)
-    });
-    if opened.is_ok() {
-        tables.count_listener(listener.id, TrafficEvent::FlowOpened);
-        tables.count_backend(backend_id, TrafficEvent::FlowOpened);
-    } else {
-        tables.count_backend(backend_id, TrafficEvent::FlowRefused);
-        quota::leave(tables, listener.id, backend_id);
+    let backend = backend::select(tables, settings, walk)?;
+    match tables.open(settings, walk, backend, ended) {
+        open::DONE => Ok(()),
+        reason => Err(Stop::drop(Reason(reason as u32))),
     }
-    opened
 }
 
 /// A listener's packet that could not open a flow.
@@ -128,16 +140,16 @@ fn refuse<P: Packet, T: Tables>(
     packet: &mut P,
     tables: &mut T,
     settings: &Settings,
-    frame: &Frame,
-    listener: &Listener,
+    walk: &Walk,
     refusal: Outcome,
 ) -> Result<Outcome, Stop> {
-    tables.count_listener(listener.id, TrafficEvent::FlowRefused);
+    let listener = walk.listener.id;
+    tables.count_listener(listener, TrafficEvent::FlowRefused);
     if !refusal.reason.is_refusal() {
         return Err(Stop(refusal));
     }
-    let outcome = refuse::answer(packet, frame, settings, refusal.reason)?;
-    tables.count_listener(listener.id, TrafficEvent::RefusalSent);
+    let outcome = refuse::answer(packet, &walk.frame, settings, refusal.reason)?;
+    tables.count_listener(listener, TrafficEvent::RefusalSent);
     Ok(outcome)
 }
 

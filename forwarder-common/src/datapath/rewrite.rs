@@ -3,92 +3,86 @@
 //! Request and reply come from one [`FlowBinding`]: a request becomes `snat -> backend`, a reply
 //! `vip -> client`. The checksum deltas of the two are each other's reverse, so an entry stores one pair.
 
-use super::{Hook, Packet, Stop, mss, parse::Frame, parse::NETWORK_OFFSET, transport_checksum};
+use bytemuck::{Pod, Zeroable};
+
+use super::{Hook, Packet, Stop, Walk, mss, overlay, parse::Frame, transport_checksum};
 use crate::{
     abi::{
         flow::{Direction, FlowBinding, FlowEntry, HopKind, NextHop},
         reason::Reason,
         settings::Settings,
     },
-    wire::{Be16, Ipv4Address, checksum::Delta, ethernet::EthernetHeader, ipv4::Ipv4Header},
+    wire::{
+        Be16, IpAddress, LinkPair, WireHeader,
+        checksum::Delta,
+        ethernet::{
+            ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, EthernetHeader, VlanTag,
+        },
+        ipv4::Ipv4Header,
+        ipv6::Ipv6Header,
+    },
 };
 
 /// What a packet becomes.
-#[repr(align(8))]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct Rewrite {
-    pub source: Ipv4Address,
-    pub destination: Ipv4Address,
+    pub source: IpAddress,
+    pub destination: IpAddress,
     pub source_port: Be16,
     pub destination_port: Be16,
     /// What the new addresses change in the IP header's sum and in the pseudo-header's.
     pub addresses: Delta,
     /// What the new ports change in the transport header's sum.
     pub ports: Delta,
+    pub reserved: u32,
 }
 
 /// Source and destination port, at the start of TCP and UDP alike.
 #[repr(C, packed)]
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 struct Ports {
     source: Be16,
     destination: Be16,
 }
 
-impl crate::wire::WireHeader for Ports {}
+impl WireHeader for Ports {}
 
 impl Rewrite {
     /// The deltas of a request's addresses and ports.
     #[inline(always)]
     pub const fn deltas(binding: &FlowBinding) -> (Delta, Delta) {
         let addresses = Delta::ZERO
-            .replace32(binding.client.0, binding.snat.0)
-            .replace32(binding.vip.0, binding.backend.0);
+            .replace_address(binding.client, binding.snat)
+            .replace_address(binding.vip, binding.backend);
         let ports = Delta::ZERO
             .replace16(binding.client_port, binding.snat_port)
             .replace16(binding.vip_port, binding.backend_port);
         (addresses, ports)
     }
 
-    /// No new addresses or ports: only this change of words under the transport checksum.
+    /// Becomes the rewrite of one direction of a flow.
     #[inline(always)]
-    pub const fn of_transport(ports: Delta) -> Self {
-        Self {
-            source: Ipv4Address::new([0; 4]),
-            destination: Ipv4Address::new([0; 4]),
-            source_port: Be16::new(0),
-            destination_port: Be16::new(0),
-            addresses: Delta::ZERO,
-            ports,
-        }
-    }
-
-    /// The rewrite of one direction of a flow.
-    #[inline(always)]
-    pub fn of(entry: &FlowEntry, direction: Direction) -> Self {
+    pub fn set(&mut self, entry: &FlowEntry, direction: Direction) {
         let binding = &entry.binding;
         let (addresses, ports) = (
             Delta::from_folded(entry.address_delta),
             Delta::from_folded(entry.port_delta),
         );
         if direction == Direction::REQUEST {
-            Self {
-                source: binding.snat,
-                destination: binding.backend,
-                source_port: binding.snat_port,
-                destination_port: binding.backend_port,
-                addresses,
-                ports,
-            }
+            self.source = binding.snat;
+            self.destination = binding.backend;
+            self.source_port = binding.snat_port;
+            self.destination_port = binding.backend_port;
+            self.addresses = addresses;
+            self.ports = ports;
         } else {
-            Self {
-                source: binding.vip,
-                destination: binding.client,
-                source_port: binding.vip_port,
-                destination_port: binding.client_port,
-                addresses: addresses.reversed(),
-                ports: ports.reversed(),
-            }
+            self.source = binding.vip;
+            self.destination = binding.client;
+            self.source_port = binding.vip_port;
+            self.destination_port = binding.client_port;
+            self.addresses = addresses.reversed();
+            self.ports = ports.reversed();
         }
     }
 }
@@ -108,17 +102,17 @@ pub const fn check_ttl(frame: &Frame) -> Result<(), Stop> {
 
 /// Changes the packet.
 ///
-/// `mtu_bytes`: what an announced segment size has to fit, see `mss`; zero: it is left alone. The TTL is decremented unless the stack routes the packet, which then does it.
+/// `mtu_bytes`: what an announced segment size has to fit, see `mss`; zero: it is left alone. The TTL is decremented
+/// unless the stack routes the packet, which then does it.
 #[inline(always)]
 pub fn apply<P: Packet>(
     packet: &mut P,
-    frame: &Frame,
-    rewrite: &Rewrite,
-    hop: &NextHop,
+    walk: &Walk,
     hook: Hook,
     settings: &Settings,
     mtu_bytes: u32,
 ) -> Result<(), Stop> {
+    let (frame, rewrite, hop) = (&walk.frame, &walk.hit.rewrite, &walk.hit.hop);
     let is_sent = hop.kind == HopKind::DIRECT;
     let checksum = transport_checksum::state(packet, frame, settings)?;
     let segment_size = if mtu_bytes == 0 {
@@ -126,13 +120,47 @@ pub fn apply<P: Packet>(
     } else {
         mss::clamp(packet, frame, mtu_bytes)?
     };
-    // The checksum does not care where in the transport header a word changed.
-    let transport = Rewrite {
-        ports: rewrite.ports.and(segment_size),
-        ..*rewrite
-    };
+    network(packet, frame, rewrite, is_sent)?;
 
-    let ip = packet.header::<Ipv4Header>(NETWORK_OFFSET)?;
+    let ports = packet.header::<Ports>(frame.transport_offset as usize)?;
+    ports.source = rewrite.source_port;
+    ports.destination = rewrite.destination_port;
+
+    // The checksum does not care where in the transport header a word changed.
+    let change = transport_checksum::Change {
+        addresses: rewrite.addresses,
+        words: rewrite.ports.and(segment_size),
+    };
+    transport_checksum::update(packet, frame, change, checksum, is_sent)?;
+
+    if hook == Hook::Tcx {
+        // The kernel writes the link header as it sends.
+        return Ok(());
+    }
+    if walk.inside.is_tunnel() {
+        overlay::carry_congestion(packet, &walk.inside)?;
+        if !is_sent {
+            return overlay::strip(packet, &walk.inside);
+        }
+    }
+    if is_sent && hop.peer == 0 {
+        link(packet, frame, hop)?;
+    }
+    Ok(())
+}
+
+/// New addresses; and, in a packet that is sent, a hop less.
+#[inline(always)]
+fn network<P: Packet>(packet: &mut P, frame: &Frame, rewrite: &Rewrite, is_sent: bool) -> Result<(), Stop> {
+    let offset = frame.network_offset as usize;
+    if !frame.is_v4() {
+        let ip = packet.header::<Ipv6Header>(offset)?;
+        ip.hop_limit -= u8::from(is_sent);
+        ip.source = rewrite.source;
+        ip.destination = rewrite.destination;
+        return Ok(());
+    }
+    let ip = packet.header::<Ipv4Header>(offset)?;
     let mut delta = rewrite.addresses;
     if is_sent {
         let before = ip.ttl_word();
@@ -140,18 +168,79 @@ pub fn apply<P: Packet>(
         delta = delta.replace_raw(before, ip.ttl_word());
     }
     ip.checksum = delta.apply(ip.checksum);
-    ip.source = rewrite.source;
-    ip.destination = rewrite.destination;
+    ip.source = rewrite.source.low();
+    ip.destination = rewrite.destination.low();
+    Ok(())
+}
 
-    let ports = packet.header::<Ports>(frame.transport_offset)?;
-    ports.source = rewrite.source_port;
-    ports.destination = rewrite.destination_port;
+/// The link header and the tags for the next hop, whatever stood before the IP header.
+#[inline(always)]
+fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), Stop> {
+    let tags = hop.tags();
+    let surplus = frame.network_offset as i32 - tags.link_len() as i32;
+    if surplus != 0 {
+        packet.move_start(surplus)?;
+    }
+    write_link(packet, hop.link, tags, frame.is_v4())
+}
 
-    transport_checksum::update(packet, frame, &transport, checksum, is_sent)?;
+/// VLAN tags of a frame.
+#[repr(align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tags {
+    /// The outer one first.
+    pub control: [Be16; 2],
+    pub count: u32,
+}
 
-    // In tcx the kernel writes the link header as it sends.
-    if is_sent && hook != Hook::Tcx {
-        packet.header::<EthernetHeader>(0)?.link = hop.link;
+impl Tags {
+    /// A frame without.
+    pub const NONE: Self = Self {
+        control: [Be16::ZERO; 2],
+        count: 0,
+    };
+
+    /// Length of the link header with them, in bytes.
+    #[inline(always)]
+    pub const fn link_len(&self) -> usize {
+        EthernetHeader::LEN + self.count as usize * VlanTag::LEN
+    }
+}
+
+impl NextHop {
+    /// The tags that frames leave with.
+    #[inline(always)]
+    pub const fn tags(&self) -> Tags {
+        let [outer, inner] = self.vlans;
+        Tags {
+            control: [Be16::new(outer), Be16::new(inner)],
+            count: (outer != 0) as u32 + (inner != 0) as u32,
+        }
+    }
+}
+
+/// Writes the link header and the tags, for which there is room before the IP header.
+#[inline(always)]
+pub fn write_link<P: Packet>(packet: &mut P, link: LinkPair, tags: Tags, is_v4: bool) -> Result<(), Stop> {
+    let network = if is_v4 { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+    // IEEE 802.1ad: the outer of two tags has an EtherType of its own.
+    let ethertype = match tags.count {
+        0 => network,
+        1 => ETHERTYPE_VLAN,
+        _ => ETHERTYPE_SERVICE_VLAN,
+    };
+    *packet.header::<EthernetHeader>(0)? = EthernetHeader { link, ethertype };
+    if tags.count >= 1 {
+        *packet.header::<VlanTag>(EthernetHeader::LEN)? = VlanTag {
+            control: tags.control[0],
+            ethertype: if tags.count == 1 { network } else { ETHERTYPE_VLAN },
+        };
+    }
+    if tags.count >= 2 {
+        *packet.header::<VlanTag>(EthernetHeader::LEN + VlanTag::LEN)? = VlanTag {
+            control: tags.control[1],
+            ethertype: network,
+        };
     }
     Ok(())
 }

@@ -1,66 +1,60 @@
 //! The binding of a new flow: its number, and the addresses both sides will see.
 
-use super::{Stop, Tables, parse::Frame};
+use super::{Stop, Tables, Walk};
 use crate::{
     abi::{
         backend::{Backend, NatMode},
-        flow::{FlowBinding, FlowId},
+        flow::FlowId,
         reason::Reason,
         settings::{Settings, flag},
-        snat::SnatBinding,
     },
     wire::Be16,
 };
 
-/// Takes a free flow, or the one whose connection has `ended`, and in full NAT the (address, port) that comes
-/// with its number.
+/// Takes a free flow, or the one whose connection has `ended`, and in full NAT the (address, port) of the backend's
+/// family that comes with its number.
 #[inline(always)]
 pub fn bind<T: Tables>(
     tables: &mut T,
     settings: &Settings,
     nat: NatMode,
-    frame: &Frame,
     backend: &Backend,
     ended: Option<FlowId>,
-) -> Result<(FlowId, FlowBinding), Stop> {
+    walk: &mut Walk,
+) -> Result<FlowId, Stop> {
+    let Walk { frame, binding, .. } = walk;
     let key = &frame.key;
     let id = match ended {
         Some(id) => id,
         None => tables.take_flow().ok_or(Stop::drop(exhausted(settings)))?,
     };
-    let snat = if nat == NatMode::DNAT {
-        SnatBinding {
-            address: key.source,
-            port: key.source_port,
-        }
+    let is_v4 = backend.address.is_v4();
+    if nat == NatMode::DNAT && is_v4 == key.is_v4() {
+        binding.snat = key.source;
+        binding.snat_port = key.source_port;
     } else {
-        match settings.pool.binding(id) {
-            Some(binding) => binding,
-            None => {
-                if ended.is_none() {
-                    tables.return_flow(id);
-                }
-                return Err(Stop::drop(Reason::POOL_EXHAUSTED));
+        let Some(snat) = settings.pool.binding(id, is_v4) else {
+            if ended.is_none() {
+                tables.return_flow(id);
             }
-        }
+            return Err(Stop::drop(Reason::POOL_EXHAUSTED));
+        };
+        binding.snat = snat.address;
+        binding.snat_port = snat.port;
+    }
+    binding.client = key.source;
+    binding.vip = key.destination;
+    binding.backend = backend.address;
+    binding.client_port = key.source_port;
+    binding.vip_port = key.destination_port;
+    binding.backend_port = if backend.port == Be16::new(0) {
+        key.destination_port
+    } else {
+        backend.port
     };
-    let binding = FlowBinding {
-        client: key.source,
-        vip: key.destination,
-        snat: snat.address,
-        backend: backend.address,
-        client_port: key.source_port,
-        vip_port: key.destination_port,
-        snat_port: snat.port,
-        backend_port: if backend.port == Be16::new(0) {
-            key.destination_port
-        } else {
-            backend.port
-        },
-        protocol: key.protocol,
-        reserved: 0,
-    };
-    Ok((id, binding))
+    binding.protocol = key.protocol;
+    binding.reserved = 0;
+    Ok(id)
 }
 
 /// What there is too little of when no flow is free: the smaller of pool and flow table.

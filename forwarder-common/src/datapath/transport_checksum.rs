@@ -14,11 +14,12 @@
 //!
 //! The test is off unless `flag::PARTIAL_CHECKSUMS` is set: frames of a physical NIC are never partial.
 
-use super::{ChecksumOffload, Packet, Stop, parse::Frame, rewrite::Rewrite};
+use super::{ChecksumOffload, Packet, Stop, parse::Frame};
 use crate::{
     abi::settings::{Settings, flag},
     wire::{
-        Be16, Field16, checksum,
+        Be16, Field16,
+        checksum::{self, Delta},
         tcp::TcpHeader,
         udp::{CHECKSUM_NONE, UdpHeader},
     },
@@ -26,7 +27,7 @@ use crate::{
 
 #[inline(always)]
 const fn field_offset(frame: &Frame) -> usize {
-    frame.transport_offset
+    frame.transport_offset as usize
         + if frame.is_tcp() {
             TcpHeader::CHECKSUM_OFFSET
         } else {
@@ -38,8 +39,8 @@ const fn field_offset(frame: &Frame) -> usize {
 fn pseudo_header(frame: &Frame) -> u32 {
     let key = &frame.key;
     checksum::pseudo_header(
-        key.source.0,
-        key.destination.0,
+        key.source,
+        key.destination,
         key.protocol as u8,
         frame.transport_len,
     )
@@ -68,7 +69,7 @@ pub fn state<P: Packet>(packet: &mut P, frame: &Frame, settings: &Settings) -> R
     if u32::from(field) != pseudo {
         return Ok(State::Complete);
     }
-    let sum = packet.sum(frame.transport_offset, frame.transport_len as usize)?;
+    let sum = packet.sum(frame.transport_offset as usize, frame.transport_len as usize)?;
     let is_valid = checksum::fold(pseudo + sum) == 0xffff;
     Ok(if is_valid {
         State::Complete
@@ -77,22 +78,31 @@ pub fn state<P: Packet>(packet: &mut P, frame: &Frame, settings: &Settings) -> R
     })
 }
 
-/// Brings the checksum in line with the rewrite. `is_sent`: the frame leaves straight from the program.
+/// What changes under a transport checksum.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Change {
+    /// In the pseudo-header.
+    pub addresses: Delta,
+    /// In the transport header.
+    pub words: Delta,
+}
+
+/// Brings the checksum in line with a change. `is_sent`: the frame leaves straight from the program.
 #[inline(always)]
 pub fn update<P: Packet>(
     packet: &mut P,
     frame: &Frame,
-    rewrite: &Rewrite,
+    change: Change,
     state: State,
     is_sent: bool,
 ) -> Result<(), Stop> {
     let offset = field_offset(frame);
     if let ChecksumOffload::Kernel = P::CHECKSUM_OFFLOAD {
-        return packet.adjust_checksum(offset, rewrite.addresses, rewrite.ports, !frame.is_tcp());
+        return packet.adjust_checksum(offset, change.addresses, change.words, !frame.is_tcp());
     }
     let field = packet.header::<Field16>(offset)?;
     let old = field.value;
-    let both = rewrite.addresses.and(rewrite.ports);
+    let both = change.addresses.and(change.words);
     field.value = match state {
         State::Partial { sum } if is_sent && matches!(P::CHECKSUM_OFFLOAD, ChecksumOffload::LostOnSend) => {
             // The sum covers the field, which holds the sum of the old pseudo-header; the delta makes it the
@@ -102,7 +112,7 @@ pub fn update<P: Packet>(
                 Be16::from_raw(checksum::finish(sum + u32::from(both.folded()))),
             )
         }
-        State::Partial { .. } => rewrite.addresses.apply_to_partial(old),
+        State::Partial { .. } => change.addresses.apply_to_partial(old),
         State::Complete if !frame.is_tcp() && old == CHECKSUM_NONE => CHECKSUM_NONE,
         State::Complete => zero_as_ones(frame, both.apply(old)),
     };

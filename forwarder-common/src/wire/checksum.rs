@@ -9,7 +9,9 @@
 //! cannot turn a valid checksum into the wrong zero. A [`Delta`] is the part `~m + m'`, so one flow's delta
 //! can be computed once and added to every packet.
 
-use super::{Be16, Be32};
+use bytemuck::{Pod, Zeroable};
+
+use super::{Be16, Be32, IpAddress};
 
 /// Adds the carries of a 32-bit accumulator back in until 16 bits are left (RFC 1071 §2).
 #[inline(always)]
@@ -41,7 +43,8 @@ pub fn sum_bytes(bytes: &[u8]) -> u32 {
 }
 
 /// What replacing words changes in a one's-complement sum: the folded sum of `~m + m'` (RFC 1624 §3).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 pub struct Delta(u32);
 
 impl Delta {
@@ -87,6 +90,20 @@ impl Delta {
             .replace_raw((old >> 16) as u16, (new >> 16) as u16)
     }
 
+    /// Also replaces an address.
+    #[inline(always)]
+    pub const fn replace_address(self, old: IpAddress, new: IpAddress) -> Self {
+        // Folded in between, so that the accumulator has room for the other words of a packet.
+        let [a, b, c, d] = old.0;
+        let [e, f, g, h] = new.0;
+        let delta = self
+            .replace32(a, e)
+            .replace32(b, f)
+            .replace32(c, g)
+            .replace32(d, h);
+        Self(delta.folded() as u32)
+    }
+
     /// Both changes.
     #[inline(always)]
     pub const fn and(self, other: Self) -> Self {
@@ -107,17 +124,25 @@ impl Delta {
     }
 }
 
-/// Sum of the IPv4 pseudo-header in machine order (RFC 9293 §3.1, RFC 768): source, destination, protocol,
+/// Sum of the pseudo-header in machine order (RFC 9293 §3.1, RFC 768, RFC 8200 §8.1): source, destination, protocol,
 /// length of transport header and payload in bytes.
 #[inline(always)]
-pub const fn pseudo_header(source: Be32, destination: Be32, protocol: u8, len: u16) -> u32 {
-    let (source, destination) = (source.raw(), destination.raw());
-    (source & 0xffff)
-        + (source >> 16)
-        + (destination & 0xffff)
-        + (destination >> 16)
+pub const fn pseudo_header(source: IpAddress, destination: IpAddress, protocol: u8, len: u32) -> u32 {
+    fold(sum_address(source) + sum_address(destination)) as u32
         + u16::from_ne_bytes([0, protocol]) as u32
-        + Be16::new(len).raw() as u32
+        + Be16::new(len as u16).raw() as u32
+        + Be16::new((len >> 16) as u16).raw() as u32
+}
+
+#[inline(always)]
+const fn sum_address(address: IpAddress) -> u32 {
+    let [a, b, c, d] = address.0;
+    sum32(a) + sum32(b) + sum32(c) + sum32(d)
+}
+
+#[inline(always)]
+const fn sum32(word: Be32) -> u32 {
+    (word.raw() & 0xffff) + (word.raw() >> 16)
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! ICMP (RFC 792): echo, and the message that a port is not reachable.
+//! ICMP (RFC 792) and its form for IPv6 (RFC 4443): echo, errors, and the neighbours of RFC 4861.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Be16, WireHeader};
+use super::{Be16, Be32, WireHeader};
 
 /// RFC 792: echo reply.
 pub const TYPE_ECHO_REPLY: u8 = 0;
@@ -10,8 +10,33 @@ pub const TYPE_ECHO_REPLY: u8 = 0;
 pub const TYPE_UNREACHABLE: u8 = 3;
 /// RFC 792: port unreachable, a code of [`TYPE_UNREACHABLE`].
 pub const CODE_PORT_UNREACHABLE: u8 = 3;
+/// RFC 1191 §4: fragmentation needed and "do not fragment" set, a code of [`TYPE_UNREACHABLE`].
+pub const CODE_FRAGMENTATION_NEEDED: u8 = 4;
 /// RFC 792: echo request.
 pub const TYPE_ECHO_REQUEST: u8 = 8;
+/// RFC 792: time to live exceeded in transit, with code 0.
+pub const TYPE_TIME_EXCEEDED: u8 = 11;
+/// RFC 792: a header field is wrong.
+pub const TYPE_PARAMETER_PROBLEM: u8 = 12;
+
+/// RFC 4443 §3.1: destination unreachable.
+pub const TYPE_V6_UNREACHABLE: u8 = 1;
+/// RFC 4443 §3.1: port unreachable, a code of [`TYPE_V6_UNREACHABLE`].
+pub const CODE_V6_PORT_UNREACHABLE: u8 = 4;
+/// RFC 4443 §3.2: packet too big.
+pub const TYPE_V6_TOO_BIG: u8 = 2;
+/// RFC 4443 §3.3: hop limit exceeded in transit, with code 0.
+pub const TYPE_V6_TIME_EXCEEDED: u8 = 3;
+/// RFC 4443 §3.4: a header field is wrong.
+pub const TYPE_V6_PARAMETER_PROBLEM: u8 = 4;
+/// RFC 4443 §4.1: echo request.
+pub const TYPE_V6_ECHO_REQUEST: u8 = 128;
+/// RFC 4443 §4.2: echo reply.
+pub const TYPE_V6_ECHO_REPLY: u8 = 129;
+/// RFC 4861 §4.3.
+pub const TYPE_NEIGHBOUR_SOLICITATION: u8 = 135;
+/// RFC 4861 §4.4.
+pub const TYPE_NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 
 /// Type, code and checksum with the four bytes that every type uses in its own way.
 #[repr(C, packed)]
@@ -20,7 +45,7 @@ pub struct IcmpHeader {
     pub icmp_type: u8,
     pub code: u8,
     pub checksum: Be16,
-    pub rest: [u8; 4],
+    pub rest: Be32,
 }
 
 impl WireHeader for IcmpHeader {}
@@ -33,7 +58,7 @@ impl IcmpHeader {
             icmp_type,
             code,
             checksum: Be16::from_raw(0),
-            rest: [0; 4],
+            rest: Be32::new(0),
         }
     }
 

@@ -84,9 +84,9 @@ impl Ipv4Header {
         self.fragment.get() & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
     }
 
-    /// Must this packet arrive in one piece or not at all?
+    /// May no router fragment it (RFC 791 §2.3)?
     #[inline(always)]
-    pub const fn is_not_to_be_fragmented(&self) -> bool {
+    pub const fn dont_fragment(&self) -> bool {
         self.fragment.raw() & Self::DONT_FRAGMENT.raw() != 0
     }
 

@@ -107,6 +107,15 @@ impl Be32 {
     pub const fn from_raw(raw: u32) -> Self {
         Self(raw)
     }
+
+    /// Its first `bits` bits, zeros behind them; more than 32 are all.
+    #[inline(always)]
+    pub const fn prefix(self, bits: u32) -> Self {
+        // Shifted in 64 bits: by 32, which leaves none, a shift of 32 bits is undefined.
+        let bits = if bits > 32 { 32 } else { bits };
+        let mask = !((u32::MAX as u64 >> bits) as u32);
+        Self(self.0 & mask.to_be())
+    }
 }
 
 impl core::fmt::Debug for Be32 {
@@ -164,21 +173,26 @@ impl core::fmt::Debug for Ipv4Address {
     }
 }
 
-/// An IP address of either family in network byte order; IPv4 as ::ffff:a.b.c.d (RFC 4291 §2.5.5.2).
+/// An address of either family in network byte order: IPv4 as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2).
+///
+/// The mapped form has the same one's-complement sum as the four bytes alone, since its prefix adds 0xffff, which is
+/// zero there. So checksum deltas come out right whichever family an address changes to.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Pod, Zeroable)]
 pub struct IpAddress(pub [Be32; 4]);
 
 impl IpAddress {
-    const V4_PREFIX: Be32 = Be32::new(0xffff);
+    /// No address: `::`.
+    pub const UNSPECIFIED: Self = Self([Be32(0); 4]);
+    /// Bits of an address.
+    pub const BITS: u32 = 128;
+    /// Bits in front of a mapped IPv4 address.
+    pub const V4_PREFIX_BITS: u32 = 96;
 
-    /// No address at all.
-    pub const UNSPECIFIED: Self = Self([Be32::new(0); 4]);
-
-    /// An IPv4 address.
+    /// An IPv4 address, mapped.
     #[inline(always)]
     pub const fn from_v4(address: Ipv4Address) -> Self {
-        Self([Be32::new(0), Be32::new(0), Self::V4_PREFIX, address.0])
+        Self([Be32(0), Be32(0), Be32::new(0xffff), address.0])
     }
 
     /// From its sixteen octets, most significant first.
@@ -193,33 +207,95 @@ impl IpAddress {
         ])
     }
 
-    /// Its IPv4 form; without a meaning for IPv6.
-    #[inline(always)]
-    pub const fn v4(self) -> Ipv4Address {
-        Ipv4Address(self.0[3])
-    }
-
     /// Is this an IPv4 address?
     #[inline(always)]
     pub const fn is_v4(self) -> bool {
-        self.0[0].0 == 0 && self.0[1].0 == 0 && self.0[2].0 == Self::V4_PREFIX.0
+        self.0[0].0 == 0 && self.0[1].0 == 0 && self.0[2].0 == Be32::new(0xffff).0
+    }
+
+    /// Its last four octets: the address itself when it is of IPv4.
+    #[inline(always)]
+    pub const fn low(self) -> Ipv4Address {
+        Ipv4Address(self.0[3])
+    }
+
+    /// The address `offset` places behind this one; wraps around within the last four octets.
+    #[inline(always)]
+    pub const fn plus(self, offset: u32) -> Self {
+        let [a, b, c, d] = self.0;
+        Self([a, b, c, Be32::new(d.get().wrapping_add(offset))])
+    }
+
+    /// How many places behind `first` this address is, if both share all but their last four octets.
+    #[inline(always)]
+    pub const fn offset_from(self, first: Self) -> Option<u32> {
+        let ([a, b, c, d], [e, f, g, h]) = (self.0, first.0);
+        if a.0 != e.0 || b.0 != f.0 || c.0 != g.0 {
+            return None;
+        }
+        Some(d.get().wrapping_sub(h.get()))
+    }
+
+    /// Its first `bits` bits, at most 128; zeros behind them.
+    #[inline(always)]
+    pub const fn prefix(self, bits: u32) -> Self {
+        let [a, b, c, d] = self.0;
+        Self([
+            a.prefix(bits),
+            b.prefix(bits.saturating_sub(32)),
+            c.prefix(bits.saturating_sub(64)),
+            d.prefix(bits.saturating_sub(96)),
+        ])
+    }
+
+    /// Its sixteen octets, most significant first.
+    pub fn octets(self) -> [u8; 16] {
+        bytemuck::cast(self.0)
+    }
+
+    /// The standard library's form.
+    pub fn to_std(self) -> core::net::IpAddr {
+        core::net::Ipv6Addr::from(self.octets()).to_canonical()
+    }
+}
+
+impl From<Ipv4Address> for IpAddress {
+    #[inline(always)]
+    fn from(address: Ipv4Address) -> Self {
+        Self::from_v4(address)
+    }
+}
+
+impl From<core::net::Ipv4Addr> for IpAddress {
+    fn from(address: core::net::Ipv4Addr) -> Self {
+        Self::from_v4(address.into())
+    }
+}
+
+impl From<core::net::Ipv6Addr> for IpAddress {
+    fn from(address: core::net::Ipv6Addr) -> Self {
+        Self::new(address.octets())
     }
 }
 
 impl From<core::net::IpAddr> for IpAddress {
     fn from(address: core::net::IpAddr) -> Self {
         match address {
-            core::net::IpAddr::V4(address) => Self::from_v4(address.into()),
-            core::net::IpAddr::V6(address) => Self::new(address.octets()),
+            core::net::IpAddr::V4(address) => address.into(),
+            core::net::IpAddr::V6(address) => address.into(),
         }
+    }
+}
+
+impl From<IpAddress> for core::net::IpAddr {
+    fn from(address: IpAddress) -> Self {
+        address.to_std()
     }
 }
 
 impl core::fmt::Debug for IpAddress {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        let [a, b, c, d] = self.0.map(Be32::get);
-        let number = u128::from(a) << 96 | u128::from(b) << 64 | u128::from(c) << 32 | u128::from(d);
-        core::net::Ipv6Addr::from(number).to_canonical().fmt(f)
+        self.to_std().fmt(f)
     }
 }
 
@@ -349,5 +425,36 @@ mod tests {
             Ipv4Address::from_number(Ipv4Address::new([10, 0, 0, 255]).number() + 1).octets(),
             [10, 0, 1, 0]
         );
+    }
+
+    #[test]
+    fn an_ipv4_address_is_told_from_one_of_ipv6() {
+        let v4 = IpAddress::from(core::net::Ipv4Addr::new(10, 0, 0, 7));
+        assert!(v4.is_v4());
+        assert_eq!(v4.low().octets(), [10, 0, 0, 7]);
+        assert_eq!(v4.to_std(), core::net::IpAddr::from([10, 0, 0, 7]));
+        let v6 = IpAddress::from(core::net::Ipv6Addr::LOCALHOST);
+        assert!(!v6.is_v4());
+        assert_eq!(v6.to_std(), core::net::IpAddr::V6(core::net::Ipv6Addr::LOCALHOST));
+    }
+
+    #[test]
+    fn a_prefix_of_an_address_keeps_its_first_bits() {
+        let address = IpAddress::new([0xff; 16]);
+        for bits in [0, 1, 31, 32, 33, 64, 95, 96, 127, 128] {
+            let wanted = u128::MAX.checked_shl(128 - bits).unwrap_or(0);
+            assert_eq!(
+                address.prefix(bits),
+                IpAddress::new(wanted.to_be_bytes()),
+                "{bits} bits"
+            );
+        }
+    }
+
+    #[test]
+    fn a_mapped_address_has_the_sum_of_its_four_bytes() {
+        let v4 = Ipv4Address::new([192, 168, 1, 20]);
+        let mapped = checksum::fold(checksum::sum_bytes(bytemuck::bytes_of(&IpAddress::from(v4))));
+        assert_eq!(mapped, checksum::fold(checksum::sum_bytes(&v4.octets())));
     }
 }

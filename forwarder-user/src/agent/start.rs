@@ -255,7 +255,12 @@ pub(super) fn keeps_bindings(before: &SnatPool, after: &SnatPool, flows: u32) ->
     (0..flows)
         .step_by(PORTS_PER_ADDRESS as usize)
         .map(FlowId)
-        .all(|id| before.binding(id).is_none() || before.binding(id) == after.binding(id))
+        .all(|id| {
+            [true, false].into_iter().all(|is_v4| {
+                let held = before.binding(id, is_v4);
+                held.is_none() || held == after.binding(id, is_v4)
+            })
+        })
 }
 
 /// An interface of the configuration, which has to exist.
@@ -294,6 +299,7 @@ pub(crate) fn sizes(config: &Config) -> Sizes {
             .agent
             .max_flows
             .saturating_mul(if has_dnat { 2 } else { 1 }),
+        flow_keys_v6: 1,
         slots: config.agent.max_slots,
         groups: config.groups.len() as u32,
         backends: backends as u32,

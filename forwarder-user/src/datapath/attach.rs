@@ -333,8 +333,14 @@ fn attachment(
                 .mac
                 .map(forwarder_common::wire::MacAddress::new)
                 .unwrap_or_default(),
-            flags,
+            flags: if link.is_ethernet {
+                flags
+            } else {
+                flags | flag::NO_LINK_HEADER
+            },
             mtu_bytes: link.mtu_bytes,
+            carrier_ifindex: 0,
+            vlans: [0; 2],
         },
         settings_flags: settings_flags | partial,
     }

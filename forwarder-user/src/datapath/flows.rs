@@ -148,14 +148,13 @@ impl FlowStore for FlowMaps {
 
     fn insert_key(&mut self, key: &FlowKey, reference: FlowReference) {
         // A key that is there already belongs to a newer flow.
-        let _ = self.index.insert(AsPod(*key), AsPod(reference), NO_EXIST);
+        let _ = self.index.insert(key, reference, NO_EXIST);
     }
 
     fn remove_key(&mut self, key: &FlowKey, id: FlowId) {
-        let key = AsPod(*key);
-        if self.index.get(&key, 0).is_ok_and(|AsPod(found)| found.id == id) {
+        if self.index.get(key).is_ok_and(|AsPod(found)| found.id == id) {
             // Not there any more: the data path unlinked it itself. Anything else shows as a key that stays.
-            let _ = self.index.remove(&key);
+            let _ = self.index.remove(key);
         }
     }
 

@@ -7,7 +7,7 @@ use aya::{
 use forwarder_common::abi::{
     backend::{Backend, BackendGroup},
     counter::{ReasonCounters, TrafficCounters},
-    flow::{FlowId, FlowKey, FlowReference},
+    flow::{FlowId, FlowKey, FlowKeyV4, FlowReference},
     interface::{Interface, InterfaceKey},
     listener::{Listener, ListenerKey, Source, Vip, VipKey},
     map_name,
@@ -29,7 +29,7 @@ use crate::{
 
 pub(super) type Table<V> = Array<MapData, AsPod<V>>;
 /// aya's key holds the number of bits apart from these three words: see `abi::listener`.
-pub(super) type Trie<V> = LpmTrie<MapData, [u32; 3], AsPod<V>>;
+pub(super) type Trie<V> = LpmTrie<MapData, [u32; 5], AsPod<V>>;
 pub(super) type Hash<K, V> = HashMap<MapData, AsPod<K>, AsPod<V>>;
 
 /// What the writer writes.
@@ -55,8 +55,48 @@ pub struct FlowMaps {
     pub memory: FlowMemory,
     pub listeners_live: LiveMemory,
     pub backends_live: LiveMemory,
-    pub index: Hash<FlowKey, FlowReference>,
+    pub index: FlowIndex,
     pub free: Queue<MapData, AsPod<FlowId>>,
+}
+
+/// The flow index: a map for the short keys of IPv4, one for those of IPv6.
+pub struct FlowIndex {
+    pub v4: Hash<FlowKeyV4, FlowReference>,
+    pub v6: Hash<FlowKey, FlowReference>,
+}
+
+impl FlowIndex {
+    /// # Errors
+    /// The kernel's; [`MapError::KeyNotFound`] for a key that is not there.
+    pub fn get(&self, key: &FlowKey) -> Result<AsPod<FlowReference>, MapError> {
+        if key.is_v4() {
+            self.v4.get(&AsPod(key.v4()), 0)
+        } else {
+            self.v6.get(&AsPod(*key), 0)
+        }
+    }
+
+    /// `flags`: of the system call.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn insert(&mut self, key: &FlowKey, reference: FlowReference, flags: u64) -> Result<(), MapError> {
+        if key.is_v4() {
+            self.v4.insert(AsPod(key.v4()), AsPod(reference), flags)
+        } else {
+            self.v6.insert(AsPod(*key), AsPod(reference), flags)
+        }
+    }
+
+    /// # Errors
+    /// The kernel's; [`MapError::KeyNotFound`] for a key that is not there.
+    pub fn remove(&mut self, key: &FlowKey) -> Result<(), MapError> {
+        if key.is_v4() {
+            self.v4.remove(&AsPod(key.v4()))
+        } else {
+            self.v6.remove(&AsPod(*key))
+        }
+    }
 }
 
 /// What is only read.
@@ -108,7 +148,10 @@ pub fn take(
             sizes.backends,
             map_name::BACKEND_LIVE,
         )?,
-        index: typed(ebpf, map_name::FLOW_INDEX)?,
+        index: FlowIndex {
+            v4: typed(ebpf, map_name::FLOW_INDEX)?,
+            v6: typed(ebpf, map_name::FLOW_INDEX_V6)?,
+        },
         free: typed(ebpf, map_name::FREE_FLOWS)?,
     };
     let counters = CounterMaps {

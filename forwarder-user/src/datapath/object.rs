@@ -21,6 +21,8 @@ pub struct Sizes {
     pub flows: u32,
     /// Keys in the flow index: one per full-NAT flow, two per DNAT flow.
     pub flow_keys: u32,
+    /// The same of IPv6.
+    pub flow_keys_v6: u32,
     pub slots: u32,
     pub groups: u32,
     pub backends: u32,
@@ -39,10 +41,11 @@ pub struct Sizes {
 
 impl Sizes {
     /// Each size with the maps that have it.
-    fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 12] {
+    fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 13] {
         [
             (&mut self.flows, &[map_name::FLOWS, map_name::FREE_FLOWS]),
             (&mut self.flow_keys, &[map_name::FLOW_INDEX]),
+            (&mut self.flow_keys_v6, &[map_name::FLOW_INDEX_V6]),
             (&mut self.slots, &[map_name::SLOTS]),
             (&mut self.groups, &[map_name::GROUPS, map_name::GROUP_TURNS]),
             (

@@ -2,9 +2,11 @@
 
 use std::marker::PhantomData;
 
+use bytemuck::Zeroable as _;
+
 use forwarder_common::{
     abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Env, Outcome, Packet, Stop, Tables, pipeline},
+    datapath::{ChecksumOffload, Env, Outcome, Packet, Stop, Tables, Walk, pipeline},
     wire::{
         Be16, Field16, WireHeader,
         checksum::{self, Delta},
@@ -36,7 +38,7 @@ fn forward_as<K: Kind, T: Tables, E: Env>(
     settings: &Settings,
 ) -> (Outcome, Vec<u8>) {
     let mut packet = MemoryPacket::<K>::new(frame.to_vec());
-    let outcome = pipeline::forward(&mut packet, tables, env, settings);
+    let outcome = pipeline::forward(&mut packet, tables, env, settings, &mut Walk::zeroed());
     (outcome, packet.bytes)
 }
 
@@ -122,24 +124,23 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         Ok(())
     }
 
+    fn move_start(&mut self, by: i32) -> Result<(), Stop> {
+        let distance = by.unsigned_abs() as usize;
+        if by < 0 {
+            self.bytes.splice(..0, std::iter::repeat_n(0, distance));
+        } else if distance <= self.bytes.len() {
+            self.bytes.drain(..distance);
+        } else {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
+    }
+
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
         if len > self.bytes.len() {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         self.bytes.truncate(len);
-        self.bytes.splice(..0, std::iter::repeat_n(0, front));
-        Ok(())
-    }
-
-    fn move_front(&mut self, bytes: i32) -> Result<(), Stop> {
-        let moved = bytes.unsigned_abs() as usize;
-        if bytes < 0 {
-            self.bytes.splice(..0, std::iter::repeat_n(0, moved));
-        } else if moved > self.bytes.len() {
-            return Err(Stop::drop(Reason::INTERNAL));
-        } else {
-            self.bytes.drain(..moved);
-        }
-        Ok(())
+        self.move_start(-(front as i32))
     }
 }

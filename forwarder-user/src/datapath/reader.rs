@@ -44,7 +44,7 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
         desired.vips.insert(key.address.octets(), value);
     }
     for (key, value) in entries(&maps.listeners)? {
-        let order = (key.vip.octets(), key.port.get(), key.protocol);
+        let order = (key.vip.octets(), key.port.get(), key.protocol.get() as u8);
         desired.listeners.insert(order, (key, value));
     }
     for entry in maps.listener_ranges.iter() {
@@ -88,7 +88,8 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
                 nat: group.nat,
                 selection: group.selection,
                 persistence_secs: group.persistence_secs,
-                persistence_bits: group.persistence_bits,
+                persistence_bits_v4: group.persistence_bits_v4,
+                persistence_bits_v6: group.persistence_bits_v6,
                 slots: table(group.first_slot, group.slot_count),
                 overflow: table(behind, group.overflow_slot_count),
             },
@@ -119,9 +120,9 @@ fn tunnels(maps: &ControlMaps) -> Result<TunnelTables, Error> {
 }
 
 /// The other way round from `writer::trie_key`.
-fn range_key<K: Pod>(key: &Key<[u32; 3]>) -> K {
-    let [a, b, c] = key.data();
-    bytemuck::cast([key.prefix_len(), a, b, c])
+fn range_key<K: Pod>(key: &Key<[u32; 5]>) -> K {
+    let [a, b, c, d, e] = key.data();
+    bytemuck::cast([key.prefix_len(), a, b, c, d, e])
 }
 
 fn entries<K: Pod, V: Pod>(map: &HashMap<MapData, AsPod<K>, AsPod<V>>) -> Result<Vec<(K, V)>, Error> {

@@ -42,7 +42,7 @@ use forwarder_common::{
 
 use super::{
     attach::AttachmentKind,
-    maps::{Hash, Table, Trie},
+    maps::{FlowIndex, Hash, Table, Trie},
     memory::FlowMemory,
     object::kernel_error,
     packet,
@@ -70,7 +70,7 @@ pub struct LiveMaps {
     tunnel_peers: Table<TunnelPeer>,
     listeners_live: Table<u64>,
     backends_live: Table<u64>,
-    flow_index: Hash<FlowKey, FlowReference>,
+    flow_index: FlowIndex,
     /// How many keys the flow index has room for.
     flow_keys: u32,
     flows: FlowMemory,
@@ -102,7 +102,10 @@ impl LiveMaps {
             tunnel_peers: again(ebpf, map_name::TUNNEL_PEERS)?,
             listeners_live: again(ebpf, map_name::LISTENER_LIVE)?,
             backends_live: again(ebpf, map_name::BACKEND_LIVE)?,
-            flow_index: again(ebpf, map_name::FLOW_INDEX)?,
+            flow_index: FlowIndex {
+                v4: again(ebpf, map_name::FLOW_INDEX)?,
+                v6: again(ebpf, map_name::FLOW_INDEX_V6)?,
+            },
             flow_keys: capacity(&data(ebpf, map_name::FLOW_INDEX)?)?,
             flows: FlowMemory::map(flows, max_flows)?,
         })
@@ -386,8 +389,8 @@ impl LiveView<'_> {
 }
 
 /// A trie's key as aya wants it: the number of bits apart from the words.
-fn trie_key<K: Pod>(key: &K) -> Key<[u32; 3]> {
-    let [bits, words @ ..]: [u32; 4] = bytemuck::cast(*key);
+fn trie_key<K: Pod>(key: &K) -> Key<[u32; 5]> {
+    let [bits, words @ ..]: [u32; 6] = bytemuck::cast(*key);
     Key::new(bits, words)
 }
 
@@ -496,7 +499,7 @@ impl Tables for LiveView<'_> {
     fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference> {
         match self.changes.flow_index.get(key) {
             Some(changed) => *changed,
-            None => self.found(map_name::FLOW_INDEX, self.maps.flow_index.get(&AsPod(*key), 0)),
+            None => self.found(map_name::FLOW_INDEX, self.maps.flow_index.get(key)),
         }
     }
 
@@ -554,6 +557,10 @@ impl Tables for LiveView<'_> {
         Some(self.changes.backends_live.entry(id).or_insert(LiveCount(live)))
     }
 
+    fn now_secs(&mut self) -> u32 {
+        monotonic_secs()
+    }
+
     // Nothing is counted.
 
     fn count_listener(&mut self, _id: ListenerId, _event: TrafficEvent) {}
@@ -590,10 +597,6 @@ impl Env for LiveEnv<'_> {
         };
         self.trace.add(Step::Route(route));
         route
-    }
-
-    fn now_secs(&mut self) -> u32 {
-        monotonic_secs()
     }
 }
 

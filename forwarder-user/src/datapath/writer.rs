@@ -139,8 +139,8 @@ fn exchange_prefix<K: Pod, V: Pod>(
 }
 
 /// A trie's key as aya wants it: the number of bits, then three words.
-fn trie_key<K: Pod>(key: &K) -> Key<[u32; 3]> {
-    let [bits, words @ ..]: [u32; 4] = bytemuck::cast(*key);
+fn trie_key<K: Pod>(key: &K) -> Key<[u32; 5]> {
+    let [bits, words @ ..]: [u32; 6] = bytemuck::cast(*key);
     Key::new(bits, words)
 }
 

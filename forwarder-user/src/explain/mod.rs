@@ -2,7 +2,7 @@
 //!
 //! The names of [`Explanation`]'s fields are the names in the JSON, which scripts rely on: add some, but rename none.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddr;
 
 use bytemuck::Zeroable as _;
 use forwarder_common::{
@@ -11,7 +11,7 @@ use forwarder_common::{
         flow::{Direction, FlowBinding, FlowEntry, FlowId, FlowState, HopKind},
     },
     datapath::{Action, Route},
-    wire::{Be16, Ipv4Address},
+    wire::{Be16, IpAddress},
 };
 use nix::net::if_::if_indextoname;
 use serde::{Deserialize, Serialize};
@@ -61,7 +61,7 @@ pub struct Explanation {
     /// Which way it goes in its flow, existing or new: `request` or `reply`.
     pub direction: Option<String>,
     /// A new flow: the (address, port) that it would hold.
-    pub binding: Option<SocketAddrV4>,
+    pub binding: Option<SocketAddr>,
     /// `binding` is the very one, not only one of the free ones: false for the second new flow of a capture and those
     /// after it.
     pub is_binding_certain: bool,
@@ -107,7 +107,7 @@ pub struct Choice {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendChoice {
     pub name: String,
-    pub address: SocketAddrV4,
+    pub address: SocketAddr,
     /// `healthy`, `unhealthy`, `draining` or `absent`.
     pub state: String,
     /// None: the configuration has it no more.
@@ -277,9 +277,8 @@ fn selection_name(selection: Selection) -> &'static str {
 /// The live flow that a packet belongs to, and its direction there.
 fn existing(walk: &Walk, packet: &PacketSummary) -> Option<(FlowId, Direction)> {
     let (source, destination) = (packet.source.as_deref()?, packet.destination.as_deref()?);
-    let is = |(from, to): (SocketAddrV4, SocketAddrV4)| {
-        from.to_string() == source && to.to_string() == destination
-    };
+    let is =
+        |(from, to): (SocketAddr, SocketAddr)| from.to_string() == source && to.to_string() == destination;
     walk.steps.iter().find_map(|step| match step {
         Step::Flow(id, entry) if entry.state == FlowState::LIVE => {
             let FlowBinding {
@@ -360,6 +359,6 @@ fn name_of(ifindex: u32) -> String {
     }
 }
 
-fn at(address: Ipv4Address, port: Be16) -> SocketAddrV4 {
-    SocketAddrV4::new(Ipv4Addr::from(address), port.get())
+fn at(address: IpAddress, port: Be16) -> SocketAddr {
+    SocketAddr::new(address.to_std(), port.get())
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
     time::Duration,
 };
 
@@ -16,7 +17,7 @@ use forwarder_common::{
     },
     maglev,
     wire::{
-        Be16, Ipv4Address,
+        Be16, IpAddress,
         ipv4::{PROTOCOL_TCP, PROTOCOL_UDP},
     },
 };
@@ -87,7 +88,9 @@ pub struct GroupTable {
     /// Zero: none.
     pub persistence_secs: u32,
     /// 1 to 32.
-    pub persistence_bits: u32,
+    pub persistence_bits_v4: u32,
+    /// 1 to 128.
+    pub persistence_bits_v6: u32,
     /// Empty: no backend takes new flows.
     pub slots: Slots,
     /// The table behind that, for flows that nobody in it has room for.
@@ -104,7 +107,7 @@ pub struct Desired {
     /// Operators' orders; they stand beside the tables, in the records of names.
     pub overrides: BTreeMap<BackendId, Override>,
     pub groups: BTreeMap<GroupId, GroupTable>,
-    pub vips: BTreeMap<[u8; 4], Vip>,
+    pub vips: BTreeMap<[u8; 16], Vip>,
     pub listeners: BTreeMap<ListenerOrder, (ListenerKey, Listener)>,
     /// Listeners with more than one port, by the prefixes that their ports consist of.
     pub listener_ranges: BTreeMap<RangeOrder, (ListenerRangeKey, Listener)>,
@@ -113,15 +116,15 @@ pub struct Desired {
 }
 
 /// Sorts listeners by VIP, port and protocol.
-pub type ListenerOrder = ([u8; 4], u16, u8);
+pub type ListenerOrder = ([u8; 16], u16, u8);
 /// Sorts ranges of ports by VIP, first port, bits and protocol.
-pub type RangeOrder = ([u8; 4], u16, u32, u8);
-/// A prefix of clients: the listener, the address, its bits.
-pub type SourceOrder = (ListenerId, [u8; 4], u32);
+pub type RangeOrder = ([u8; 16], u16, u32, u8);
+/// A prefix of clients: the listener, the address, its bits of 128.
+pub type SourceOrder = (ListenerId, [u8; 16], u32);
 
 /// The key of a prefix of clients.
 pub fn source_key(&(listener, address, bits): &SourceOrder) -> SourceKey {
-    SourceKey::new(listener, Ipv4Address::new(address), bits)
+    SourceKey::new(listener, IpAddress::new(address), bits)
 }
 
 impl Desired {
@@ -171,8 +174,8 @@ impl Desired {
                 Protocol::Tcp => PROTOCOL_TCP,
                 Protocol::Udp => PROTOCOL_UDP,
             };
-            let vip = listener.vip.octets();
-            let address = Ipv4Address::new(vip);
+            let address = IpAddress::from(listener.vip);
+            let vip = address.octets();
             let id = ids.listeners[name];
             let value = Listener {
                 id,
@@ -203,7 +206,11 @@ impl Desired {
             }
             for source in listener.sources.iter().flatten() {
                 let bits = u32::from(source.prefix_len());
-                desired.sources.insert((id, source.network().octets(), bits));
+                desired.sources.insert((
+                    id,
+                    IpAddress::from(source.network()).octets(),
+                    IpAddress::V4_PREFIX_BITS + bits,
+                ));
             }
         }
         desired
@@ -258,7 +265,8 @@ impl Desired {
                 nat,
                 selection,
                 persistence_secs: persistence.map_or(0, |persistence| whole_secs(persistence.timeout)),
-                persistence_bits: persistence.map_or(32, |persistence| u32::from(persistence.prefix_bits)),
+                persistence_bits_v4: persistence.map_or(32, |persistence| u32::from(persistence.prefix_bits)),
+                persistence_bits_v6: IpAddress::BITS,
                 slots: slots(Place::First, sizes.first, first),
                 overflow: slots(Place::Overflow, sizes.overflow, overflow),
             },
@@ -282,7 +290,7 @@ impl Standing {
         Candidate {
             entry: maglev::Entry {
                 value: self.id.0,
-                identity: maglev::identity(backend.address.octets(), backend.port.get()),
+                identity: maglev::identity(&octets(backend.address), backend.port.get()),
                 weight: backend.weight,
             },
             tier: self.tier,
@@ -320,7 +328,7 @@ fn standings<'a>(
             tier: backend.tier,
             weight,
             backend: Backend {
-                address: Ipv4Address::new(backend.address.octets()),
+                address: backend.address.into(),
                 port: Be16::new(backend.port.unwrap_or(0)),
                 state,
                 reserved: 0,
@@ -330,6 +338,14 @@ fn standings<'a>(
             },
         }
     })
+}
+
+/// 4 or 16 of them.
+fn octets(address: IpAddress) -> Vec<u8> {
+    match address.to_std() {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
 }
 
 /// A backend's weight as operators have ordered it, or else as it is configured.
@@ -377,9 +393,9 @@ fn tunnels_flag(tunnels: &TunnelTables) -> u32 {
 /// The pool as the data path knows it.
 pub fn pool(snat: &config::SnatPool) -> SnatPool {
     let mut pool = SnatPool::default();
-    for (range, (first, count)) in pool.ranges.iter_mut().zip(&snat.ranges) {
-        *range = SnatRange {
-            first: u32::from(*first),
+    for (run, (first, count)) in pool.v4.runs.iter_mut().zip(&snat.ranges) {
+        *run = SnatRange {
+            first: (*first).into(),
             count: *count,
         };
     }

@@ -19,7 +19,7 @@ pub fn inherited_health(
         .desired
         .backends
         .iter()
-        .map(|(id, backend)| (*id, (backend.address.octets(), backend.port.get(), backend.state)))
+        .map(|(id, backend)| (*id, (backend.address.to_std(), backend.port.get(), backend.state)))
         .collect();
     let mut health = HashMap::new();
     for (group, settings) in &config.groups {
@@ -28,7 +28,7 @@ pub fn inherited_health(
             let Some((address, port, state)) = ids.backends.get(&key).and_then(|id| addresses.get(id)) else {
                 continue;
             };
-            if (*address, *port) != (backend.address.octets(), backend.port.unwrap_or(0)) {
+            if (*address, *port) != (std::net::IpAddr::V4(backend.address), backend.port.unwrap_or(0)) {
                 continue;
             }
             match known.get(&key) {

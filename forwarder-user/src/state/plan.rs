@@ -17,7 +17,7 @@ use forwarder_common::{
             PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
         },
     },
-    wire::Ipv4Address,
+    wire::IpAddress,
 };
 
 use super::{
@@ -104,8 +104,8 @@ impl Applied {
 pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec<MapWrite> {
     let mut writes = Vec::new();
     let interface = |ifindex: &u32| InterfaceKey { ifindex: *ifindex };
-    let vip = |address: &[u8; 4]| VipKey {
-        address: Ipv4Address::new(*address),
+    let vip = |address: &[u8; 16]| VipKey {
+        address: IpAddress::new(*address),
     };
     // What comes, or changes.
     writes.extend(came(&before.interfaces, &after.interfaces, |ifindex, value| {
@@ -154,8 +154,8 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
             nat: group.nat,
             selection: group.selection,
             persistence_secs: group.persistence_secs,
-            persistence_bits: group.persistence_bits,
-            reserved: 0,
+            persistence_bits_v4: group.persistence_bits_v4,
+            persistence_bits_v6: group.persistence_bits_v6,
         };
         writes.push(MapWrite::Group(*id, Some(value)));
     }
@@ -364,14 +364,14 @@ impl fmt::Display for MapWrite {
             Self::Listener(key, Some(value)) => {
                 write!(
                     f,
-                    "listener {:?}:{:?} protocol {}: group {}",
+                    "listener {:?}:{:?} protocol {:?}: group {}",
                     key.vip, key.port, key.protocol, value.group.0
                 )
             }
             Self::Listener(key, None) => {
                 write!(
                     f,
-                    "remove listener {:?}:{:?} protocol {}",
+                    "remove listener {:?}:{:?} protocol {:?}",
                     key.vip, key.port, key.protocol
                 )
             }

@@ -292,7 +292,7 @@ mod tests {
     fn inputs(size: u32, backends: &[u32]) -> TableInputs {
         let entry = |number: &u32| Entry {
             value: *number,
-            identity: maglev::identity(number.to_be_bytes(), 80),
+            identity: maglev::identity(&number.to_be_bytes(), 80),
             weight: 1,
         };
         TableInputs::new(Selection::MAGLEV, size, backends.iter().map(entry).collect())

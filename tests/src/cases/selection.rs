@@ -28,7 +28,7 @@ fn world_overflowing(selection: Selection, slots: &[u32], first: u32) -> MemoryT
 fn world_persisting(bits: u32, slots: &[u32]) -> MemoryTables {
     let mut world = world_with_slots([HEALTHY; 2], slots);
     world.groups[0].persistence_secs = 600;
-    world.groups[0].persistence_bits = bits;
+    world.groups[0].persistence_bits_v4 = bits;
     world
 }
 

@@ -338,7 +338,7 @@ fn world() -> impl Strategy<Value = MemoryTables> {
             world.add_range_listener(VIP, (0, 0), 17, NatMode::DNAT, &[BackendId(1)]);
             world.backends[1].port = Be16::new(0);
         },
-        |world| world.settings.pool.ranges[0].count = 0,
+        |world| world.settings.pool.v4.runs[0].count = 0,
         |world| set_mtu(world, 1400),
         |world| set_mtu(world, 9000),
         |world| set_mtu(world, 68),
@@ -352,7 +352,7 @@ fn world() -> impl Strategy<Value = MemoryTables> {
             select_by(world, Selection::LEAST_CONNECTIONS);
             world.backends[0].max_flows = 2;
             world.groups[0].persistence_secs = 600;
-            world.groups[0].persistence_bits = 31;
+            world.groups[0].persistence_bits_v4 = 31;
         },
         |world| {
             world

@@ -107,7 +107,7 @@ fn entries(backends: u32) -> Vec<maglev::Entry> {
     let mut entries: Vec<_> = (0..backends)
         .map(|number| maglev::Entry {
             value: number,
-            identity: maglev::identity((0x0a00_0000 + number).to_be_bytes(), 80),
+            identity: maglev::identity(&(0x0a00_0000 + number).to_be_bytes(), 80),
             weight: 100,
         })
         .collect();

@@ -1,0 +1,141 @@
+//! Turns a packet into the ICMP message that tells its sender what became of it (RFC 792, RFC 4443).
+//!
+//! The message quotes as much of the packet as fits the size that every path carries (RFC 1812 §4.3.2.3, RFC 4443
+//! §2.4 (c)), comes from the address that the packet was for, and goes where it came from, one for one and never
+//! longer than by its own headers: nothing to amplify.
+//!
+//! There is none in tcx, where the kernel may still owe the checksum of what would be quoted, nor for a packet in
+//! generic XDP with a partial checksum, which the kernel would complete in the middle of the message.
+
+use super::{
+    ChecksumOffload, Packet, Stop,
+    parse::Frame,
+    rewrite,
+    transport_checksum::{self, State},
+};
+use crate::{
+    abi::{reason::Reason, settings::Settings},
+    wire::{
+        Be16, Be32, WireHeader, checksum,
+        ethernet::EthernetHeader,
+        icmp::{
+            CODE_FRAGMENTATION_NEEDED, CODE_PORT_UNREACHABLE, CODE_V6_PORT_UNREACHABLE, IcmpHeader,
+            TYPE_TIME_EXCEEDED, TYPE_UNREACHABLE, TYPE_V6_TIME_EXCEEDED, TYPE_V6_TOO_BIG,
+            TYPE_V6_UNREACHABLE,
+        },
+        ipv4::{Ipv4Header, PROTOCOL_ICMP},
+        ipv6::{Ipv6Header, PROTOCOL_ICMPV6},
+    },
+};
+
+/// RFC 1122 §3.2.1.7: a fresh TTL, as the answer is a packet of its own.
+const ANSWER_TTL: u8 = 64;
+/// RFC 1812 §4.3.2.3: an ICMP message of IPv4 has at most 576 bytes.
+const QUOTE_V4: u32 = 576 - (Ipv4Header::LEN + IcmpHeader::LEN) as u32;
+/// RFC 4443 §2.4 (c): one of IPv6 at most 1280.
+const QUOTE_V6: u32 = 1280 - (Ipv6Header::LEN + IcmpHeader::LEN) as u32;
+
+/// What there is to say, in both families.
+#[repr(align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Message {
+    v4: (u8, u8),
+    v6: (u8, u8),
+    /// The four bytes behind the checksum.
+    rest: u32,
+}
+
+impl Message {
+    /// Nobody serves that port (RFC 1122 §4.1.3.1, RFC 4443 §3.1).
+    pub const PORT_UNREACHABLE: Self = Self {
+        v4: (TYPE_UNREACHABLE, CODE_PORT_UNREACHABLE),
+        v6: (TYPE_V6_UNREACHABLE, CODE_V6_PORT_UNREACHABLE),
+        rest: 0,
+    };
+    /// The packet has passed too many routers (RFC 792, RFC 4443 §3.3).
+    pub const TIME_EXCEEDED: Self = Self {
+        v4: (TYPE_TIME_EXCEEDED, 0),
+        v6: (TYPE_V6_TIME_EXCEEDED, 0),
+        rest: 0,
+    };
+
+    /// Packets of more than `mtu_bytes` do not get through (RFC 1191 §4, RFC 4443 §3.2).
+    #[inline(always)]
+    pub const fn too_big(mtu_bytes: u16) -> Self {
+        Self {
+            v4: (TYPE_UNREACHABLE, CODE_FRAGMENTATION_NEEDED),
+            v6: (TYPE_V6_TOO_BIG, 0),
+            rest: mtu_bytes as u32,
+        }
+    }
+}
+
+/// Turns the packet into the message about it.
+///
+/// # Errors
+/// A drop, where there can be none.
+#[inline(always)]
+pub fn answer<P: Packet>(
+    packet: &mut P,
+    frame: &Frame,
+    settings: &Settings,
+    message: Message,
+) -> Result<(), Stop> {
+    let none = Stop::drop(Reason::INTERNAL);
+    match P::CHECKSUM_OFFLOAD {
+        ChecksumOffload::Kernel => return Err(none),
+        ChecksumOffload::Kept => {
+            if let State::Partial { .. } = transport_checksum::state(packet, frame, settings)? {
+                return Err(none);
+            }
+        }
+        ChecksumOffload::LostOnSend => {}
+    }
+    let is_v4 = frame.is_v4();
+    let network = frame.network_offset as usize;
+    let (ip_len, limit) = if is_v4 {
+        (Ipv4Header::LEN, QUOTE_V4)
+    } else {
+        (Ipv6Header::LEN, QUOTE_V6)
+    };
+    let quote_len = frame.total_len.min(limit);
+    let link = { packet.header::<EthernetHeader>(0)?.link }.swapped();
+    packet.cut_and_grow(network + quote_len as usize, ip_len + IcmpHeader::LEN)?;
+    rewrite::write_link(packet, link, frame.tags(), is_v4)?;
+
+    let payload_len = IcmpHeader::LEN as u32 + quote_len;
+    let (source, destination) = (frame.key.destination, frame.key.source);
+    let ((icmp_type, code), pseudo) = if is_v4 {
+        let ip = packet.header::<Ipv4Header>(network)?;
+        let total_len = Ipv4Header::LEN as u32 + payload_len;
+        *ip = Ipv4Header::fresh(
+            PROTOCOL_ICMP,
+            ANSWER_TTL,
+            total_len as u16,
+            source.low(),
+            destination.low(),
+        );
+        ip.checksum = Be16::from_raw(checksum::finish(checksum::sum_bytes(bytemuck::bytes_of(ip))));
+        (message.v4, 0)
+    } else {
+        *packet.header::<Ipv6Header>(network)? = Ipv6Header::fresh(
+            PROTOCOL_ICMPV6,
+            ANSWER_TTL,
+            payload_len as u16,
+            source,
+            destination,
+        );
+        let pseudo = checksum::pseudo_header(source, destination, PROTOCOL_ICMPV6, payload_len);
+        (message.v6, pseudo)
+    };
+    let transport = network + ip_len;
+    let quoted = packet.sum(transport + IcmpHeader::LEN, quote_len as usize)?;
+    let icmp = packet.header::<IcmpHeader>(transport)?;
+    *icmp = IcmpHeader {
+        rest: Be32::new(message.rest),
+        ..IcmpHeader::of_type(icmp_type, code)
+    };
+    let own = checksum::sum_bytes(bytemuck::bytes_of(icmp));
+    icmp.checksum = Be16::from_raw(checksum::finish(own + quoted + pseudo));
+    Ok(())
+}
