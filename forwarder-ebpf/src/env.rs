@@ -5,48 +5,22 @@ use core::ffi::c_void;
 use aya_ebpf::{
     bindings::{
         BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
-        bpf_fib_lookup as FibLookup, xdp_md,
+        bpf_fib_lookup as FibLookup,
     },
     helpers::generated::bpf_fib_lookup,
 };
 use forwarder_common::{
     abi::{flow::FlowKey, reason::Reason, settings::Settings},
-    datapath::{Env, Hook, Route, Stop, Tables, Walk, next_hop},
+    datapath::{Env, Hook, Outcome, Packet, Route, Stop, Tables, Walk, next_hop},
     wire::{Be32, LinkPair, MacAddress},
 };
 
-use crate::maps::{self, KernelTables};
+use crate::{functions, maps};
 
 /// Linux's AF_INET.
 const AF_INET: u8 = 2;
 /// Linux's AF_INET6.
 const AF_INET6: u8 = 10;
-
-/// What [`forwarder_next_hop`] answers when there is a next hop; else the number of the reason why there is none.
-const FOUND: i64 = -1;
-
-/// The next hop of the walk's flow, for XDP. A function of its own for its stack; `hook` is a [`Hook`] of XDP.
-#[inline(never)]
-#[unsafe(no_mangle)]
-extern "C" fn forwarder_next_hop(ctx: *mut xdp_md, hook: u32, ingress_ifindex: u32) -> i64 {
-    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
-        return i64::from(Reason::INTERNAL.0);
-    };
-    let hook = if hook == Hook::Xdp as u32 {
-        Hook::Xdp
-    } else {
-        Hook::XdpGeneric
-    };
-    let mut env = KernelEnv {
-        ctx: ctx.cast(),
-        hook,
-        ingress_ifindex,
-    };
-    match next_hop::find(&mut KernelTables, &mut env, settings, walk) {
-        Ok(()) => FOUND,
-        Err(Stop(outcome)) => i64::from(outcome.reason.0),
-    }
-}
 
 /// The kernel around a packet.
 pub(crate) struct KernelEnv {
@@ -123,5 +97,44 @@ impl Env for KernelEnv {
             BPF_FIB_LKUP_RET_FWD_DISABLED => Route::ForwardingDisabled,
             _ => Route::None,
         }
+    }
+
+    #[inline(always)]
+    fn find_next_hop<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop> {
+        if self.hook == Hook::Tcx {
+            return next_hop::find(tables, self, settings, walk);
+        }
+        maps::lend(walk);
+        functions::next_hop(self)
+    }
+
+    #[inline(always)]
+    fn icmp<P: Packet, T: Tables>(
+        &mut self,
+        _: &mut P,
+        _: &mut T,
+        _: &Settings,
+        walk: &mut Walk,
+    ) -> Result<Outcome, Stop> {
+        maps::lend(walk);
+        Ok(functions::icmp(self))
+    }
+
+    #[inline(always)]
+    fn refuse<P: Packet, T: Tables>(
+        &mut self,
+        _: &mut P,
+        _: &mut T,
+        _: &Settings,
+        walk: &Walk,
+        reason: Reason,
+    ) -> Outcome {
+        maps::lend(walk);
+        functions::refuse(self, reason)
     }
 }

@@ -5,6 +5,7 @@
 #![feature(asm_experimental_arch)]
 
 mod env;
+mod functions;
 mod maps;
 mod packet;
 

@@ -29,7 +29,10 @@ use crate::{
     },
 };
 
+mod ipv6;
 mod selection;
+mod twin;
+mod vlan;
 
 /// A sentence, and what it says as something that can be run.
 #[derive(Clone, Debug)]
@@ -41,6 +44,8 @@ pub struct Case {
     pub events: Vec<Event>,
     /// Why the kernel cannot show this case.
     pub library_only: Option<&'static str>,
+    /// It says something of IPv4 alone.
+    pub is_v4_only: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -138,6 +143,7 @@ impl Case {
             world,
             events: Vec::new(),
             library_only: None,
+            is_v4_only: false,
         }
     }
 
@@ -150,29 +156,14 @@ impl Case {
         steps.into_iter().fold(self, Self::then)
     }
 
-    fn change(mut self, change: fn(&mut MemoryTables)) -> Self {
-        self.events.push(Event::Change(change));
+    fn v4_only(mut self) -> Self {
+        self.is_v4_only = true;
         self
     }
 
-    /// The same case with generic XDP instead of native; `None` where the two differ, which is in partial
-    /// checksums, or where that would show nothing.
-    pub fn in_generic_mode(&self) -> Option<Self> {
-        if self.library_only.is_some() || self.world.settings.flags & flag::PARTIAL_CHECKSUMS != 0 {
-            return None;
-        }
-        let mut case = self.clone();
-        case.sentence += " (generic XDP)";
-        let mut is_native = false;
-        for event in &mut case.events {
-            if let Event::Packet(step) = event
-                && step.program == Program::Native
-            {
-                step.program = Program::Generic;
-                is_native = true;
-            }
-        }
-        is_native.then_some(case)
+    fn change(mut self, change: fn(&mut MemoryTables)) -> Self {
+        self.events.push(Event::Change(change));
+        self
     }
 }
 
@@ -519,9 +510,16 @@ pub fn all() -> Vec<Case> {
         others(),
         checksums(),
         partial_checksums(),
-        segment_sizes(),
+        segment_sizes().into_iter().map(Case::v4_only).collect(),
+        ipv6::all(),
+        vlan::all(),
     ]
     .concat()
+}
+
+/// All cases with their twins in generic XDP and in IPv6.
+pub fn with_twins() -> Vec<Case> {
+    all().into_iter().flat_map(Case::with_twins).collect()
 }
 
 fn requests() -> Vec<Case> {
@@ -1151,7 +1149,8 @@ fn backends() -> Vec<Case> {
             .then(
                 Step::request(&packet, &to_server(&packet, binding(0), UDP_SERVER))
                     .counts(Traffic::Opened(WEB.listener, BackendId(1))),
-            ),
+            )
+            .v4_only(),
         );
     }
     cases
@@ -1182,8 +1181,11 @@ fn refusals() -> Vec<Case> {
             .then(Step::reset(&syn(WEB).ttl(2), full_reason).counts(WEB.not_bound())),
         Case::new("A SYN with IP options is reset", full.clone())
             .then(Step::reset(&syn(WEB).options(vec![1; 8]), full_reason).counts(WEB.not_bound())),
-        Case::new("A refused datagram with IP options is dropped", full.clone())
-            .then(Step::dropped(query(DNS).options(vec![1; 8]).build(), full_reason).counts(DNS.not_bound())),
+        Case::new(
+            "A refused datagram with IP options is quoted with them",
+            full.clone(),
+        )
+        .then(Step::unreachable(&query(DNS).options(vec![1; 8]), full_reason).counts(DNS.not_bound())),
         Case::new("A SYN out of a tunnel is reset", full.clone()).then({
             let packet = Builder::tcp(segment::SYN, REMOTE.server, WEB.vip())
                 .link(mac_of(*REMOTE.server.ip()), TUNNEL_SIDE.mac);
@@ -2094,9 +2096,8 @@ fn others() -> Vec<Case> {
         Case::new("A packet that must not be fragmented is none", world()).then(
             Step::request(&unfragmented, &to_server(&unfragmented, binding(0), SERVER)).counts(WEB.opened()),
         ),
-        Case::new("An IPv6 packet passes", world()).then(passed(ethertype([0x86, 0xdd]), Reason::NOT_IP)),
-        Case::new("A frame with a VLAN tag passes", world())
-            .then(passed(syn(WEB).vlan(5).build(), Reason::NOT_IP)),
+        Case::new("An IPv4 packet that claims to be IPv6 passes", world())
+            .then(passed(ethertype([0x86, 0xdd]), Reason::TRUNCATED)),
         Case::new("A frame with a length for an EtherType passes", world())
             .then(passed(ethertype([0, 46]), Reason::NOT_IP)),
         Case::new("A GRE packet to a VIP passes", world()).then(unsupported(47)),

@@ -233,6 +233,8 @@ fn a_tunnel_follows_its_device() -> Result<()> {
         carrier.route("198.18.0.2/32", Ipv4Addr::new(203, 0, 113, 2))?;
         site.gateway
             .run("ip link set cen type vxlan id 42 local 198.51.100.1 remote 198.18.0.2")?;
+        site.far_router
+            .run("ip link set cen type vxlan id 42 local 198.18.0.2 remote 198.51.100.1")?;
         site.gateway.run("ip route add blackhole 203.0.113.2/32")?;
         transfers_past_the_device(site, agent, site.client(), "ecs02")
     })

@@ -243,6 +243,18 @@ pub struct FlowEntry {
     pub reply_packets: u32,
 }
 
+impl FlowEntry {
+    /// The 5-tuple of a packet of this direction as it arrives.
+    #[inline(always)]
+    pub fn key(&self, direction: Direction) -> FlowKey {
+        if direction == Direction::REQUEST {
+            self.binding.request_key()
+        } else {
+            self.binding.reply_key()
+        }
+    }
+}
+
 const _: () = assert!(size_of::<FlowEntry>() == 192);
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use super::{Stop, Tables, Walk, admission, parse::Frame, rewrite::Rewrite, tcp_s
 use crate::{
     abi::{
         backend::{BackendId, BackendState},
-        flow::{Direction, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents},
+        flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents},
         listener::ListenerId,
         reason::Reason,
         settings::Settings,
@@ -29,9 +29,29 @@ pub struct Hit {
     /// Non-zero: the backend's first answer to what opened the flow: of TCP the first SYN or reset, as a host that has
     /// remains of an older connection acknowledges a SYN before it decides (RFC 9293 §3.10.7.4).
     pub is_first_answer: u32,
-    pub reserved: u32,
+    /// The flow's, which is not the packet's where that is an ICMP error.
+    pub protocol: u32,
     pub rewrite: Rewrite,
     pub hop: NextHop,
+}
+
+impl Hit {
+    /// Becomes what a packet of this direction needs.
+    #[inline(always)]
+    fn set(&mut self, id: FlowId, direction: Direction, entry: &FlowEntry) {
+        self.id = id;
+        self.direction = direction;
+        self.listener = entry.listener;
+        self.backend = entry.backend;
+        self.is_first_answer = 0;
+        self.protocol = entry.binding.protocol;
+        self.rewrite.set(entry, direction);
+        self.hop = if direction == Direction::REQUEST {
+            entry.request_hop
+        } else {
+            entry.reply_hop
+        };
+    }
 }
 
 /// What `lookup` found.
@@ -70,24 +90,56 @@ impl Found {
 #[inline(always)]
 pub fn lookup<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<Found, Stop> {
     let Walk { frame, hit, .. } = walk;
-    let binding = SnatBinding {
-        address: frame.key.destination,
-        port: frame.key.destination_port,
+    let Some((reference, is_bound)) = reference(tables, settings, &frame.key)? else {
+        return Ok(Found::Nothing);
     };
-    if let Some(id) = settings.pool.flow(binding) {
-        let no_flow = Stop::drop(Reason::NO_FLOW);
-        let reference = FlowReference {
-            id: id.ok_or(no_flow)?,
-            direction: Direction::REPLY,
-        };
-        return match touch(tables, reference, frame, hit) {
-            Found::Nothing => Err(no_flow),
-            found => Ok(found),
-        };
+    match touch(tables, reference, frame, hit) {
+        Found::Nothing if is_bound => Err(Stop::drop(Reason::NO_FLOW)),
+        found => Ok(found),
     }
-    match tables.flow_reference(&frame.key) {
-        Some(reference) => Ok(touch(tables, reference, frame, hit)),
-        None => Ok(Found::Nothing),
+}
+
+/// Which flow a packet with this 5-tuple would belong to, and whether that follows from its SNAT address alone.
+#[inline(always)]
+fn reference<T: Tables>(
+    tables: &T,
+    settings: &Settings,
+    key: &FlowKey,
+) -> Result<Option<(FlowReference, bool)>, Stop> {
+    let binding = SnatBinding {
+        address: key.destination,
+        port: key.destination_port,
+    };
+    Ok(match settings.pool.flow(binding) {
+        Some(id) => Some((
+            FlowReference {
+                id: id.ok_or(Stop::drop(Reason::NO_FLOW))?,
+                direction: Direction::REPLY,
+            },
+            true,
+        )),
+        None => tables.flow_reference(key).map(|reference| (reference, false)),
+    })
+}
+
+/// The flow that the walk's key is of, without a packet of it: nothing is marked or counted. The walk gets its hit.
+///
+/// # Errors
+/// As of [`lookup`]; passes what is of no flow.
+#[inline(always)]
+pub fn find<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+    let Walk { hit, key, .. } = walk;
+    let Some((reference, is_bound)) = reference(tables, settings, key)? else {
+        return Err(Stop::pass(Reason::NOT_OURS));
+    };
+    let FlowReference { id, direction } = reference;
+    match tables.flow(id) {
+        Some(entry) if entry.state == FlowState::LIVE && *key == entry.key(direction) => {
+            hit.set(id, direction, entry);
+            Ok(())
+        }
+        _ if is_bound => Err(Stop::drop(Reason::NO_FLOW)),
+        _ => Err(Stop::pass(Reason::NOT_OURS)),
     }
 }
 
@@ -101,12 +153,7 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame, hit
     let Some(entry) = tables.flow(id) else {
         return Found::Nothing;
     };
-    let expected = if is_request {
-        entry.binding.request_key()
-    } else {
-        entry.binding.reply_key()
-    };
-    if entry.state != FlowState::LIVE || frame.key != expected {
+    if entry.state != FlowState::LIVE || frame.key != entry.key(direction) {
         return Found::Nothing;
     }
     let mut is_first_answer = !is_request && entry.reply_packets == 0;
@@ -142,17 +189,8 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame, hit
         entry.reply_packets = entry.reply_packets.wrapping_add(1);
         entry.reply_bytes = entry.reply_bytes.wrapping_add(bytes);
     }
-    hit.id = id;
-    hit.direction = direction;
-    hit.listener = entry.listener;
-    hit.backend = entry.backend;
+    hit.set(id, direction, entry);
     hit.is_first_answer = u32::from(is_first_answer);
-    hit.rewrite.set(entry, direction);
-    hit.hop = if is_request {
-        entry.request_hop
-    } else {
-        entry.reply_hop
-    };
     Found::Hit
 }
 
@@ -210,13 +248,7 @@ pub fn open<T: Tables>(
     entry.request_packets = 1;
     entry.reply_packets = 0;
 
-    hit.id = id;
-    hit.direction = Direction::REQUEST;
-    hit.listener = listener.id;
-    hit.backend = backend;
-    hit.is_first_answer = 0;
-    hit.rewrite.set(entry, Direction::REQUEST);
-    hit.hop = NextHop::default();
+    hit.set(id, Direction::REQUEST, entry);
     if ended && is_reply_key_new {
         tables.remove_flow_reference(key);
     }

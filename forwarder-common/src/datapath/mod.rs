@@ -17,6 +17,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
+        counter::IcmpBudget,
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
@@ -34,6 +35,7 @@ pub mod backend;
 pub mod echo;
 pub mod flow;
 pub mod hash;
+pub mod icmp;
 pub mod icmp_error;
 pub mod inquiry;
 pub mod listener;
@@ -328,6 +330,9 @@ pub trait Tables {
     /// Seconds of CLOCK_MONOTONIC, by which entries age.
     fn now_secs(&mut self) -> u32;
 
+    /// This CPU's budget of ICMP messages.
+    fn icmp_budget(&mut self) -> Option<&mut IcmpBudget>;
+
     fn count_listener(&mut self, id: ListenerId, event: TrafficEvent);
     fn count_backend(&mut self, id: BackendId, event: TrafficEvent);
     fn count_reason(&mut self, reason: Reason, frame_bytes: usize);
@@ -425,6 +430,40 @@ pub trait Env {
         Self: Sized,
     {
         next_hop::find(tables, self, settings, walk)
+    }
+
+    /// [`icmp::forward`], wherever it runs; `walk` is the one of this packet.
+    ///
+    /// # Errors
+    /// As there.
+    #[inline(always)]
+    fn icmp<P: Packet, T: Tables>(
+        &mut self,
+        packet: &mut P,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<Outcome, Stop>
+    where
+        Self: Sized,
+    {
+        icmp::forward(packet, tables, self, settings, walk)
+    }
+
+    /// [`refuse::answer`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn refuse<P: Packet, T: Tables>(
+        &mut self,
+        packet: &mut P,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &Walk,
+        reason: Reason,
+    ) -> Outcome
+    where
+        Self: Sized,
+    {
+        refuse::answer(packet, tables, settings, walk, reason)
     }
 }
 

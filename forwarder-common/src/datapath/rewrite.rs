@@ -41,9 +41,9 @@ pub struct Rewrite {
 /// Source and destination port, at the start of TCP and UDP alike.
 #[repr(C, packed)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct Ports {
-    source: Be16,
-    destination: Be16,
+pub(super) struct Ports {
+    pub(super) source: Be16,
+    pub(super) destination: Be16,
 }
 
 impl WireHeader for Ports {}
@@ -151,7 +151,12 @@ pub fn apply<P: Packet>(
 
 /// New addresses; and, in a packet that is sent, a hop less.
 #[inline(always)]
-fn network<P: Packet>(packet: &mut P, frame: &Frame, rewrite: &Rewrite, is_sent: bool) -> Result<(), Stop> {
+pub fn network<P: Packet>(
+    packet: &mut P,
+    frame: &Frame,
+    rewrite: &Rewrite,
+    is_sent: bool,
+) -> Result<(), Stop> {
     let offset = frame.network_offset as usize;
     if !frame.is_v4() {
         let ip = packet.header::<Ipv6Header>(offset)?;
@@ -175,7 +180,7 @@ fn network<P: Packet>(packet: &mut P, frame: &Frame, rewrite: &Rewrite, is_sent:
 
 /// The link header and the tags for the next hop, whatever stood before the IP header.
 #[inline(always)]
-fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), Stop> {
+pub fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), Stop> {
     let tags = hop.tags();
     let surplus = frame.network_offset as i32 - tags.link_len() as i32;
     if surplus != 0 {
