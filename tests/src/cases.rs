@@ -29,6 +29,7 @@ use crate::{
     },
 };
 
+mod icmp_errors;
 mod ipv6;
 mod selection;
 mod twin;
@@ -511,6 +512,7 @@ pub fn all() -> Vec<Case> {
         checksums(),
         partial_checksums(),
         segment_sizes().into_iter().map(Case::v4_only).collect(),
+        icmp_errors::all(),
         ipv6::all(),
         vlan::all(),
     ]
@@ -1417,9 +1419,7 @@ fn remember(world: &mut MemoryTables) {
 
 fn next_hops() -> Vec<Case> {
     let ttl = |value| syn(WEB).ttl(value);
-    let expired = |value| Step::dropped(ttl(value).build(), Reason::TTL_EXCEEDED);
     let lasting = ttl(2);
-    let reply = from_server(segment::SYN_ACK, WEB, binding(0)).ttl(1);
     let remote = syn(REMOTE);
     let unresolved = syn(UNRESOLVED);
     let same_side = syn(SAME_SIDE);
@@ -1456,19 +1456,9 @@ fn next_hops() -> Vec<Case> {
     });
     let stack_out = rewritten(&syn(WEB), binding(0), SERVER);
     vec![
-        Case::new("A packet whose TTL is 1 ends here", world()).then(expired(1)),
-        Case::new("A packet whose TTL is 0 ends here", world()).then(expired(0)),
         Case::new("A packet whose TTL is 2 leaves with 1", world()).then(
             Step::request(&lasting, &to_server(&lasting, binding(0), SERVER).ttl(1)).counts(WEB.opened()),
         ),
-        Case::new("A reply whose TTL is 1 ends here", world())
-            .then(web_opening())
-            .then(Step::dropped(reply.build(), Reason::TTL_EXCEEDED).by(&SERVER_SIDE)),
-        Case::new(
-            "A packet for the stack to route ends here as well when its TTL is 1",
-            world(),
-        )
-        .then(Step::dropped(syn(REMOTE).ttl(1).build(), Reason::TTL_EXCEEDED)),
         Case::new(
             "A request that goes back where it came from is transmitted",
             world(),

@@ -13,7 +13,8 @@ use crate::{
     tables::{CLIENT_SIDE, SERVER_SIDE, in_v6, mac_of},
 };
 
-fn at(address: SocketAddrV4) -> SocketAddr {
+/// The twin of one end of a flow.
+pub(super) fn at(address: SocketAddrV4) -> SocketAddr {
     (in_v6(*address.ip()), address.port()).into()
 }
 
@@ -24,7 +25,7 @@ fn syn_v6(service: Service) -> Builder {
 
 impl Builder {
     /// The packet between the twins of its addresses.
-    fn in_v6(self) -> Self {
+    pub(super) fn in_v6(self) -> Self {
         let (source, destination) = self.ends();
         let twin = |end: SocketAddr| match end {
             SocketAddr::V4(end) => at(end),
