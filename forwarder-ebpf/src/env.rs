@@ -28,6 +28,8 @@ pub(crate) struct KernelEnv {
     pub(crate) ctx: *mut c_void,
     pub(crate) hook: Hook,
     pub(crate) ingress_ifindex: u32,
+    /// Is this a function of its own? Then it calls no others, for the sake of the stack.
+    pub(crate) is_nested: bool,
 }
 
 impl Env for KernelEnv {
@@ -39,23 +41,6 @@ impl Env for KernelEnv {
     #[inline(always)]
     fn ingress_ifindex(&self) -> u32 {
         self.ingress_ifindex
-    }
-
-    #[inline(always)]
-    fn find_next_hop<T: Tables>(
-        &mut self,
-        tables: &mut T,
-        settings: &Settings,
-        walk: &mut Walk,
-    ) -> Result<(), Stop> {
-        if self.hook == Hook::Tcx {
-            return next_hop::find(tables, self, settings, walk);
-        }
-        maps::lend(walk);
-        match forwarder_next_hop(self.ctx.cast(), self.hook as u32, self.ingress_ifindex) {
-            FOUND => Ok(()),
-            reason => Err(Stop::drop(Reason(reason as u32))),
-        }
     }
 
     #[inline(always)]
@@ -106,7 +91,7 @@ impl Env for KernelEnv {
         settings: &Settings,
         walk: &mut Walk,
     ) -> Result<(), Stop> {
-        if self.hook == Hook::Tcx {
+        if self.hook == Hook::Tcx || self.is_nested {
             return next_hop::find(tables, self, settings, walk);
         }
         maps::lend(walk);

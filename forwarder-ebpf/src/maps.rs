@@ -245,15 +245,17 @@ impl Tables for KernelTables {
     fn open(
         &mut self,
         _: &Settings,
-        _: &mut Walk,
+        walk: &mut Walk,
         backend: BackendId,
         ended: Option<FlowId>,
     ) -> open::Opened {
+        lend(walk);
         forwarder_open(backend.0, ended.map_or(-1, |id| i64::from(id.0)))
     }
 
     #[inline(always)]
-    fn choose(&mut self, _walk: &Walk, hash: u32, now_secs: u32) -> backend::Found {
+    fn choose(&mut self, walk: &Walk, hash: u32, now_secs: u32) -> backend::Found {
+        lend(walk);
         forwarder_choose(hash, now_secs)
     }
 

@@ -16,7 +16,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Packet, Stop, Tables, Walk, overlay},
+    datapath::{ChecksumOffload, Packet, Stop, Tables, Walk},
     wire::{
         WireHeader,
         checksum::{Delta, fold},
@@ -24,7 +24,7 @@ use forwarder_common::{
     },
 };
 
-use crate::maps::{self, KernelTables};
+use crate::{functions, maps};
 
 /// Largest offset of anything that is read: keeps offsets within what the verifier tracks (MAX_PACKET_OFF,
 /// 65 535) when a length from the packet went into one.
@@ -207,47 +207,13 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     #[inline(always)]
     fn recognise<T: Tables>(&mut self, _tables: &T, walk: &mut Walk) {
         maps::lend(walk);
-        forwarder_recognise(self.ctx.ctx);
+        functions::recognise(self.ctx.ctx);
     }
 
     #[inline(always)]
     fn encapsulate<T: Tables>(&mut self, _tables: &T, _settings: &Settings, walk: &Walk) -> Result<(), Stop> {
         maps::lend(walk);
-        if forwarder_encapsulate(self.ctx.ctx) < 0 {
-            return Err(Stop::drop(Reason::INTERNAL));
-        }
-        Ok(())
-    }
-}
-
-/// The tunnel that a frame came through, noted in the walk. A function of its own, so that the paths through it are not
-/// multiplied by those behind it.
-#[inline(never)]
-#[unsafe(no_mangle)]
-extern "C" fn forwarder_recognise(ctx: *mut xdp_md) -> i32 {
-    let Some(walk) = KernelTables::walk() else {
-        return -1;
-    };
-    let mut packet = XdpPacket::<false> {
-        ctx: XdpContext::new(ctx),
-    };
-    overlay::recognise(&mut packet, &KernelTables, walk);
-    0
-}
-
-/// Outer headers for the walk's next hop; negative when there is no room. A function of its own for its stack.
-#[inline(never)]
-#[unsafe(no_mangle)]
-extern "C" fn forwarder_encapsulate(ctx: *mut xdp_md) -> i32 {
-    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
-        return -1;
-    };
-    let mut packet = XdpPacket::<false> {
-        ctx: XdpContext::new(ctx),
-    };
-    match overlay::encapsulate(&mut packet, &KernelTables, settings, walk) {
-        Ok(()) => 0,
-        Err(_) => -1,
+        functions::encapsulate(self.ctx.ctx)
     }
 }
 

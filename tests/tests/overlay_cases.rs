@@ -258,7 +258,10 @@ fn every_kind_over_both_families_has_the_bytes_that_its_rfc_says() {
                     let out = encapsulated(&frame, &tunnel.far(ends, has_checksum));
                     let expected = tunnel.outer(ends, has_checksum).around(&frame);
                     assert_eq!(hex(&out), hex(&expected), "{what}");
-                    assert_eq!(wrong_checksums(&out), Vec::<&str>::new(), "{what}");
+                    // RFC 6935: a tunnel's UDP over IPv6 may have none.
+                    if has_checksum || ends == V4 {
+                        assert_eq!(wrong_checksums(&out), Vec::<&str>::new(), "{what}");
+                    }
                 }
             }
         }

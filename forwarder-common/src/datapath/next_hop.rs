@@ -46,7 +46,7 @@ pub fn find<T: Tables, E: Env>(
     walk: &mut Walk,
 ) -> Result<(), Stop> {
     let hook = env.hook();
-    let Walk { hit, key, .. } = walk;
+    let Walk { frame, hit, key, .. } = walk;
     let hop = &mut hit.hop;
     *key = FlowKey {
         source: hit.rewrite.source,

@@ -28,6 +28,10 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
 ) -> Outcome {
     let frame_bytes = packet.frame_len();
     let outcome = match stages(packet, tables, env, settings, walk) {
+        // An answer to what came through a tunnel would have to go back through it; it does from the device's tcx program.
+        Err(Stop(refusal)) if refusal.reason.is_refusal() && walk.inside.is_tunnel() => {
+            Stop::pass(Reason::TUNNEL_TO_STACK).0
+        }
         Err(Stop(refusal)) if refusal.reason.is_refusal() => {
             refuse(packet, tables, env, settings, walk, refusal.reason)
         }
@@ -53,10 +57,15 @@ fn stages<P: Packet, T: Tables, E: Env>(
     }
     match parse::frame(packet, has_link_header(tables, env), walk)? {
         Kind::Flow => {}
-        // Answers to what came through a tunnel would have to go back through it; they do from the device's tcx program.
         _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
-        Kind::Icmp => return env.icmp(packet, tables, settings, walk),
+        Kind::Icmp => {
+            let outcome = env.icmp(packet, tables, settings, walk)?;
+            if matches!(outcome.reason, Reason::ICMP_FORWARDED | Reason::ICMP_TO_STACK) {
+                rewrite::leave(packet, tables, env.hook(), settings, walk)?;
+            }
+            return Ok(outcome);
+        }
         Kind::Neighbour => {
             return neighbour::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex());
         }
@@ -82,10 +91,8 @@ fn stages<P: Packet, T: Tables, E: Env>(
     };
 
     // No byte was changed above this line; below it no policy decides.
-    rewrite::apply(packet, walk, env.hook(), settings, mtu_bytes)?;
-    if has_tunnels && walk.hit.hop.peer != 0 {
-        packet.encapsulate(tables, settings, walk)?;
-    }
+    rewrite::apply(packet, walk, settings, mtu_bytes)?;
+    rewrite::leave(packet, tables, env.hook(), settings, walk)?;
     count(tables, &walk.frame, &walk.hit);
     let verdict = next_hop::verdict(env, &walk.hit.hop);
     Ok(if walk.hit.direction == Direction::REQUEST {

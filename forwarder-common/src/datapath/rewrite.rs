@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Hook, Packet, Stop, Walk, mss, overlay, parse::Frame, transport_checksum};
+use super::{Hook, Packet, Stop, Tables, Walk, mss, overlay, parse::Frame, transport_checksum};
 use crate::{
     abi::{
         flow::{Direction, FlowBinding, FlowEntry, HopKind, NextHop},
@@ -108,7 +108,6 @@ pub const fn check_ttl(frame: &Frame) -> Result<(), Stop> {
 pub fn apply<P: Packet>(
     packet: &mut P,
     walk: &Walk,
-    hook: Hook,
     settings: &Settings,
     mtu_bytes: u32,
 ) -> Result<(), Stop> {
@@ -132,20 +131,6 @@ pub fn apply<P: Packet>(
         words: rewrite.ports.and(segment_size),
     };
     transport_checksum::update(packet, frame, change, checksum, is_sent)?;
-
-    if hook == Hook::Tcx {
-        // The kernel writes the link header as it sends.
-        return Ok(());
-    }
-    if walk.inside.is_tunnel() {
-        overlay::carry_congestion(packet, &walk.inside)?;
-        if !is_sent {
-            return overlay::strip(packet, &walk.inside);
-        }
-    }
-    if is_sent && hop.peer == 0 {
-        link(packet, frame, hop)?;
-    }
     Ok(())
 }
 
@@ -178,9 +163,38 @@ pub fn network<P: Packet>(
     Ok(())
 }
 
+/// Puts in front of the rewritten IP packet what belongs there on its way, whatever stood there before. The stack gets
+/// what it would have got without a tunnel.
+#[inline(always)]
+pub fn leave<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    hook: Hook,
+    settings: &Settings,
+    walk: &Walk,
+) -> Result<(), Stop> {
+    let hop = &walk.hit.hop;
+    let is_sent = hop.kind == HopKind::DIRECT;
+    if hook == Hook::Tcx {
+        // The kernel writes the link header as it sends.
+        return Ok(());
+    }
+    if walk.inside.is_tunnel() {
+        overlay::carry_congestion(packet, &walk.inside)?;
+        if !is_sent {
+            return overlay::strip(packet, &walk.inside);
+        }
+    }
+    match is_sent {
+        false => Ok(()),
+        true if hook == Hook::Xdp && hop.peer != 0 => packet.encapsulate(tables, settings, walk),
+        true => link(packet, &walk.frame, hop),
+    }
+}
+
 /// The link header and the tags for the next hop, whatever stood before the IP header.
 #[inline(always)]
-pub fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), Stop> {
+fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), Stop> {
     let tags = hop.tags();
     let surplus = frame.network_offset as i32 - tags.link_len() as i32;
     if surplus != 0 {
