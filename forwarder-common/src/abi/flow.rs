@@ -116,6 +116,18 @@ pub struct FlowBinding {
 }
 
 impl FlowBinding {
+    /// A copy, field by field; see [`IpAddress::copied`].
+    #[inline(always)]
+    pub const fn copied(&self) -> Self {
+        Self {
+            client: self.client.copied(),
+            vip: self.vip.copied(),
+            snat: self.snat.copied(),
+            backend: self.backend.copied(),
+            ..*self
+        }
+    }
+
     /// The 5-tuple of a request as it arrives.
     #[inline(always)]
     pub const fn request_key(&self) -> FlowKey {
@@ -209,6 +221,24 @@ pub struct NextHop {
     pub peer: u32,
     /// VLAN identifiers that frames leave with, the outer one first; zero: none.
     pub vlans: [u16; 2],
+}
+
+impl NextHop {
+    /// A copy, field by field; see [`IpAddress::copied`].
+    #[inline(always)]
+    pub const fn copied(&self) -> Self {
+        let [outer, inner] = self.vlans;
+        Self {
+            link: self.link.copied(),
+            ifindex: self.ifindex,
+            generation: self.generation,
+            kind: self.kind,
+            hook: self.hook,
+            mtu_bytes: self.mtu_bytes,
+            peer: self.peer,
+            vlans: [outer, inner],
+        }
+    }
 }
 
 /// One flow. 192 bytes: three cache lines; what a packet is compared with stands in the first.

@@ -6,7 +6,9 @@ use super::{Stop, Tables, Walk, admission, parse::Frame, rewrite::Rewrite, tcp_s
 use crate::{
     abi::{
         backend::{BackendId, BackendState},
-        flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents},
+        flow::{
+            Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, HopKind, NextHop, TcpEvents,
+        },
         listener::ListenerId,
         reason::Reason,
         settings::Settings,
@@ -47,9 +49,9 @@ impl Hit {
         self.protocol = entry.binding.protocol;
         self.rewrite.set(entry, direction);
         self.hop = if direction == Direction::REQUEST {
-            entry.request_hop
+            entry.request_hop.copied()
         } else {
-            entry.reply_hop
+            entry.reply_hop.copied()
         };
     }
 }
@@ -90,36 +92,49 @@ impl Found {
 #[inline(always)]
 pub fn lookup<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<Found, Stop> {
     let Walk { frame, hit, .. } = walk;
-    let Some((reference, is_bound)) = reference(tables, settings, &frame.key)? else {
+    let place = locate(tables, settings, &frame.key, hit)?;
+    if place == Place::Nowhere {
         return Ok(Found::Nothing);
-    };
-    match touch(tables, reference, frame, hit) {
-        Found::Nothing if is_bound => Err(Stop::drop(Reason::NO_FLOW)),
+    }
+    match touch(tables, frame, hit) {
+        Found::Nothing if place == Place::Pool => Err(Stop::drop(Reason::NO_FLOW)),
         found => Ok(found),
     }
 }
 
-/// Which flow a packet with this 5-tuple would belong to, and whether that follows from its SNAT address alone.
+/// Where the flow of a 5-tuple was found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Nowhere,
+    /// In the flow index.
+    Index,
+    /// By its SNAT address and port, whether or not there is such a flow.
+    Pool,
+}
+
+/// Looks for the flow that a packet with this 5-tuple would belong to; `hit` gets its number and direction.
+///
+/// Not in the return value: where there is none, the compiler would leave the number undefined and might still spill it,
+/// which the verifier refuses ("R1 !read_ok", Linux 6.18).
 #[inline(always)]
-fn reference<T: Tables>(
-    tables: &T,
-    settings: &Settings,
-    key: &FlowKey,
-) -> Result<Option<(FlowReference, bool)>, Stop> {
+fn locate<T: Tables>(tables: &T, settings: &Settings, key: &FlowKey, hit: &mut Hit) -> Result<Place, Stop> {
     let binding = SnatBinding {
-        address: key.destination,
+        address: key.destination.copied(),
         port: key.destination_port,
     };
-    Ok(match settings.pool.flow(binding) {
-        Some(id) => Some((
-            FlowReference {
-                id: id.ok_or(Stop::drop(Reason::NO_FLOW))?,
-                direction: Direction::REPLY,
-            },
-            true,
-        )),
-        None => tables.flow_reference(key).map(|reference| (reference, false)),
-    })
+    if let Some(id) = settings.pool.flow(binding) {
+        hit.id = id.ok_or(Stop::drop(Reason::NO_FLOW))?;
+        hit.direction = Direction::REPLY;
+        return Ok(Place::Pool);
+    }
+    match tables.flow_reference(key) {
+        Some(reference) => {
+            hit.id = reference.id;
+            hit.direction = reference.direction;
+            Ok(Place::Index)
+        }
+        None => Ok(Place::Nowhere),
+    }
 }
 
 /// The flow that the walk's key is of, without a packet of it: nothing is marked or counted. The walk gets its hit.
@@ -129,24 +144,25 @@ fn reference<T: Tables>(
 #[inline(always)]
 pub fn find<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
     let Walk { hit, key, .. } = walk;
-    let Some((reference, is_bound)) = reference(tables, settings, key)? else {
+    let place = locate(tables, settings, key, hit)?;
+    if place == Place::Nowhere {
         return Err(Stop::pass(Reason::NOT_OURS));
-    };
-    let FlowReference { id, direction } = reference;
+    }
+    let (id, direction) = (hit.id, hit.direction);
     match tables.flow(id) {
         Some(entry) if entry.state == FlowState::LIVE && *key == entry.key(direction) => {
             hit.set(id, direction, entry);
             Ok(())
         }
-        _ if is_bound => Err(Stop::drop(Reason::NO_FLOW)),
+        _ if place == Place::Pool => Err(Stop::drop(Reason::NO_FLOW)),
         _ => Err(Stop::pass(Reason::NOT_OURS)),
     }
 }
 
 /// Marks the flow as seen, counts the packet, follows TCP.
 #[inline(always)]
-fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame, hit: &mut Hit) -> Found {
-    let FlowReference { id, direction } = reference;
+fn touch<T: Tables>(tables: &mut T, frame: &Frame, hit: &mut Hit) -> Found {
+    let (id, direction) = (hit.id, hit.direction);
     let is_request = direction == Direction::REQUEST;
     let is_opening = is_request && frame.is_tcp() && admission::is_opening(frame);
     let is_stranded = is_opening && is_stranded(tables, id);
@@ -230,7 +246,7 @@ pub fn open<T: Tables>(
     let entry = tables.flow(id).ok_or(Stop::drop(Reason::INTERNAL))?;
     let is_reply_key_new = entry.binding.is_dnat() && !entry.binding.has_replies_of(binding);
     *key = entry.binding.reply_key();
-    entry.binding = *binding;
+    entry.binding = binding.copied();
     entry.state = FlowState::LIVE;
     entry.seen = 1;
     entry.tcp = TcpEvents::default().after(Direction::REQUEST, frame.tcp_flags);
@@ -239,8 +255,8 @@ pub fn open<T: Tables>(
     entry.backend = backend;
     entry.address_delta = address_delta.folded();
     entry.port_delta = port_delta.folded();
-    entry.request_hop = NextHop::default();
-    entry.reply_hop = NextHop::default();
+    entry.request_hop.kind = HopKind::UNKNOWN;
+    entry.reply_hop.kind = HopKind::UNKNOWN;
     entry.client_expects = Be32::new(0);
     entry.backend_expects = Be32::new(0);
     entry.request_bytes = u64::from(frame.total_len);
@@ -329,9 +345,9 @@ fn unlink<T: Tables>(
 pub fn store_hop<T: Tables>(tables: &mut T, id: FlowId, direction: Direction, hop: &NextHop) {
     if let Some(entry) = tables.flow(id) {
         if direction == Direction::REQUEST {
-            entry.request_hop = *hop;
+            entry.request_hop = hop.copied();
         } else {
-            entry.reply_hop = *hop;
+            entry.reply_hop = hop.copied();
         }
     }
 }

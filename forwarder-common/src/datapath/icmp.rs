@@ -118,8 +118,8 @@ fn read_quote<P: Packet>(packet: &mut P, frame: &Frame, key: &mut FlowKey) -> Re
         if ip.version() != 6 {
             return Err(unread);
         }
-        key.source = ip.destination;
-        key.destination = ip.source;
+        key.source = ip.destination();
+        key.destination = ip.source();
         if key.source.is_v4() || key.destination.is_v4() {
             return Err(Stop::pass(Reason::MARTIAN));
         }
@@ -164,8 +164,7 @@ fn rewrite_quote<P: Packet>(
         ip.protocol
     } else {
         let ip = packet.header::<Ipv6Header>(offset)?;
-        ip.source = rewrite.destination;
-        ip.destination = rewrite.source;
+        ip.set_addresses(&rewrite.destination, &rewrite.source);
         ip.next_header
     };
     let ports = packet.header::<Ports>(transport_offset)?;
@@ -203,7 +202,7 @@ fn rewrite_quote<P: Packet>(
 fn address(frame: &Frame, rewrite: &mut Rewrite, quoted: &FlowKey) {
     let is_sender_known = rewrite.source == quoted.source;
     if is_sender_known {
-        rewrite.source = frame.key.source;
+        rewrite.source = frame.key.source.copied();
     }
     rewrite.addresses = Delta::ZERO
         .replace_address(frame.key.source, rewrite.source)

@@ -179,6 +179,12 @@ pub trait Packet {
     /// Length of the frame in bytes.
     fn frame_len(&self) -> usize;
 
+    /// Does it begin with Ethernet? Else with IP, as packets of some tunnels do.
+    #[inline(always)]
+    fn begins_with_link(&mut self) -> bool {
+        true
+    }
+
     /// Folded sum of `len` bytes at `offset`, in machine order; an odd last byte is padded with zero. Asked for
     /// where `CHECKSUM_OFFLOAD` is not `Kernel`.
     ///

@@ -46,7 +46,7 @@ pub fn find<T: Tables, E: Env>(
     walk: &mut Walk,
 ) -> Result<(), Stop> {
     let hook = env.hook();
-    let Walk { frame, hit, key, .. } = walk;
+    let Walk { hit, key, .. } = walk;
     let hop = &mut hit.hop;
     *key = FlowKey {
         source: hit.rewrite.source,
@@ -55,15 +55,16 @@ pub fn find<T: Tables, E: Env>(
         destination_port: hit.rewrite.destination_port,
         protocol: hit.protocol,
     };
-    *hop = NextHop {
-        generation: settings.route_generation,
-        hook: hook as u8,
-        ..NextHop::default()
-    };
+    // Field by field; see `IpAddress::copied`. The others are written below or have no meaning without a link.
+    hop.generation = settings.route_generation;
+    hop.hook = hook as u8;
+    hop.mtu_bytes = 0;
+    hop.peer = 0;
+    hop.vlans = [0; 2];
     let route = env.route(key);
     if hook == Hook::Xdp
         && settings.flags & TUNNELS != 0
-        && let Some(id) = peer(tables, &route, frame.is_v4())
+        && let Some(id) = peer(tables, &route, key.is_v4())
     {
         if into_tunnel(tables, env, key, id, hop) {
             flow::store_hop(tables, hit.id, hit.direction, hop);
@@ -132,13 +133,14 @@ fn into_tunnel<T: Tables, E: Env>(
         return false;
     };
     *key = FlowKey {
-        source: far.local,
-        destination: far.remote,
+        source: far.local.copied(),
+        destination: far.remote.copied(),
         source_port: Be16::ZERO,
         destination_port: Be16::ZERO,
         protocol: u32::from(PROTOCOL_UDP),
     };
     let mtu_bytes = far.mtu_bytes.min(u32::from(u16::MAX)) as u16;
+    hop.mtu_bytes = mtu_bytes;
     let Route::Neighbour { ifindex, link } = env.route(key) else {
         return false;
     };

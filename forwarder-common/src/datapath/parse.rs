@@ -96,10 +96,9 @@ pub enum Kind {
     Neighbour,
 }
 
-/// Reads the headers of a frame, or of what is inside, into the walk. `has_link_header`: the frame begins with Ethernet,
-/// else with IP.
+/// Reads the headers of a packet, or of what is inside, into the walk.
 #[inline(always)]
-pub fn frame<P: Packet>(packet: &mut P, has_link_header: bool, walk: &mut Walk) -> Result<Kind, Stop> {
+pub fn frame<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<Kind, Stop> {
     let Walk { frame, inside, .. } = walk;
     frame.vlans = [Be16::new(0); 2];
     frame.vlan_count = 0;
@@ -107,7 +106,7 @@ pub fn frame<P: Packet>(packet: &mut P, has_link_header: bool, walk: &mut Walk) 
     let ethertype = if inside.is_tunnel() {
         frame.network_offset = inside.network_offset;
         inside.ethertype
-    } else if has_link_header {
+    } else if packet.begins_with_link() {
         link(packet, frame)?
     } else {
         match packet.header::<Ipv4Header>(0)?.version() {
@@ -188,8 +187,8 @@ fn ipv6<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop>
         return Err(Stop::pass(Reason::TRUNCATED));
     }
     let mut protocol = ip.next_header;
-    frame.key.source = ip.source;
-    frame.key.destination = ip.destination;
+    frame.key.source = ip.source();
+    frame.key.destination = ip.destination();
     frame.ttl = ip.hop_limit;
     frame.tos = ip.traffic_class();
     frame.is_whole = 1;

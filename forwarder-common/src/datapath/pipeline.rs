@@ -10,7 +10,6 @@ use super::{
 use crate::{
     abi::{
         flow::{Direction, FlowId},
-        interface::{InterfaceKey, flag},
         reason::Reason,
         settings::{Settings, flag::TUNNELS},
     },
@@ -55,7 +54,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     if has_tunnels {
         packet.recognise(tables, walk);
     }
-    match parse::frame(packet, has_link_header(tables, env), walk)? {
+    match parse::frame(packet, walk)? {
         Kind::Flow => {}
         _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
@@ -111,18 +110,6 @@ pub fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
         forwarded
     };
     Outcome { verdict, reason }
-}
-
-/// Do frames of the ingress interface begin with Ethernet? Those of some tunnel devices begin with IP.
-#[inline(always)]
-fn has_link_header<T: Tables, E: Env>(tables: &T, env: &E) -> bool {
-    let key = InterfaceKey {
-        ifindex: env.ingress_ifindex(),
-    };
-    env.hook() != Hook::Tcx
-        || tables
-            .interface(&key)
-            .is_none_or(|interface| interface.flags & flag::NO_LINK_HEADER == 0)
 }
 
 /// May a packet without a flow open one of a listener?

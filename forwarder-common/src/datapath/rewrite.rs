@@ -70,15 +70,15 @@ impl Rewrite {
             Delta::from_folded(entry.port_delta),
         );
         if direction == Direction::REQUEST {
-            self.source = binding.snat;
-            self.destination = binding.backend;
+            self.source = binding.snat.copied();
+            self.destination = binding.backend.copied();
             self.source_port = binding.snat_port;
             self.destination_port = binding.backend_port;
             self.addresses = addresses;
             self.ports = ports;
         } else {
-            self.source = binding.vip;
-            self.destination = binding.client;
+            self.source = binding.vip.copied();
+            self.destination = binding.client.copied();
             self.source_port = binding.vip_port;
             self.destination_port = binding.client_port;
             self.addresses = addresses.reversed();
@@ -146,8 +146,7 @@ pub fn network<P: Packet>(
     if !frame.is_v4() {
         let ip = packet.header::<Ipv6Header>(offset)?;
         ip.hop_limit -= u8::from(is_sent);
-        ip.source = rewrite.source;
-        ip.destination = rewrite.destination;
+        ip.set_addresses(&rewrite.source, &rewrite.destination);
         return Ok(());
     }
     let ip = packet.header::<Ipv4Header>(offset)?;
