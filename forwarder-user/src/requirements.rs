@@ -438,6 +438,7 @@ mod tests {
         let sizes = Sizes {
             flows: 64_512,
             flow_keys: 64_512,
+            flow_keys_v6: 1,
             slots: 4096,
             groups: 1,
             backends: 2,

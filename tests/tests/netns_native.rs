@@ -225,17 +225,30 @@ fn a_tunnel_follows_its_device() -> Result<()> {
     play(Extras::default(), configure, |site, agent| {
         await_native(agent)?;
         transfers_past_the_device(site, agent, site.client(), "ecs02")?;
-        // The far end moves to another address, and the old one is gone.
+        // The far end has another address, and the device is told.
         site.far_router.address("lo", "198.18.0.2/32")?;
         site.gateway
             .route("198.18.0.2/32", Ipv4Addr::new(198, 51, 100, 2))?;
         let carrier = site.carrier.as_ref().context("a carrier")?;
         carrier.route("198.18.0.2/32", Ipv4Addr::new(203, 0, 113, 2))?;
+        let rules = "table ip seen { chain input { type filter hook input priority 0; \
+                     ip daddr 198.18.0.2 udp dport 4789 counter; }; }";
+        site.far_router.run_with_input("nft -f -", Some(rules))?;
         site.gateway
-            .run("ip link set cen type vxlan id 42 local 198.51.100.1 remote 198.18.0.2")?;
-        site.far_router
-            .run("ip link set cen type vxlan id 42 local 198.18.0.2 remote 198.51.100.1")?;
-        site.gateway.run("ip route add blackhole 203.0.113.2/32")?;
-        transfers_past_the_device(site, agent, site.client(), "ecs02")
+            .run("ip link set cen type vxlan id 42 local 198.51.100.1 remote 198.18.0.2 nolearning")?;
+        // What it has learned goes before what it is told.
+        let learned = site.gateway.run("bridge fdb show dev cen")?;
+        for entry in learned.lines().filter(|line| line.contains("dst 203.0.113.2")) {
+            let mac = entry.split(' ').next().context("a link address")?;
+            site.gateway.run(&format!("bridge fdb del {mac} dev cen"))?;
+        }
+        transfers_past_the_device(site, agent, site.client(), "ecs02")?;
+        let seen = site.far_router.run("nft list table ip seen")?;
+        let packets = seen
+            .split_once("packets ")
+            .and_then(|(_, rest)| rest.split(' ').next());
+        let packets: u64 = packets.context("a counter")?.parse()?;
+        ensure!(packets > 10_000, "{packets} packets went to the new address");
+        Ok(())
     })
 }

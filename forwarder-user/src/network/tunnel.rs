@@ -566,7 +566,7 @@ mod tests {
     fn a_vxlan_device_says_all_that_its_packets_need() {
         in_namespace(async {
             ip(
-                "link add fx type vxlan id 77 local 127.0.0.1 remote 127.0.0.9 dstport 4790 srcport 50000 50100 ttl 9 tos 16 df set",
+                "link add fx type vxlan id 77 local 127.0.0.1 remote 127.0.0.9 dstport 4790 srcport 50000 50100 ttl 9 tos 0x10 df set",
             );
             ip("link set fx mtu 1400 address 02:00:00:00:00:77 up");
             let network = Network::open().unwrap();
@@ -599,6 +599,28 @@ mod tests {
                 vni: None,
             };
             assert_eq!(far_ends, [by_default]);
+        });
+    }
+
+    #[test]
+    fn a_changed_device_is_reported() {
+        in_namespace(async {
+            ip("link add fx type vxlan id 77 local 127.0.0.1 remote 127.0.0.9 dstport 4790");
+            ip("link set fx up");
+            let network = Network::open().unwrap();
+            let mut watch = network.watch().await.unwrap();
+            for change in [
+                "link set fx type vxlan id 77 local 127.0.0.1 remote 127.0.0.8",
+                "link set fx mtu 1300",
+            ] {
+                ip(change);
+                while !watch.changed().await.unwrap().tunnels {}
+            }
+            let device = network.tunnel_device("fx").await.unwrap().unwrap();
+            assert_eq!(device.remote, Some([127, 0, 0, 8].into()));
+            let far_ends = network.far_ends(device.index).await.unwrap();
+            assert_eq!(far_ends.len(), 1, "{far_ends:?}");
+            assert_eq!(far_ends[0].remote, IpAddr::from([127, 0, 0, 8]));
         });
     }
 
