@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::{flow::FlowKey, fragment::HELD_BYTES, reason::Reason, settings::Settings},
-    datapath::{Env, Hook, Outcome, Packet, Route, Stop, Tables, Walk, fragment},
+    datapath::{Env, Hook, Outcome, Packet, Route, Stop, Tables, Walk, fragment, next_hop},
     wire::{Be32, LinkPair, MacAddress},
 };
 
@@ -28,6 +28,8 @@ pub(crate) struct KernelEnv {
     pub(crate) ctx: *mut c_void,
     pub(crate) hook: Hook,
     pub(crate) ingress_ifindex: u32,
+    /// Is this a function of its own? Then it calls no others, for the sake of the stack.
+    pub(crate) is_nested: bool,
 }
 
 impl Env for KernelEnv {
@@ -112,13 +114,28 @@ impl Env for KernelEnv {
     }
 
     #[inline(always)]
+    fn find_next_hop<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop> {
+        if self.hook == Hook::Tcx || self.is_nested {
+            return next_hop::find(tables, self, settings, walk);
+        }
+        maps::lend(walk);
+        functions::next_hop(self)
+    }
+
+    #[inline(always)]
     fn icmp<P: Packet, T: Tables>(
         &mut self,
         _: &mut P,
         _: &mut T,
         _: &Settings,
-        _: &mut Walk,
+        walk: &mut Walk,
     ) -> Result<Outcome, Stop> {
+        maps::lend(walk);
         Ok(functions::icmp(self))
     }
 
@@ -128,9 +145,10 @@ impl Env for KernelEnv {
         _: &mut P,
         _: &mut T,
         _: &Settings,
-        _: &Walk,
+        walk: &Walk,
         reason: Reason,
     ) -> Outcome {
+        maps::lend(walk);
         functions::refuse(self, reason)
     }
 }

@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::reason::Reason,
-    datapath::{Action, Hook, Outcome, Stop, Verdict, icmp, refuse},
+    datapath::{Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse},
 };
 
 use crate::{
@@ -70,6 +70,88 @@ pub(crate) fn refuse(env: &KernelEnv, reason: Reason) -> Outcome {
     })
 }
 
+/// What a function answers that has done what it was asked for; else the number of the reason why not.
+const DONE: i64 = -1;
+
+#[inline(always)]
+fn outcome(number: i64) -> Result<(), Stop> {
+    match number {
+        DONE => Ok(()),
+        reason => Err(Stop::drop(Reason(reason as u32))),
+    }
+}
+
+#[inline(always)]
+fn number(outcome: Result<(), Stop>) -> i64 {
+    match outcome {
+        Ok(()) => DONE,
+        Err(Stop(outcome)) => i64::from(outcome.reason.0),
+    }
+}
+
+/// `datapath::next_hop::find` for the walk's flow, in XDP.
+#[inline(always)]
+pub(crate) fn next_hop(env: &KernelEnv) -> Result<(), Stop> {
+    let is_native = u32::from(env.hook == Hook::Xdp);
+    outcome(forwarder_next_hop(env.ctx.cast(), is_native, env.ingress_ifindex))
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_next_hop(ctx: *mut xdp_md, is_native: u32, ingress_ifindex: u32) -> i64 {
+    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+        return i64::from(Reason::INTERNAL.0);
+    };
+    let mut env = KernelEnv {
+        ctx: ctx.cast(),
+        hook: if is_native != 0 {
+            Hook::Xdp
+        } else {
+            Hook::XdpGeneric
+        },
+        ingress_ifindex,
+        is_nested: true,
+    };
+    number(next_hop::find(&mut KernelTables, &mut env, settings, walk))
+}
+
+/// `datapath::overlay::recognise` for a frame in native XDP.
+#[inline(always)]
+pub(crate) fn recognise(ctx: *mut xdp_md) {
+    forwarder_inside(ctx);
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_inside(ctx: *mut xdp_md) -> i64 {
+    let Some(walk) = KernelTables::walk() else {
+        return i64::from(Reason::INTERNAL.0);
+    };
+    let mut packet = XdpPacket::<false> {
+        ctx: XdpContext::new(ctx),
+    };
+    overlay::recognise(&mut packet, &KernelTables, walk);
+    DONE
+}
+
+/// `datapath::overlay::encapsulate` for a frame in native XDP.
+#[inline(always)]
+pub(crate) fn encapsulate(ctx: *mut xdp_md) -> Result<(), Stop> {
+    outcome(forwarder_outer(ctx))
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_outer(ctx: *mut xdp_md) -> i64 {
+    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+        return i64::from(Reason::INTERNAL.0);
+    };
+    let mut packet = XdpPacket::<false> {
+        ctx: XdpContext::new(ctx),
+    };
+    number(overlay::encapsulate(&mut packet, &KernelTables, settings, walk))
+}
+
 /// Both functions of a hook: their names, the context's type, and how a packet is made of it.
 macro_rules! of_hook {
     ($icmp:ident $refuse:ident $context:ty, $hook:expr, $packet:expr) => {
@@ -83,6 +165,7 @@ macro_rules! of_hook {
                 ctx: ctx.cast(),
                 hook: $hook,
                 ingress_ifindex,
+                is_nested: true,
             };
             let (Ok(outcome) | Err(Stop(outcome))) = icmp::forward(
                 &mut $packet(ctx),

@@ -20,6 +20,9 @@ use forwarder_common::{
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
+        tunnel::{
+            PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
+        },
     },
     datapath::{Gauge, Tables, TrafficEvent, Walk, backend, fragment, open},
 };
@@ -53,6 +56,14 @@ static SLOTS: Array<BackendId, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 static BACKENDS: Array<Backend, 1> = Array::new();
 #[btf_map]
 static INTERFACES: HashMap<InterfaceKey, Interface, 1> = HashMap::new();
+#[btf_map]
+static TUNNEL_PORTS: Array<TunnelPort, 65_536> = Array::new();
+#[btf_map]
+static TUNNEL_ENDPOINT: HashMap<TunnelEndpointKey, TunnelEndpoint, 1> = HashMap::new();
+#[btf_map]
+static TUNNEL_HOPS: HashMap<TunnelHopKey, TunnelHop, 1> = HashMap::new();
+#[btf_map]
+static TUNNEL_PEERS: Array<TunnelPeer, 1> = Array::new();
 #[btf_map]
 static FLOW_INDEX: HashMap<FlowKeyV4, FlowReference, 1> = HashMap::new();
 #[btf_map]
@@ -97,6 +108,13 @@ pub(crate) fn held_fragment() -> Option<RingBufEntry<HeldFragment>> {
 #[inline(always)]
 pub(crate) fn scratch() -> Option<*mut [u64; SCRATCH_WORDS]> {
     SCRATCH.get_ptr_mut(0)
+}
+
+/// Makes the compiler forget what it knows of the walk, and write what it has put off: the next function finds the walk in
+/// its map, where the compiler does not see it look.
+#[inline(always)]
+pub(crate) fn lend(walk: &Walk) {
+    core::hint::black_box(core::ptr::from_ref(walk));
 }
 
 /// A trie's key in the form that aya names.
@@ -253,20 +271,23 @@ impl Tables for KernelTables {
     fn open(
         &mut self,
         _: &Settings,
-        _: &mut Walk,
+        walk: &mut Walk,
         backend: BackendId,
         ended: Option<FlowId>,
     ) -> open::Opened {
+        lend(walk);
         forwarder_open(backend.0, ended.map_or(-1, |id| i64::from(id.0)))
     }
 
     #[inline(always)]
-    fn follow(&mut self, _: &Settings, _: &mut Walk) -> fragment::Followed {
+    fn follow(&mut self, _: &Settings, walk: &mut Walk) -> fragment::Followed {
+        lend(walk);
         forwarder_follow()
     }
 
     #[inline(always)]
-    fn choose(&mut self, _walk: &Walk, hash: u32, now_secs: u32) -> backend::Found {
+    fn choose(&mut self, walk: &Walk, hash: u32, now_secs: u32) -> backend::Found {
+        lend(walk);
         forwarder_choose(hash, now_secs)
     }
 
@@ -303,6 +324,28 @@ impl Tables for KernelTables {
     fn interface(&self, key: &InterfaceKey) -> Option<&Interface> {
         // SAFETY: as for `vip`.
         unsafe { INTERFACES.get(key) }
+    }
+
+    #[inline(always)]
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort> {
+        TUNNEL_PORTS.get(u32::from(port)).copied()
+    }
+
+    #[inline(always)]
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint> {
+        // SAFETY: as for `vip`.
+        unsafe { TUNNEL_ENDPOINT.get(key) }
+    }
+
+    #[inline(always)]
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId> {
+        // SAFETY: as for `vip`.
+        unsafe { TUNNEL_HOPS.get(key) }.map(|hop| hop.peer)
+    }
+
+    #[inline(always)]
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer> {
+        TUNNEL_PEERS.get(u32::from(id.0))
     }
 
     #[inline(always)]

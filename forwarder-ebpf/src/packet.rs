@@ -16,8 +16,8 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use forwarder_common::{
-    abi::reason::Reason,
-    datapath::{ChecksumOffload, Packet, Stop},
+    abi::{reason::Reason, settings::Settings},
+    datapath::{ChecksumOffload, Packet, Stop, Tables, Walk},
     wire::{
         LinkPair, WireHeader,
         checksum::{Delta, fold},
@@ -25,7 +25,7 @@ use forwarder_common::{
     },
 };
 
-use crate::maps;
+use crate::{functions, maps};
 
 /// Largest offset of anything that is read: keeps offsets within what the verifier tracks (MAX_PACKET_OFF,
 /// 65 535) when a length from the packet went into one.
@@ -206,6 +206,17 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         self.move_start(-(front as i32))
+    }
+    #[inline(always)]
+    fn recognise<T: Tables>(&mut self, _tables: &T, walk: &mut Walk) {
+        maps::lend(walk);
+        functions::recognise(self.ctx.ctx);
+    }
+
+    #[inline(always)]
+    fn encapsulate<T: Tables>(&mut self, _tables: &T, _settings: &Settings, walk: &Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::encapsulate(self.ctx.ctx)
     }
 }
 

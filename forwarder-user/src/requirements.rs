@@ -438,6 +438,7 @@ mod tests {
         let sizes = Sizes {
             flows: 64_512,
             flow_keys: 64_512,
+            flow_keys_v6: 1,
             slots: 4096,
             groups: 1,
             backends: 2,
@@ -446,6 +447,7 @@ mod tests {
             listener_ranges: 1,
             sources: 1,
             interfaces: 2,
+            tunnel_peers: 8,
             persistence: 65_536,
         };
         let layout = crate::datapath::object::layout().unwrap();

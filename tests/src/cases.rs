@@ -32,6 +32,7 @@ use crate::{
 mod fragments;
 mod icmp_errors;
 mod ipv6;
+mod overlay;
 mod selection;
 mod twin;
 mod vlan;
@@ -64,6 +65,8 @@ pub struct Step {
     /// Interface it comes in by.
     pub ifindex: u32,
     pub frame: Vec<u8>,
+    /// What is counted for listener and backend, where that is inside of the frame.
+    pub inside: Option<Vec<u8>>,
     pub verdict: Verdict,
     pub reason: Reason,
     /// The frame afterwards.
@@ -77,6 +80,7 @@ impl Step {
         let reason = &mut tables.reason_counters[self.reason.0 as usize];
         reason.packets += 1;
         reason.bytes += self.frame.len() as u64;
+        let frame = self.inside.as_ref().unwrap_or(&self.frame);
         let (listener, backend) = match self.traffic {
             Traffic::Nothing => return,
             Traffic::Refused(listener) | Traffic::NotBound(listener, _) => {
@@ -104,16 +108,16 @@ impl Step {
             }
             if matches!(self.traffic, Traffic::Opened(..) | Traffic::Request(..)) {
                 counters.request_packets += 1;
-                counters.request_bytes += ip_len(&self.frame);
-                counters.client_resets += u64::from(is_reset(&self.frame));
+                counters.request_bytes += ip_len(frame);
+                counters.client_resets += u64::from(is_reset(frame));
             }
             if matches!(self.traffic, Traffic::FirstAnswer(..) | Traffic::Reply(..)) {
                 counters.reply_packets += 1;
-                counters.reply_bytes += ip_len(&self.frame);
-                counters.backend_resets += u64::from(is_reset(&self.frame));
+                counters.reply_bytes += ip_len(frame);
+                counters.backend_resets += u64::from(is_reset(frame));
             }
             if matches!(self.traffic, Traffic::FirstAnswer(..)) {
-                let is_rejected = is_reset(&self.frame);
+                let is_rejected = is_reset(frame);
                 counters.flows_answered += u64::from(!is_rejected);
                 counters.flows_rejected += u64::from(is_rejected);
             }
@@ -176,6 +180,7 @@ impl Step {
             ifindex: link.ifindex,
             out: frame.clone(),
             frame,
+            inside: None,
             verdict,
             reason,
             traffic: Traffic::Nothing,
@@ -242,6 +247,11 @@ impl Step {
 
     fn out(mut self, out: Vec<u8>) -> Self {
         self.out = out;
+        self
+    }
+
+    fn inside(mut self, frame: Vec<u8>) -> Self {
+        self.inside = Some(frame);
         self
     }
 
@@ -517,6 +527,7 @@ pub fn all() -> Vec<Case> {
         icmp_errors::all(),
         ipv6::all(),
         vlan::all(),
+        overlay::all(),
     ]
     .concat()
 }

@@ -26,6 +26,7 @@ use forwarder_common::{
         reason::Reason,
         settings::Settings,
         snat::SnatRange,
+        tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
     },
     datapath::{Env, Gauge, Hook, Outcome, Packet, Route, Tables, TrafficEvent, Walk},
     wire::{Be16, IpAddress, LinkPair, MacAddress},
@@ -50,6 +51,7 @@ pub const SIZES: Sizes = Sizes {
     sources: 16,
     vips: 8,
     interfaces: 8,
+    tunnel_peers: 8,
     persistence: 64,
 };
 
@@ -67,6 +69,10 @@ pub struct MemoryTables {
     pub slots: Vec<BackendId>,
     pub backends: Vec<Backend>,
     pub interfaces: HashMap<InterfaceKey, Interface>,
+    pub tunnel_ports: HashMap<u16, TunnelPort>,
+    pub tunnel_endpoints: HashMap<TunnelEndpointKey, TunnelEndpoint>,
+    pub tunnel_hops: HashMap<TunnelHopKey, PeerId>,
+    pub tunnel_peers: HashMap<PeerId, TunnelPeer>,
     pub flow_index: HashMap<FlowKey, FlowReference>,
     /// How many keys the flow index holds.
     pub flow_keys: usize,
@@ -100,6 +106,10 @@ impl Default for MemoryTables {
             slots: vec![BackendId(0); SIZES.slots as usize],
             backends: vec![Backend::zeroed(); SIZES.backends as usize],
             interfaces: HashMap::new(),
+            tunnel_ports: HashMap::new(),
+            tunnel_endpoints: HashMap::new(),
+            tunnel_hops: HashMap::new(),
+            tunnel_peers: HashMap::new(),
             flow_index: HashMap::new(),
             flow_keys: SIZES.flow_keys as usize,
             flows: vec![FlowEntry::zeroed(); SIZES.flows as usize],
@@ -496,6 +506,22 @@ impl Tables for MemoryTables {
 
     fn interface(&self, key: &InterfaceKey) -> Option<&Interface> {
         self.interfaces.get(key)
+    }
+
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort> {
+        self.tunnel_ports.get(&port).copied()
+    }
+
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint> {
+        self.tunnel_endpoints.get(key)
+    }
+
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId> {
+        self.tunnel_hops.get(key).copied()
+    }
+
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer> {
+        self.tunnel_peers.get(&id)
     }
 
     fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference> {

@@ -30,6 +30,14 @@ pub const FLOWS: &str = "FLOWS";
 pub const FREE_FLOWS: &str = "FREE_FLOWS";
 /// Hash from `InterfaceKey` to `Interface`.
 pub const INTERFACES: &str = "INTERFACES";
+/// Array of `TunnelPort` by UDP port.
+pub const TUNNEL_PORTS: &str = "TUNNEL_PORTS";
+/// Hash from `TunnelEndpointKey` to `TunnelEndpoint`.
+pub const TUNNEL_ENDPOINTS: &str = "TUNNEL_ENDPOINT";
+/// Hash from `TunnelHopKey` to `TunnelHop`.
+pub const TUNNEL_HOPS: &str = "TUNNEL_HOPS";
+/// Array of `TunnelPeer` by `PeerId`.
+pub const TUNNEL_PEERS: &str = "TUNNEL_PEERS";
 /// Array of `u64` by `ListenerId`: flows that count against the limit now; mapped into the agent's memory.
 pub const LISTENER_LIVE: &str = "LISTENER_LIVE";
 /// The same by `BackendId`.

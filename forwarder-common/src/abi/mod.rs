@@ -16,6 +16,7 @@ pub mod persistence;
 pub mod reason;
 pub mod settings;
 pub mod snat;
+pub mod tunnel;
 
 /// Number of the layout of everything in this module; it changes whenever a type here does.
 pub const ABI_VERSION: u32 = 4;

@@ -128,6 +128,10 @@ reasons! {
         "An ICMP error about a packet of a flow was translated and handed to the stack, which routes it." "";
     32 FRAGMENT_HELD "fragment_held" Drop
         "A fragment came before its packet's first; the agent holds it and sends it on when that has passed." "";
+    33 CONGESTION_UNHEARD "congestion_unheard" Drop
+        "A packet came out of a tunnel whose network marked congestion, and its sender does not look at such marks (RFC 6040)." "Relieve the network that carries the tunnel.";
+    34 TUNNEL_TO_STACK "tunnel_to_stack" Pass
+        "A packet inside a native tunnel belongs to no flow yet, or to none of ours: the kernel's device takes it out." "";
 }
 
 impl Reason {

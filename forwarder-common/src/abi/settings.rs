@@ -16,6 +16,8 @@ pub mod flag {
     pub const POOL_IS_SMALLER: u32 = 4;
     /// Segment sizes that TCP announces are left alone.
     pub const KEEP_SEGMENT_SIZE: u32 = 8;
+    /// There are tunnels that the programs handle. Without it the data path does not look inside of packets.
+    pub const TUNNELS: u32 = 16;
 }
 
 /// The settings.

@@ -240,6 +240,7 @@ pub fn open<T: Tables>(
         hit,
         binding,
         key,
+        ..
     } = walk;
     let (address_delta, port_delta) = Rewrite::deltas(binding);
     let entry = tables.flow(id).ok_or(Stop::drop(Reason::INTERNAL))?;

@@ -8,7 +8,7 @@
 //! So path MTU discovery works through the gateway, and traceroute shows it as a hop.
 
 use super::{
-    Env, Hook, Outcome, Packet, Stop, Tables, Walk, echo, flow, next_hop,
+    Env, Outcome, Packet, Stop, Tables, Walk, echo, flow, next_hop,
     parse::Frame,
     pipeline,
     rewrite::{self, Ports, Rewrite},
@@ -36,7 +36,7 @@ use crate::{
 /// RFC 792: an error quotes at least so many bytes of what follows the IP header: of TCP and UDP the ports.
 const QUOTED: usize = 8;
 
-/// What becomes of an ICMP message; no reason is counted.
+/// What becomes of an ICMP message; no reason is counted. One that goes on has yet to [`rewrite::leave`].
 ///
 /// # Errors
 /// Early ends, as of the walk.
@@ -73,9 +73,6 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
     };
     icmp.checksum = change.and(pseudo).apply(icmp.checksum);
     rewrite::network(packet, &walk.frame, &walk.hit.rewrite, is_sent)?;
-    if is_sent && env.hook() != Hook::Tcx {
-        rewrite::link(packet, &walk.frame, &walk.hit.hop)?;
-    }
     let verdict = next_hop::verdict(env, &walk.hit.hop);
     Ok(pipeline::sent(
         verdict,

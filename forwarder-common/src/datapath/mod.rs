@@ -25,6 +25,7 @@ use crate::{
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
+        tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
     },
     wire::{LinkPair, WireHeader, checksum::Delta},
 };
@@ -44,6 +45,7 @@ pub mod mss;
 pub mod neighbour;
 pub mod next_hop;
 pub mod open;
+pub mod overlay;
 pub mod parse;
 pub mod persistence;
 pub mod pipeline;
@@ -139,6 +141,8 @@ impl Stop {
 pub struct Walk {
     /// What the packet is: by `parse`.
     pub frame: parse::Frame,
+    /// The tunnel it came through, if the walk looks into one: by `overlay`.
+    pub inside: overlay::Inside,
     /// What it wants, where it has no flow: by `admission`.
     pub listener: Listener,
     /// Its flow: by `flow::lookup` or `open`.
@@ -213,6 +217,24 @@ pub trait Packet {
     /// # Errors
     /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop>;
+
+    /// [`overlay::recognise`], wherever it runs.
+    #[inline(always)]
+    fn recognise<T: Tables>(&mut self, tables: &T, walk: &mut Walk)
+    where
+        Self: Sized,
+    {
+        overlay::recognise(self, tables, walk);
+    }
+
+    /// [`overlay::encapsulate`], wherever it runs.
+    #[inline(always)]
+    fn encapsulate<T: Tables>(&mut self, tables: &T, settings: &Settings, walk: &Walk) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        overlay::encapsulate(self, tables, settings, walk)
+    }
 }
 
 /// The tables that the agent fills and the walk reads.
@@ -230,6 +252,13 @@ pub trait Tables {
     fn slot(&self, index: u32) -> Option<BackendId>;
     fn backend(&self, id: BackendId) -> Option<&Backend>;
     fn interface(&self, key: &InterfaceKey) -> Option<&Interface>;
+    /// What a UDP destination port means.
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort>;
+    /// The tunnel that a packet came through.
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint>;
+    /// The far end that a next hop on a tunnel device stands for.
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId>;
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer>;
     /// Can frames leave through this interface straight from this hook? Through all others the stack sends.
     #[inline(always)]
     fn can_send(&self, hook: Hook, ifindex: u32) -> bool {
@@ -415,6 +444,20 @@ pub trait Env {
 
     /// Hands a later fragment that came too early to the agent, which sends it on; `false`: it cannot.
     fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk) -> bool;
+
+    /// [`next_hop::find`], wherever it runs.
+    #[inline(always)]
+    fn find_next_hop<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        next_hop::find(tables, self, settings, walk)
+    }
 
     /// [`icmp::forward`], wherever it runs; `walk` is the one of this packet.
     ///

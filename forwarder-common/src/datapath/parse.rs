@@ -8,7 +8,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Packet, Stop, fragment::part, rewrite::Tags};
+use super::{Packet, Stop, Walk, fragment::part, rewrite::Tags};
 use crate::{
     abi::{flow::FlowKey, reason::Reason},
     wire::{
@@ -102,13 +102,17 @@ pub enum Kind {
     Fragment,
 }
 
-/// Reads the headers of a packet into `frame`.
+/// Reads the headers of a packet, or of what is inside, into the walk.
 #[inline(always)]
-pub fn frame<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Kind, Stop> {
+pub fn frame<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<Kind, Stop> {
+    let Walk { frame, inside, .. } = walk;
     frame.vlans = [Be16::new(0); 2];
     frame.vlan_count = 0;
     frame.network_offset = 0;
-    let ethertype = if packet.begins_with_link() {
+    let ethertype = if inside.is_tunnel() {
+        frame.network_offset = inside.network_offset;
+        inside.ethertype
+    } else if packet.begins_with_link() {
         link(packet, frame)?
     } else {
         match packet.header::<Ipv4Header>(0)?.version() {
@@ -132,7 +136,7 @@ pub fn frame<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Kind, Stop>
 
 /// Reads the link header and the tags behind it; the EtherType of what follows.
 #[inline(always)]
-fn link<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Be16, Stop> {
+pub(super) fn link<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Be16, Stop> {
     let mut offset = EthernetHeader::LEN;
     let mut ethertype = packet.header::<EthernetHeader>(0)?.ethertype;
     if ethertype == ETHERTYPE_VLAN || ethertype == ETHERTYPE_SERVICE_VLAN {

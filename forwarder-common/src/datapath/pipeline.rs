@@ -1,10 +1,10 @@
 //! The walk, on one screen.
 
 use super::{
-    Action, Env, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
+    Action, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
     flow::{self, Found, Hit},
     fragment::{self, part},
-    listener, mss, neighbour, next_hop, open,
+    listener, mss, neighbour, next_hop, open, overlay,
     parse::{self, Frame, Kind},
     quota, rewrite,
 };
@@ -28,6 +28,10 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
 ) -> Outcome {
     let frame_bytes = packet.frame_len();
     let outcome = match stages(packet, tables, env, settings, walk) {
+        // An answer to what came through a tunnel would have to go back through it; it does from the device's tcx program.
+        Err(Stop(refusal)) if refusal.reason.is_refusal() && walk.inside.is_tunnel() => {
+            Stop::pass(Reason::TUNNEL_TO_STACK).0
+        }
         Err(Stop(refusal)) if refusal.reason.is_refusal() => {
             refuse(packet, tables, env, settings, walk, refusal.reason)
         }
@@ -45,14 +49,27 @@ fn stages<P: Packet, T: Tables, E: Env>(
     settings: &Settings,
     walk: &mut Walk,
 ) -> Result<Outcome, Stop> {
-    match parse::frame(packet, &mut walk.frame)? {
+    // Only native XDP can take headers off and put them on: elsewhere the stack holds on to what it knows of them.
+    let has_tunnels = env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0;
+    walk.inside.network_offset = 0;
+    if has_tunnels {
+        packet.recognise(tables, walk);
+    }
+    match parse::frame(packet, walk)? {
         Kind::Flow => find_or_open(tables, settings, walk)?,
+        _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
         Kind::Fragment => match tables.follow(settings, walk) {
             fragment::FOUND => {}
             reason => return Err(fragment::stop(packet, env, walk, Reason(reason as u32))),
         },
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
-        Kind::Icmp => return env.icmp(packet, tables, settings, walk),
+        Kind::Icmp => {
+            let outcome = env.icmp(packet, tables, settings, walk)?;
+            if matches!(outcome.reason, Reason::ICMP_FORWARDED | Reason::ICMP_TO_STACK) {
+                rewrite::leave(packet, tables, env.hook(), settings, walk)?;
+            }
+            return Ok(outcome);
+        }
         Kind::Neighbour => {
             return neighbour::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex());
         }
@@ -61,16 +78,20 @@ fn stages<P: Packet, T: Tables, E: Env>(
         fragment::keep(tables, walk);
     }
     rewrite::check_ttl(&walk.frame)?;
+    if walk.inside.is_tunnel() {
+        overlay::check_congestion(walk.frame.tos, walk.inside.outer_tos)?;
+    }
     next_hop::resolve(tables, env, settings, walk)?;
     next_hop::fit(env, walk)?;
     let mtu_bytes = if mss::is_announced(&walk.frame) && settings.flags & flag::KEEP_SEGMENT_SIZE == 0 {
-        next_hop::path_mtu(tables, env, &walk.hit.hop)
+        next_hop::path_mtu(tables, env, walk)
     } else {
         0
     };
 
     // No byte was changed above this line; below it no policy decides.
-    rewrite::apply(packet, walk, env.hook(), settings, mtu_bytes)?;
+    rewrite::apply(packet, walk, settings, mtu_bytes)?;
+    rewrite::leave(packet, tables, env.hook(), settings, walk)?;
     count(tables, &walk.frame, &walk.hit);
     let verdict = next_hop::verdict(env, &walk.hit.hop);
     Ok(if walk.hit.direction == Direction::REQUEST {
@@ -97,6 +118,9 @@ fn find_or_open<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk)
     let found = flow::lookup(tables, settings, walk)?;
     if found == Found::Hit {
         return Ok(());
+    }
+    if walk.inside.is_tunnel() {
+        return Err(Stop::pass(Reason::TUNNEL_TO_STACK));
     }
     admit(tables, settings, walk)?;
     open_flow(tables, settings, walk, found.ended())

@@ -109,6 +109,7 @@ impl Agent {
                 .map(|one| (one.ifindex, one.interface))
                 .collect(),
             ejected: HashSet::new(),
+            tunnels: before.desired.tunnels.clone(),
             // Flows ask for their routes anew: the programs or the interfaces may be others.
             route_generation: before.desired.settings.route_generation.wrapping_add(1),
             flags: attachments
@@ -153,6 +154,8 @@ impl Agent {
             left_at_sweep: 0,
             tables: Tables::new(),
             tunnels: super::tunnels::Tunnels::default(),
+            native: super::native::Verdicts::new(),
+            tunnel_room: sizes.tunnel_peers as usize,
             sample: Sample {
                 taken_at: started_at,
                 listeners: HashMap::new(),
@@ -168,6 +171,7 @@ impl Agent {
             is_ready: false,
         };
         agent.look_for_trouble().await?;
+        agent.survey_tunnels().await?;
         let mut tables = agent.tables.cache.now();
         let desired = Desired::with_tables(&agent.config, &applied.ids, &agent.observed, &mut tables);
         let tables = tables.finish();
@@ -304,6 +308,8 @@ pub(crate) fn sizes(config: &Config) -> Sizes {
         sources: at_least_one(sources),
         vips: vips.len() as u32,
         interfaces: (config.interfaces.len() + config.tunnels.len()) as u32,
+        // How many neighbours there are on a tunnel's device is found out later.
+        tunnel_peers: at_least_one(config.tunnels.len()),
         persistence: config.agent.max_persistent_clients,
     }
 }

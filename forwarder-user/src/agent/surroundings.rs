@@ -83,6 +83,7 @@ impl Agent {
                 }
             }
         }
+        self.survey_tunnels().await?;
         self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
         self.reconcile()?;
         if changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty() {

@@ -107,6 +107,10 @@ pub struct Tunnel {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TunnelMode {
+    /// Native if the device does nothing that XDP cannot do for it.
+    Auto,
+    /// XDP pushes and strips the outer headers on the interface that carries the tunnel.
+    Native,
     /// The stack encapsulates; a tcx program on the device takes the replies.
     Kernel,
 }

@@ -543,10 +543,11 @@ fn pin_directory(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
 }
 
 fn tunnel_mode(value: &DeValue<'_>) -> Result<TunnelMode, Wrong> {
-    if value.as_str() == Some("native") {
-        return Err(Wrong::must_be("\"kernel\"").hint("native mode is not supported yet"));
-    }
-    one_of(&[("kernel", TunnelMode::Kernel)])(value)
+    one_of(&[
+        ("auto", TunnelMode::Auto),
+        ("native", TunnelMode::Native),
+        ("kernel", TunnelMode::Kernel),
+    ])(value)
 }
 
 /// Units of durations with their milliseconds, the longest first.

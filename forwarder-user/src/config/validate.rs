@@ -593,7 +593,7 @@ impl<'d> Check<'d> {
             None => None,
         };
         Ok(Tunnel {
-            mode: or(&tunnel.mode, TunnelMode::Kernel)?,
+            mode: or(&tunnel.mode, TunnelMode::Auto)?,
             health,
         })
     }

@@ -37,20 +37,18 @@ fn forward_as<K: Kind, T: Tables, E: Env>(
     env: &mut E,
     settings: &Settings,
 ) -> (Outcome, Vec<u8>) {
-    let mut packet = MemoryPacket::<K> {
-        bytes: frame.to_vec(),
-        kind: PhantomData,
-    };
+    let mut packet = MemoryPacket::<K>::new(frame.to_vec());
     let outcome = pipeline::forward(&mut packet, tables, env, settings, &mut Walk::zeroed());
     (outcome, packet.bytes)
 }
 
 /// How a program's packets treat checksums.
-trait Kind {
+pub trait Kind {
     const CHECKSUM_OFFLOAD: ChecksumOffload;
 }
 
-struct Native;
+/// As in native XDP.
+pub struct Native;
 struct Generic;
 struct Tunnel;
 
@@ -66,9 +64,17 @@ impl Kind for Tunnel {
     const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kernel;
 }
 
-struct MemoryPacket<K> {
-    bytes: Vec<u8>,
+/// A frame in memory.
+pub struct MemoryPacket<K> {
+    pub bytes: Vec<u8>,
     kind: PhantomData<K>,
+}
+
+impl<K: Kind> MemoryPacket<K> {
+    pub fn new(bytes: Vec<u8>) -> Self {
+        let kind = PhantomData;
+        Self { bytes, kind }
+    }
 }
 
 impl<K: Kind> Packet for MemoryPacket<K> {

@@ -35,6 +35,9 @@ use forwarder_common::{
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
+        tunnel::{
+            PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
+        },
     },
     datapath::{Env, Gauge, Hook, Outcome, Packet, Route, Tables, TrafficEvent, inquiry::Inquiry},
 };
@@ -63,6 +66,10 @@ pub struct LiveMaps {
     group_turns: Table<u64>,
     persistence: Hash<PersistenceKey, Persistence>,
     interfaces: Hash<InterfaceKey, Interface>,
+    tunnel_ports: Table<TunnelPort>,
+    tunnel_endpoints: Hash<TunnelEndpointKey, TunnelEndpoint>,
+    tunnel_hops: Hash<TunnelHopKey, TunnelHop>,
+    tunnel_peers: Table<TunnelPeer>,
     listeners_live: Table<u64>,
     backends_live: Table<u64>,
     flow_index: FlowIndex,
@@ -93,6 +100,10 @@ impl LiveMaps {
             persistence: again(ebpf, map_name::PERSISTENCE)?,
             fragments: again(ebpf, map_name::FRAGMENTS)?,
             interfaces: again(ebpf, map_name::INTERFACES)?,
+            tunnel_ports: again(ebpf, map_name::TUNNEL_PORTS)?,
+            tunnel_endpoints: again(ebpf, map_name::TUNNEL_ENDPOINTS)?,
+            tunnel_hops: again(ebpf, map_name::TUNNEL_HOPS)?,
+            tunnel_peers: again(ebpf, map_name::TUNNEL_PEERS)?,
             listeners_live: again(ebpf, map_name::LISTENER_LIVE)?,
             backends_live: again(ebpf, map_name::BACKEND_LIVE)?,
             flow_index: FlowIndex {
@@ -291,6 +302,8 @@ struct Reads {
     interfaces: Seen<InterfaceKey, Interface>,
     flow_index: Seen<FlowKey, FlowReference>,
     fragments: Seen<FragmentKey, FragmentFlow>,
+    tunnel_endpoints: Seen<TunnelEndpointKey, TunnelEndpoint>,
+    tunnel_peers: Seen<PeerId, TunnelPeer>,
 }
 
 /// What the walk would have written.
@@ -460,6 +473,33 @@ impl Tables for LiveView<'_> {
     fn interface(&self, key: &InterfaceKey) -> Option<&Interface> {
         self.read(map_name::INTERFACES, &self.reads.interfaces, *key, || {
             self.maps.interfaces.get(&AsPod(*key), 0)
+        })
+    }
+
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort> {
+        self.found(
+            map_name::TUNNEL_PORTS,
+            self.maps.tunnel_ports.get(&u32::from(port), 0),
+        )
+    }
+
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint> {
+        self.read(
+            map_name::TUNNEL_ENDPOINTS,
+            &self.reads.tunnel_endpoints,
+            *key,
+            || self.maps.tunnel_endpoints.get(&AsPod(*key), 0),
+        )
+    }
+
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId> {
+        let found = self.found(map_name::TUNNEL_HOPS, self.maps.tunnel_hops.get(&AsPod(*key), 0));
+        found.map(|hop| hop.peer)
+    }
+
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer> {
+        self.read(map_name::TUNNEL_PEERS, &self.reads.tunnel_peers, id, || {
+            self.maps.tunnel_peers.get(&u32::from(id.0), 0)
         })
     }
 

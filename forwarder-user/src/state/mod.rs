@@ -18,4 +18,5 @@ pub mod placement;
 pub mod plan;
 pub mod tables;
 pub mod tiers;
+pub mod tunnels;
 pub mod turns;
