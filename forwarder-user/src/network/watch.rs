@@ -9,7 +9,7 @@
 //! Neighbours change state all the time. Reported is only what a sender of frames would notice: an entry
 //! became usable or unusable, or its MAC address changed.
 
-use std::{collections::HashMap, net::Ipv4Addr};
+use std::{collections::HashMap, net::IpAddr};
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _};
 use rtnetlink::{
@@ -83,6 +83,9 @@ impl Network {
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv6Rule,
         ];
         let (connection, _handle, messages) = rtnetlink::new_multicast_connection(&groups)
             .map_err(|error| Error::host(format!("cannot watch the network: {error}")))?;
@@ -129,7 +132,7 @@ struct Seen {
     /// Name and whether it carries traffic, by interface number.
     links: HashMap<u32, (String, bool)>,
     /// Neighbours by interface number and address. The kernel bounds its table, and thereby this one.
-    neighbours: HashMap<(u32, Ipv4Addr), Reach>,
+    neighbours: HashMap<(u32, IpAddr), Reach>,
 }
 
 /// What a sender of frames knows of a neighbour.
