@@ -10,12 +10,12 @@ use aya_ebpf::{
     helpers::generated::bpf_fib_lookup,
 };
 use forwarder_common::{
-    abi::flow::FlowKey,
-    datapath::{Env, Hook, Route},
+    abi::{flow::FlowKey, reason::Reason, settings::Settings},
+    datapath::{Env, Hook, Outcome, Packet, Route, Stop, Tables, Walk},
     wire::{Be32, LinkPair, MacAddress},
 };
 
-use crate::maps;
+use crate::{functions, maps};
 
 /// Linux's AF_INET.
 const AF_INET: u8 = 2;
@@ -80,5 +80,28 @@ impl Env for KernelEnv {
             BPF_FIB_LKUP_RET_FWD_DISABLED => Route::ForwardingDisabled,
             _ => Route::None,
         }
+    }
+
+    #[inline(always)]
+    fn icmp<P: Packet, T: Tables>(
+        &mut self,
+        _: &mut P,
+        _: &mut T,
+        _: &Settings,
+        _: &mut Walk,
+    ) -> Result<Outcome, Stop> {
+        Ok(functions::icmp(self))
+    }
+
+    #[inline(always)]
+    fn refuse<P: Packet, T: Tables>(
+        &mut self,
+        _: &mut P,
+        _: &mut T,
+        _: &Settings,
+        _: &Walk,
+        reason: Reason,
+    ) -> Outcome {
+        functions::refuse(self, reason)
     }
 }

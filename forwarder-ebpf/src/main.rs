@@ -5,6 +5,7 @@
 #![feature(asm_experimental_arch)]
 
 mod env;
+mod functions;
 mod maps;
 mod packet;
 
@@ -28,13 +29,15 @@ use crate::{
 };
 
 /// Frames of an interface in native mode.
-#[xdp]
+#[xdp(frags)]
+#[inline(always)]
 pub(crate) fn forwarder_xdp(ctx: XdpContext) -> u32 {
     ingress::<false>(ctx)
 }
 
 /// Frames of an interface in generic mode, where the mark of a partial checksum stays with the frame.
-#[xdp]
+#[xdp(frags)]
+#[inline(always)]
 pub(crate) fn forwarder_skb(ctx: XdpContext) -> u32 {
     ingress::<true>(ctx)
 }
@@ -72,6 +75,7 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
 
 /// Packets that the kernel has taken out of a tunnel.
 #[classifier]
+#[inline(always)]
 pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
     let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
         return TC_ACT_OK;

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
-        counter::{ReasonCounters, TrafficCounters},
+        counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
@@ -64,6 +64,9 @@ static LISTENER_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
 static BACKEND_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
 #[btf_map]
 static REASON_COUNT: PerCpuArray<ReasonCounters, { Reason::COUNT }> = PerCpuArray::new();
+
+#[btf_map]
+static ICMP_BUDGET: PerCpuArray<IcmpBudget, 1> = PerCpuArray::new();
 
 /// What the stages of one packet hand on; nothing in it outlives the packet.
 #[btf_map]
@@ -331,6 +334,12 @@ impl Tables for KernelTables {
     fn backend_live(&mut self, id: BackendId) -> Option<&mut Live> {
         // SAFETY: as for `listener_live`.
         BACKEND_LIVE.get_ptr_mut(id.0).map(|live| unsafe { &mut *live })
+    }
+
+    #[inline(always)]
+    fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
+        // SAFETY: this CPU's own element, as for `count_listener`.
+        ICMP_BUDGET.get_ptr_mut(0).map(|budget| unsafe { &mut *budget })
     }
 
     #[inline(always)]

@@ -7,10 +7,11 @@ use core::{ffi::c_void, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{__sk_buff, BPF_F_PSEUDO_HDR, xdp_md},
+    bindings::{__sk_buff, BPF_F_PSEUDO_HDR, bpf_hdr_start_off::BPF_HDR_START_NET, xdp_md},
     helpers::generated::{
-        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_pull_data, bpf_xdp_adjust_head,
-        bpf_xdp_adjust_tail, bpf_xdp_load_bytes,
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_load_bytes_relative,
+        bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
+        bpf_xdp_load_bytes,
     },
     programs::{TcContext, XdpContext},
 };
@@ -18,7 +19,7 @@ use forwarder_common::{
     abi::reason::Reason,
     datapath::{ChecksumOffload, Packet, Stop},
     wire::{
-        WireHeader,
+        LinkPair, WireHeader,
         checksum::{Delta, fold},
         ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
     },
@@ -161,7 +162,9 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
 
     #[inline(always)]
     fn frame_len(&self) -> usize {
-        self.data_end() - self.data()
+        // Of all buffers of the frame: the pointers are those of the first.
+        // SAFETY: the context is the one the kernel passed in.
+        unsafe { bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
     }
 
     #[inline(always)]
@@ -268,6 +271,25 @@ impl Packet for SkbPacket {
     #[inline(always)]
     fn frame_len(&self) -> usize {
         self.ctx.len() as usize
+    }
+
+    /// Compares its start with that of the network header, as the device does not tell: the kernel gives packets of
+    /// an xfrm interface the link header of the packet they came in (`xfrm4_remove_tunnel_encap` of Linux 6.12).
+    #[inline(always)]
+    fn begins_with_link(&mut self) -> bool {
+        let mut network = LinkPair::default();
+        // SAFETY: the context is the one the kernel passed in; the helper writes the bytes of `network`.
+        let status = unsafe {
+            bpf_skb_load_bytes_relative(
+                self.ctx.as_ptr(),
+                0,
+                (&raw mut network).cast(),
+                size_of::<LinkPair>() as u32,
+                BPF_HDR_START_NET,
+            )
+        };
+        let is_network = |start: &mut EthernetHeader| { start.link } == network;
+        status < 0 || !self.header(0).is_ok_and(is_network)
     }
 
     #[inline(always)]

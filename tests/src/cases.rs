@@ -29,7 +29,11 @@ use crate::{
     },
 };
 
+mod icmp_errors;
+mod ipv6;
 mod selection;
+mod twin;
+mod vlan;
 
 /// A sentence, and what it says as something that can be run.
 #[derive(Clone, Debug)]
@@ -41,6 +45,8 @@ pub struct Case {
     pub events: Vec<Event>,
     /// Why the kernel cannot show this case.
     pub library_only: Option<&'static str>,
+    /// It says something of IPv4 alone.
+    pub is_v4_only: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -138,6 +144,7 @@ impl Case {
             world,
             events: Vec::new(),
             library_only: None,
+            is_v4_only: false,
         }
     }
 
@@ -150,29 +157,14 @@ impl Case {
         steps.into_iter().fold(self, Self::then)
     }
 
-    fn change(mut self, change: fn(&mut MemoryTables)) -> Self {
-        self.events.push(Event::Change(change));
+    fn v4_only(mut self) -> Self {
+        self.is_v4_only = true;
         self
     }
 
-    /// The same case with generic XDP instead of native; `None` where the two differ, which is in partial
-    /// checksums, or where that would show nothing.
-    pub fn in_generic_mode(&self) -> Option<Self> {
-        if self.library_only.is_some() || self.world.settings.flags & flag::PARTIAL_CHECKSUMS != 0 {
-            return None;
-        }
-        let mut case = self.clone();
-        case.sentence += " (generic XDP)";
-        let mut is_native = false;
-        for event in &mut case.events {
-            if let Event::Packet(step) = event
-                && step.program == Program::Native
-            {
-                step.program = Program::Generic;
-                is_native = true;
-            }
-        }
-        is_native.then_some(case)
+    fn change(mut self, change: fn(&mut MemoryTables)) -> Self {
+        self.events.push(Event::Change(change));
+        self
     }
 }
 
@@ -519,9 +511,17 @@ pub fn all() -> Vec<Case> {
         others(),
         checksums(),
         partial_checksums(),
-        segment_sizes(),
+        segment_sizes().into_iter().map(Case::v4_only).collect(),
+        icmp_errors::all(),
+        ipv6::all(),
+        vlan::all(),
     ]
     .concat()
+}
+
+/// All cases with their twins in generic XDP and in IPv6.
+pub fn with_twins() -> Vec<Case> {
+    all().into_iter().flat_map(Case::with_twins).collect()
 }
 
 fn requests() -> Vec<Case> {
@@ -1151,7 +1151,8 @@ fn backends() -> Vec<Case> {
             .then(
                 Step::request(&packet, &to_server(&packet, binding(0), UDP_SERVER))
                     .counts(Traffic::Opened(WEB.listener, BackendId(1))),
-            ),
+            )
+            .v4_only(),
         );
     }
     cases
@@ -1182,8 +1183,11 @@ fn refusals() -> Vec<Case> {
             .then(Step::reset(&syn(WEB).ttl(2), full_reason).counts(WEB.not_bound())),
         Case::new("A SYN with IP options is reset", full.clone())
             .then(Step::reset(&syn(WEB).options(vec![1; 8]), full_reason).counts(WEB.not_bound())),
-        Case::new("A refused datagram with IP options is dropped", full.clone())
-            .then(Step::dropped(query(DNS).options(vec![1; 8]).build(), full_reason).counts(DNS.not_bound())),
+        Case::new(
+            "A refused datagram with IP options is quoted with them",
+            full.clone(),
+        )
+        .then(Step::unreachable(&query(DNS).options(vec![1; 8]), full_reason).counts(DNS.not_bound())),
         Case::new("A SYN out of a tunnel is reset", full.clone()).then({
             let packet = Builder::tcp(segment::SYN, REMOTE.server, WEB.vip())
                 .link(mac_of(*REMOTE.server.ip()), TUNNEL_SIDE.mac);
@@ -1415,9 +1419,7 @@ fn remember(world: &mut MemoryTables) {
 
 fn next_hops() -> Vec<Case> {
     let ttl = |value| syn(WEB).ttl(value);
-    let expired = |value| Step::dropped(ttl(value).build(), Reason::TTL_EXCEEDED);
     let lasting = ttl(2);
-    let reply = from_server(segment::SYN_ACK, WEB, binding(0)).ttl(1);
     let remote = syn(REMOTE);
     let unresolved = syn(UNRESOLVED);
     let same_side = syn(SAME_SIDE);
@@ -1454,19 +1456,9 @@ fn next_hops() -> Vec<Case> {
     });
     let stack_out = rewritten(&syn(WEB), binding(0), SERVER);
     vec![
-        Case::new("A packet whose TTL is 1 ends here", world()).then(expired(1)),
-        Case::new("A packet whose TTL is 0 ends here", world()).then(expired(0)),
         Case::new("A packet whose TTL is 2 leaves with 1", world()).then(
             Step::request(&lasting, &to_server(&lasting, binding(0), SERVER).ttl(1)).counts(WEB.opened()),
         ),
-        Case::new("A reply whose TTL is 1 ends here", world())
-            .then(web_opening())
-            .then(Step::dropped(reply.build(), Reason::TTL_EXCEEDED).by(&SERVER_SIDE)),
-        Case::new(
-            "A packet for the stack to route ends here as well when its TTL is 1",
-            world(),
-        )
-        .then(Step::dropped(syn(REMOTE).ttl(1).build(), Reason::TTL_EXCEEDED)),
         Case::new(
             "A request that goes back where it came from is transmitted",
             world(),
@@ -2094,9 +2086,8 @@ fn others() -> Vec<Case> {
         Case::new("A packet that must not be fragmented is none", world()).then(
             Step::request(&unfragmented, &to_server(&unfragmented, binding(0), SERVER)).counts(WEB.opened()),
         ),
-        Case::new("An IPv6 packet passes", world()).then(passed(ethertype([0x86, 0xdd]), Reason::NOT_IP)),
-        Case::new("A frame with a VLAN tag passes", world())
-            .then(passed(syn(WEB).vlan(5).build(), Reason::NOT_IP)),
+        Case::new("An IPv4 packet that claims to be IPv6 passes", world())
+            .then(passed(ethertype([0x86, 0xdd]), Reason::TRUNCATED)),
         Case::new("A frame with a length for an EtherType passes", world())
             .then(passed(ethertype([0, 46]), Reason::NOT_IP)),
         Case::new("A GRE packet to a VIP passes", world()).then(unsupported(47)),

@@ -4,7 +4,7 @@
 //! path's incremental updates: a case's expected frame is *built*, never derived from what the data path did.
 //! Lengths that lie are made with [`patched`], after building.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use forwarder_common::wire::tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN};
 
@@ -15,6 +15,7 @@ pub type Mac = [u8; 6];
 pub const ETHERNET_LEN: usize = 14;
 
 const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
@@ -75,18 +76,23 @@ impl TcpNumbers {
     };
 }
 
-/// An IPv4 packet in an Ethernet frame.
+/// An IP packet in an Ethernet frame.
 #[derive(Clone, Debug)]
 pub struct Builder {
     source_mac: Mac,
     destination_mac: Mac,
-    vlan: Option<u16>,
-    source: SocketAddrV4,
-    destination: SocketAddrV4,
+    vlans: Vec<u16>,
+    source: SocketAddr,
+    destination: SocketAddr,
+    /// Hop limit of IPv6.
     ttl: u8,
+    /// TOS or traffic class.
+    tos: u8,
     identification: u16,
     fragment: u16,
     options: Vec<u8>,
+    /// IPv6: number of the first extension header, and all of them with the place for the last one's successor.
+    extensions: Vec<(u8, Vec<u8>)>,
     transport: Transport,
     payload: Vec<u8>,
     checksum: Checksum,
@@ -94,17 +100,20 @@ pub struct Builder {
 }
 
 impl Builder {
-    fn new(transport: Transport, source: SocketAddrV4, destination: SocketAddrV4) -> Self {
+    fn new(transport: Transport, source: SocketAddr, destination: SocketAddr) -> Self {
+        assert_eq!(source.is_ipv4(), destination.is_ipv4());
         Self {
             source_mac: [0; 6],
             destination_mac: [0; 6],
-            vlan: None,
+            vlans: Vec::new(),
             source,
             destination,
             ttl: 64,
+            tos: 0,
             identification: 0xbeef,
             fragment: 0,
             options: Vec::new(),
+            extensions: Vec::new(),
             transport,
             payload: Vec::new(),
             checksum: Checksum::Complete,
@@ -113,30 +122,36 @@ impl Builder {
     }
 
     /// A TCP segment with these flags.
-    pub fn tcp(flags: u8, source: SocketAddrV4, destination: SocketAddrV4) -> Self {
+    pub fn tcp(flags: u8, source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> Self {
         let transport = Transport::Tcp {
             flags,
             numbers: TcpNumbers::DEFAULT,
             options: Vec::new(),
         };
-        Self::new(transport, source, destination)
+        Self::new(transport, source.into(), destination.into())
     }
 
     /// A UDP datagram.
-    pub fn udp(source: SocketAddrV4, destination: SocketAddrV4) -> Self {
-        Self::new(Transport::Udp, source, destination)
+    pub fn udp(source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> Self {
+        Self::new(Transport::Udp, source.into(), destination.into())
     }
 
-    /// An ICMP message of this type and code.
-    pub fn icmp(kind: u8, code: u8, source: Ipv4Addr, destination: Ipv4Addr) -> Self {
-        let (source, destination) = (SocketAddrV4::new(source, 0), SocketAddrV4::new(destination, 0));
+    /// An ICMP message of this type and code; of IPv6 between IPv6 addresses.
+    pub fn icmp(kind: u8, code: u8, source: impl Into<IpAddr>, destination: impl Into<IpAddr>) -> Self {
+        let (source, destination) = (
+            SocketAddr::new(source.into(), 0),
+            SocketAddr::new(destination.into(), 0),
+        );
         let rest = [0x0b, 0xad, 0, 1];
         Self::new(Transport::Icmp { kind, code, rest }, source, destination)
     }
 
     /// A packet of another protocol.
-    pub fn other(protocol: u8, source: Ipv4Addr, destination: Ipv4Addr) -> Self {
-        let (source, destination) = (SocketAddrV4::new(source, 0), SocketAddrV4::new(destination, 0));
+    pub fn other(protocol: u8, source: impl Into<IpAddr>, destination: impl Into<IpAddr>) -> Self {
+        let (source, destination) = (
+            SocketAddr::new(source.into(), 0),
+            SocketAddr::new(destination.into(), 0),
+        );
         Self::new(Transport::Other(protocol), source, destination)
     }
 
@@ -154,15 +169,20 @@ impl Builder {
     }
 
     #[must_use]
-    pub fn from(mut self, source: SocketAddrV4) -> Self {
-        self.source = source;
+    pub fn from(mut self, source: impl Into<SocketAddr>) -> Self {
+        self.source = source.into();
         self
     }
 
     #[must_use]
-    pub fn to(mut self, destination: SocketAddrV4) -> Self {
-        self.destination = destination;
+    pub fn to(mut self, destination: impl Into<SocketAddr>) -> Self {
+        self.destination = destination.into();
         self
+    }
+
+    /// Source and destination.
+    pub fn ends(&self) -> (SocketAddr, SocketAddr) {
+        (self.source, self.destination)
     }
 
     #[must_use]
@@ -171,10 +191,26 @@ impl Builder {
         self
     }
 
-    /// An 802.1Q tag with this number.
+    /// TOS or traffic class.
     #[must_use]
-    pub fn vlan(mut self, number: u16) -> Self {
-        self.vlan = Some(number);
+    pub fn tos(mut self, tos: u8) -> Self {
+        self.tos = tos;
+        self
+    }
+
+    /// VLAN tags with these numbers, the outer one first: 802.1Q for one, 802.1ad and 802.1Q for two.
+    #[must_use]
+    pub fn vlans(mut self, numbers: &[u16]) -> Self {
+        self.vlans = numbers.to_vec();
+        self
+    }
+
+    /// An extension header of IPv6 behind those there are, with this number; its first byte, the number of what follows,
+    /// is filled in.
+    #[must_use]
+    pub fn extension(mut self, number: u8, bytes: Vec<u8>) -> Self {
+        assert!(bytes.len().is_multiple_of(8));
+        self.extensions.push((number, bytes));
         self
     }
 
@@ -229,19 +265,55 @@ impl Builder {
         reset
     }
 
-    /// The ICMP message "port unreachable" that answers this datagram, which has no IP options.
+    /// The ICMP message "port unreachable" that answers this datagram.
     #[must_use]
     pub fn refused_udp(&self) -> Self {
-        let quoted = &self.build()[ETHERNET_LEN..ETHERNET_LEN + 28];
-        let mut message = Self::icmp(3, 3, *self.destination.ip(), *self.source.ip())
+        if self.source.is_ipv4() {
+            self.reported(3, 3, 0)
+        } else {
+            self.reported(1, 4, 0)
+        }
+    }
+
+    /// The ICMP error of this type and code about this packet, from the address that it was for: it quotes what fits the
+    /// size that every path carries.
+    #[must_use]
+    pub fn reported(&self, kind: u8, code: u8, rest: u32) -> Self {
+        let is_v4 = self.source.is_ipv4();
+        let link_len = ETHERNET_LEN + 4 * self.vlans.len();
+        let limit = if is_v4 { 576 - 28 } else { 1280 - 48 };
+        let frame = self.build();
+        let packet = &frame[link_len..frame.len() - self.padding.len()];
+        let mut message = Self::icmp(kind, code, self.destination.ip(), self.source.ip())
             .link(self.destination_mac, self.source_mac)
-            .fragment(0x4000)
-            .payload_of(quoted);
-        message.identification = 0;
-        if let Transport::Icmp { rest, .. } = &mut message.transport {
-            *rest = [0; 4];
+            .vlans(&self.vlans)
+            .payload_of(&packet[..packet.len().min(limit)])
+            .icmp_rest(rest);
+        if is_v4 {
+            message = message.fragment(0x4000);
+            message.identification = 0;
         }
         message
+    }
+
+    /// The four bytes behind an ICMP checksum.
+    #[must_use]
+    pub fn icmp_rest(mut self, new: u32) -> Self {
+        match &mut self.transport {
+            Transport::Icmp { rest, .. } => *rest = new.to_be_bytes(),
+            other => panic!("{other:?} is not ICMP"),
+        }
+        self
+    }
+
+    /// TCP flags.
+    #[must_use]
+    pub fn flags(mut self, new: u8) -> Self {
+        match &mut self.transport {
+            Transport::Tcp { flags, .. } => *flags = new,
+            other => panic!("{other:?} is not TCP"),
+        }
+        self
     }
 
     #[must_use]
@@ -302,14 +374,14 @@ impl Builder {
         match self.transport {
             Transport::Tcp { .. } => TCP,
             Transport::Udp => UDP,
-            Transport::Icmp { .. } => ICMP,
+            Transport::Icmp { .. } if self.source.is_ipv4() => ICMP,
+            Transport::Icmp { .. } => ICMPV6,
             Transport::Other(protocol) => protocol,
         }
     }
 
     fn pseudo_sum(&self, len: usize) -> u64 {
-        let (source, destination) = (self.source.ip().octets(), self.destination.ip().octets());
-        sum(&source) + sum(&destination) + u64::from(self.protocol()) + len as u64
+        sum(&octets(self.source)) + sum(&octets(self.destination)) + u64::from(self.protocol()) + len as u64
     }
 
     /// Transport header and payload with this in the checksum field.
@@ -352,7 +424,7 @@ impl Builder {
         match (self.checksum, &self.transport) {
             (Checksum::Fixed(value), _) => value,
             (Checksum::Partial, _) => self.partial_checksum(),
-            (Checksum::Complete, Transport::Icmp { .. }) => !fold(sum(&segment)),
+            (Checksum::Complete, Transport::Icmp { .. }) if self.source.is_ipv4() => !fold(sum(&segment)),
             (Checksum::Complete, transport) => {
                 let value = !fold(self.pseudo_sum(segment.len()) + sum(&segment));
                 // RFC 768: zero means "none", so a computed zero is sent as all ones.
@@ -365,30 +437,71 @@ impl Builder {
     /// The frame.
     pub fn build(&self) -> Vec<u8> {
         let segment = self.segment(self.transport_checksum());
-        let header_len = 20 + self.options.len();
-        let mut ip = vec![0x40 | (header_len / 4) as u8, 0];
-        ip.extend(((header_len + segment.len()) as u16).to_be_bytes());
-        ip.extend(self.identification.to_be_bytes());
-        ip.extend(self.fragment.to_be_bytes());
-        ip.extend([self.ttl, self.protocol(), 0, 0]);
-        ip.extend(self.source.ip().octets());
-        ip.extend(self.destination.ip().octets());
-        ip.extend(&self.options);
-        let checksum = !fold(sum(&ip));
-        ip[10..12].copy_from_slice(&checksum.to_be_bytes());
-
+        let (mut ethertype, ip) = if self.source.is_ipv4() {
+            (0x0800_u16, self.ipv4_header(segment.len()))
+        } else {
+            (0x86dd, self.ipv6_headers(segment.len()))
+        };
+        let mut tags = Vec::new();
+        for (depth, number) in self.vlans.iter().enumerate().rev() {
+            tags.splice(..0, [number.to_be_bytes(), ethertype.to_be_bytes()].concat());
+            ethertype = if depth == 0 && self.vlans.len() > 1 {
+                0x88a8
+            } else {
+                0x8100
+            };
+        }
         let mut frame = Vec::new();
         frame.extend(self.destination_mac);
         frame.extend(self.source_mac);
-        if let Some(number) = self.vlan {
-            frame.extend(0x8100_u16.to_be_bytes());
-            frame.extend(number.to_be_bytes());
-        }
-        frame.extend(0x0800_u16.to_be_bytes());
+        frame.extend(ethertype.to_be_bytes());
+        frame.extend(tags);
         frame.extend(ip);
         frame.extend(segment);
         frame.extend(&self.padding);
         frame
+    }
+
+    fn ipv4_header(&self, segment_len: usize) -> Vec<u8> {
+        let header_len = 20 + self.options.len();
+        let mut ip = vec![0x40 | (header_len / 4) as u8, self.tos];
+        ip.extend(((header_len + segment_len) as u16).to_be_bytes());
+        ip.extend(self.identification.to_be_bytes());
+        ip.extend(self.fragment.to_be_bytes());
+        ip.extend([self.ttl, self.protocol(), 0, 0]);
+        ip.extend(octets(self.source));
+        ip.extend(octets(self.destination));
+        ip.extend(&self.options);
+        let checksum = !fold(sum(&ip));
+        ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+        ip
+    }
+
+    fn ipv6_headers(&self, segment_len: usize) -> Vec<u8> {
+        let mut extensions = Vec::new();
+        let mut next = self.protocol();
+        for (number, bytes) in self.extensions.iter().rev() {
+            let mut bytes = bytes.clone();
+            bytes[0] = std::mem::replace(&mut next, *number);
+            extensions.splice(..0, bytes);
+        }
+        let mut ip = (0x6000_0000_u32 | u32::from(self.tos) << 20)
+            .to_be_bytes()
+            .to_vec();
+        ip.extend(((extensions.len() + segment_len) as u16).to_be_bytes());
+        ip.extend([next, self.ttl]);
+        ip.extend(octets(self.source));
+        ip.extend(octets(self.destination));
+        ip.extend(extensions);
+        ip
+    }
+}
+
+/// The 4 or 16 octets of an address.
+fn octets(address: SocketAddr) -> Vec<u8> {
+    match address.ip() {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
     }
 }
 
@@ -426,51 +539,145 @@ pub fn patched(mut frame: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Which checksums of a frame are wrong; empty for frames that have none. A UDP checksum of zero is none.
+/// What a frame carries: its IP packet without padding, cut into parts.
+struct Ip<'f> {
+    /// Of IPv4 with options.
+    header: &'f [u8],
+    protocol: u8,
+    /// Source and destination.
+    addresses: &'f [u8],
+    segment: &'f [u8],
+}
+
+/// The IP packet of a frame, behind whatever VLAN tags; `None`: there is none. Of IPv6 without extension headers.
+///
+/// # Panics
+/// When its length fields lie.
+fn ip(frame: &[u8]) -> Option<Ip<'_>> {
+    let offset = network_offset(frame)?;
+    let ip = &frame[offset..];
+    let len = |at: usize| usize::from(u16::from_be_bytes([ip[at], ip[at + 1]]));
+    match frame[offset - 2..offset] {
+        [8, 0] => {
+            let header_len = usize::from(ip[0] & 0x0f) * 4;
+            Some(Ip {
+                header: &ip[..header_len],
+                protocol: ip[9],
+                addresses: &ip[12..20],
+                segment: &ip[header_len..len(2)],
+            })
+        }
+        [0x86, 0xdd] => Some(Ip {
+            header: &ip[..40],
+            protocol: ip[6],
+            addresses: &ip[8..40],
+            segment: &ip[40..40 + len(4)],
+        }),
+        _ => None,
+    }
+}
+
+/// Where what follows the link header and its VLAN tags starts.
+fn network_offset(frame: &[u8]) -> Option<usize> {
+    let mut offset = ETHERNET_LEN;
+    while matches!(frame.get(offset - 2..offset)?, [0x81, 0] | [0x88, 0xa8]) {
+        offset += 4;
+    }
+    frame.get(offset..).map(|_| offset)
+}
+
+/// Which checksums of a frame are wrong; empty for frames that have none. A UDP checksum of zero is none in IPv4.
 ///
 /// # Panics
 /// When the frame's length fields lie.
 pub fn wrong_checksums(frame: &[u8]) -> Vec<&'static str> {
-    let Some(ip) = ipv4(frame) else {
+    let Some(ip) = ip(frame) else {
         return Vec::new();
     };
-    let header_len = usize::from(ip[0] & 0x0f) * 4;
-    let total_len = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
-    let (header, segment) = (&ip[..header_len], &ip[header_len..total_len]);
-    let protocol = ip[9];
-    let pseudo = sum(&ip[12..20]) + u64::from(protocol) + segment.len() as u64;
+    let is_v4 = ip.addresses.len() == 8;
+    let segment = ip.segment;
+    let pseudo = sum(ip.addresses) + u64::from(ip.protocol) + segment.len() as u64;
     let mut wrong = Vec::new();
-    if fold(sum(header)) != 0xffff {
+    if is_v4 && fold(sum(ip.header)) != 0xffff {
         wrong.push("IPv4");
     }
-    match protocol {
+    match ip.protocol {
         TCP if fold(pseudo + sum(segment)) != 0xffff => wrong.push("TCP"),
-        UDP if segment[6..8] != [0, 0] && fold(pseudo + sum(segment)) != 0xffff => wrong.push("UDP"),
+        UDP if (segment[6..8] != [0, 0] || !is_v4) && fold(pseudo + sum(segment)) != 0xffff => {
+            wrong.push("UDP")
+        }
         ICMP if fold(sum(segment)) != 0xffff => wrong.push("ICMP"),
+        ICMPV6 if fold(pseudo + sum(segment)) != 0xffff => wrong.push("ICMPv6"),
         _ => {}
     }
     wrong
 }
 
-/// The IPv4 packet of an untagged frame, with whatever follows it.
-fn ipv4(frame: &[u8]) -> Option<&[u8]> {
-    match frame.get(12..ETHERNET_LEN)? {
-        [8, 0] => Some(&frame[ETHERNET_LEN..]),
-        _ => None,
-    }
-}
-
-/// Length field of a frame's IPv4 header: header and payload in bytes.
+/// Bytes of a frame's IP packet, header and payload, as its header says.
+///
+/// # Panics
+/// When the frame has none.
 pub fn ip_len(frame: &[u8]) -> u64 {
-    u64::from(u16::from_be_bytes([
-        frame[ETHERNET_LEN + 2],
-        frame[ETHERNET_LEN + 3],
-    ]))
+    let offset = network_offset(frame).expect("an Ethernet frame");
+    let len = |at: usize| u64::from(u16::from_be_bytes([frame[offset + at], frame[offset + at + 1]]));
+    if frame[offset] >> 4 == 4 {
+        len(2)
+    } else {
+        40 + len(4)
+    }
 }
 
 /// Is this a TCP segment with RST?
 pub fn is_reset(frame: &[u8]) -> bool {
-    ipv4(frame).is_some_and(|ip| ip[9] == TCP && ip[usize::from(ip[0] & 0x0f) * 4 + 13] & segment::RST != 0)
+    ip(frame).is_some_and(|ip| ip.protocol == TCP && ip.segment[13] & segment::RST != 0)
+}
+
+/// The same packet in IPv6: of each address the last four octets are those of the IPv4 address, behind `prefix`. `None`
+/// for what has no such twin: other protocols than TCP and UDP, fragments, options, checksums that are not right, lengths
+/// that lie.
+pub fn in_ipv6(frame: &[u8], prefix: [u8; 12]) -> Option<Vec<u8>> {
+    let offset = network_offset(frame)?;
+    let header = frame.get(offset..offset + 20)?;
+    let total_len = usize::from(u16::from_be_bytes([header[2], header[3]]));
+    let is_fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0;
+    if frame[offset - 2..offset] != [8, 0]
+        || header[0] != 0x45
+        || is_fragment
+        || total_len < 40.min(frame.len() - offset)
+        || offset + total_len > frame.len()
+    {
+        return None;
+    }
+    let packet = ip(frame)?;
+    let checksum_at = match packet.protocol {
+        TCP if packet.segment.len() >= 20 => 16,
+        UDP if packet.segment.len() >= 8 && packet.segment[6..8] != [0, 0] => 6,
+        _ => return None,
+    };
+    if !wrong_checksums(frame).is_empty() {
+        return None;
+    }
+    let addresses: Vec<u8> = packet
+        .addresses
+        .chunks(4)
+        .flat_map(|address| [&prefix, address].concat())
+        .collect();
+    let mut segment = packet.segment.to_vec();
+    segment[checksum_at..checksum_at + 2].fill(0);
+    let pseudo = sum(&addresses) + u64::from(packet.protocol) + segment.len() as u64;
+    let checksum = match !fold(pseudo + sum(&segment)) {
+        0 if packet.protocol == UDP => 0xffff,
+        checksum => checksum,
+    };
+    segment[checksum_at..checksum_at + 2].copy_from_slice(&checksum.to_be_bytes());
+    let mut twin = frame[..offset - 2].to_vec();
+    twin.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+    twin.extend((segment.len() as u16).to_be_bytes());
+    twin.extend([packet.protocol, header[8]]);
+    twin.extend(addresses);
+    twin.extend(segment);
+    twin.extend(&frame[offset + total_len..]);
+    Some(twin)
 }
 
 /// Sum of big-endian words; an odd last byte is padded with zero (RFC 1071).
@@ -491,6 +698,8 @@ pub fn fold(mut sum: u64) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddrV4;
+
     use super::*;
 
     const CLIENT: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 7), 50000);

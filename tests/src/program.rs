@@ -12,6 +12,7 @@ use std::{
     fs,
     hash::Hash,
     io::Write as _,
+    net::IpAddr,
     panic,
     process::{Command, Stdio},
     thread,
@@ -47,7 +48,7 @@ use nix::{
 };
 
 use crate::tables::{
-    BEHIND_ROUTER, FORBIDDEN, LINKS, Live, MemoryTables, NEIGHBOURS, Program, ROUTER, SIZES,
+    BEHIND_ROUTER, FORBIDDEN, LINKS, Live, MemoryTables, NEIGHBOURS, Program, ROUTER, SIZES, in_v6,
 };
 
 /// Set to 1 where a test that cannot run has to fail.
@@ -94,8 +95,16 @@ fn skip() {
 
 /// Builds [`LINKS`], [`NEIGHBOURS`] and the routes in this thread's network namespace.
 fn build_network() -> Result<()> {
-    // First, as links copy it when they are made. Router solicitations would be packets that no test sent.
-    fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").context("disable IPv6")?;
+    // First, as links copy it when they are made: nothing is sent or learned that no test asks for.
+    for (key, value) in [
+        ("router_solicitations", "0"),
+        ("accept_ra", "0"),
+        ("addr_gen_mode", "1"),
+        ("accept_dad", "0"),
+    ] {
+        let path = format!("/proc/sys/net/ipv6/conf/default/{key}");
+        fs::write(&path, value).with_context(|| path)?;
+    }
     let mut batch = String::new();
     for link in &LINKS {
         let [a, b, c, d, e, f] = link.mac;
@@ -104,8 +113,10 @@ fn build_network() -> Result<()> {
         batch += &format!(
             "link add {name} index {ifindex} mtu 9000 \
              address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} type veth peer name {peer} mtu 9000\n\
-             link set {peer} up\nlink set {name} up\naddress add {}/24 dev {name}\n",
-            link.address
+             link set {peer} up\nlink set {name} up\naddress add {}/24 dev {name}\n\
+             address add {}/120 dev {name} nodad\n",
+            link.address,
+            in_v6(link.address),
         );
     }
     for (address, [a, b, c, d, e, f]) in NEIGHBOURS {
@@ -113,17 +124,27 @@ fn build_network() -> Result<()> {
             .iter()
             .find(|link| link.address.octets()[..3] == address.octets()[..3])
             .context("a neighbour on no link")?;
-        batch += &format!(
-            "neighbour add {address} lladdr {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} dev {} nud permanent\n",
-            link.name
-        );
+        for address in [IpAddr::V4(address), IpAddr::V6(in_v6(address))] {
+            batch += &format!(
+                "neighbour add {address} lladdr {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} dev {} nud permanent\n",
+                link.name
+            );
+        }
     }
     batch += &format!("route add {BEHIND_ROUTER}/24 via {ROUTER}\nroute add unreachable {FORBIDDEN}/24\n");
+    batch += &format!(
+        "route add {}/120 via {}\nroute add unreachable {}/120\n",
+        in_v6(BEHIND_ROUTER),
+        in_v6(ROUTER),
+        in_v6(FORBIDDEN)
+    );
     ip_batch(&batch)?;
     for link in &LINKS {
-        let path = format!("/proc/sys/net/ipv4/conf/{}/forwarding", link.name);
-        let value = if link.is_forwarding { "1" } else { "0" };
-        fs::write(&path, value).with_context(|| path)?;
+        for family in ["ipv4", "ipv6"] {
+            let path = format!("/proc/sys/net/{family}/conf/{}/forwarding", link.name);
+            let value = if link.is_forwarding { "1" } else { "0" };
+            fs::write(&path, value).with_context(|| path)?;
+        }
     }
     Ok(())
 }

@@ -6,7 +6,7 @@
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     fmt::Debug,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
 };
 
 use bytemuck::Zeroable;
@@ -14,7 +14,7 @@ use forwarder_common::{
     abi::{
         ABI_VERSION,
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, NatMode},
-        counter::{ReasonCounters, TrafficCounters},
+        counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         interface::{Interface, InterfaceKey, flag},
         listener::{
@@ -76,6 +76,7 @@ pub struct MemoryTables {
     pub listener_counters: Vec<TrafficCounters>,
     pub backend_counters: Vec<TrafficCounters>,
     pub reason_counters: Vec<ReasonCounters>,
+    pub icmp_budget: IcmpBudget,
 }
 
 impl Default for MemoryTables {
@@ -106,6 +107,7 @@ impl Default for MemoryTables {
             listener_counters: vec![TrafficCounters::default(); SIZES.listeners as usize],
             backend_counters: vec![TrafficCounters::default(); SIZES.backends as usize],
             reason_counters: vec![ReasonCounters::default(); Reason::COUNT],
+            icmp_budget: IcmpBudget::default(),
         }
     }
 }
@@ -526,6 +528,10 @@ impl Tables for MemoryTables {
         self.free_flows.push_back(id);
     }
 
+    fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
+        Some(&mut self.icmp_budget)
+    }
+
     fn now_secs(&mut self) -> u32 {
         monotonic_secs()
     }
@@ -705,6 +711,17 @@ pub const NEIGHBOURS: [(Ipv4Addr, Mac); 8] = [
     (Ipv4Addr::new(172, 19, 0, 10), [2, 0, 0, 0, 14, 10]),
 ];
 
+/// What stands before each IPv4 address of this network in its IPv6 twin.
+pub const V6_PREFIX: [u8; 12] = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// The IPv6 twin of an address of this network.
+pub fn in_v6(address: Ipv4Addr) -> Ipv6Addr {
+    let mut octets = [0; 16];
+    octets[..12].copy_from_slice(&V6_PREFIX);
+    octets[12..].copy_from_slice(&address.octets());
+    octets.into()
+}
+
 /// The next router on the clients' side.
 pub const ROUTER: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 254);
 /// The /24 behind [`ROUTER`].
@@ -725,9 +742,11 @@ fn route(ingress_ifindex: u32, destination: IpAddress) -> Route {
     if is_closed {
         return Route::ForwardingDisabled;
     }
-    let std::net::IpAddr::V4(destination) = destination.to_std() else {
+    let is_known = destination.is_v4() || destination.octets()[..12] == V6_PREFIX;
+    let destination = Ipv4Addr::from(destination.low());
+    if !is_known {
         return Route::None;
-    };
+    }
     let next = if network(destination) == network(BEHIND_ROUTER) {
         ROUTER
     } else {

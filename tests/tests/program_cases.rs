@@ -53,9 +53,7 @@ fn faults(kernel: &mut Kernel, case: &Case) -> anyhow::Result<Vec<String>> {
 #[test]
 fn every_case_is_true_of_the_kernel_s_programs() {
     with_kernel(|kernel| {
-        let mut cases = cases::all();
-        let generic: Vec<_> = cases.iter().filter_map(Case::in_generic_mode).collect();
-        cases.extend(generic);
+        let cases = cases::with_twins();
         let (mut ran, mut failed) = (0, 0);
         for case in &cases {
             if let Some(reason) = case.library_only {

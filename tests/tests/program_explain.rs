@@ -153,9 +153,7 @@ fn faults(kernel: &mut Kernel, maps: &LiveMaps, case: &Case) -> anyhow::Result<V
 fn every_case_is_explained_as_it_is() {
     with_kernel(|kernel| {
         let maps = kernel.live_maps().expect("the maps once more");
-        let mut cases = cases::all();
-        let generic: Vec<_> = cases.iter().filter_map(Case::in_generic_mode).collect();
-        cases.extend(generic);
+        let mut cases = cases::with_twins();
         cases.retain(|case| case.library_only.is_none());
         for case in &cases {
             let faults = faults(kernel, &maps, case).unwrap_or_else(|error| vec![format!("{error:#}")]);

@@ -28,7 +28,7 @@ pub(crate) struct Arguments {
 }
 
 /// Programs that must be there, and the Debian package that has each.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("bpftool", "bpftool"),
     ("c++", "g++"),
     ("conntrack", "conntrack"),
@@ -38,6 +38,7 @@ const PROGRAMS: [(&str, &str); 11] = [
     ("nft", "nftables"),
     ("nsenter", "util-linux"),
     ("ping", "iputils-ping"),
+    ("socat", "socat"),
     ("tcpdump", "tcpdump"),
     ("wrk", "wrk"),
 ];

@@ -24,7 +24,8 @@ pub(crate) struct Arguments {
     /// Run only this ring, without setup and lint
     #[arg(value_enum)]
     ring: Option<Ring>,
-    /// Passed to the test programs: a part of the tests' names, or options
+    /// Passed to the test programs: a part of the tests' names, or options; for the vm ring, versions of kernels and
+    /// parts of the test programs' names
     #[arg(last = true, requires = "ring")]
     test_arguments: Vec<String>,
 }
@@ -162,10 +163,7 @@ fn measure(step: &'static str, action: impl FnOnce() -> Result<(String, bool)>) 
 /// Runs one ring: the text for the summary, and whether all is well.
 fn run_ring(ring: Ring, test_arguments: &[String], forwarder: &PathBuf) -> Result<(String, bool)> {
     if ring == Ring::Vm {
-        if !test_arguments.is_empty() {
-            bail!("the vm ring chooses its tests itself");
-        }
-        return vm::run(forwarder);
+        return vm::run(forwarder, test_arguments);
     }
     let files = test_files(ring)?;
     // All of a ring in one call, and always for the same packages: dependencies are then built once.

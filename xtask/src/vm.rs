@@ -28,12 +28,13 @@ use crate::{toolchain::find_program, workspace};
 const KERNELS: [(&str, &str); 2] = [("6.1", "linux-image-amd64"), ("6.12", "linux-image-6.12-amd64")];
 
 /// Programs that it takes, and their packages.
-const PROGRAMS: [(&str, &str); 6] = [
+const PROGRAMS: [(&str, &str); 7] = [
     ("busybox", "busybox-static"),
     ("cpio", "cpio"),
     ("modprobe", "kmod"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("strip", "binutils"),
+    ("wg", "wireguard-tools"),
     ("xz", "xz-utils"),
 ];
 
@@ -47,17 +48,21 @@ const MODULES: [&str; 6] = [
     "virtio-rng",
 ];
 
-/// Test programs, the arguments of each, and how long it may take, in seconds.
+/// A test program, its arguments, and how long it may take, in seconds.
+type Test = (&'static str, &'static [&'static str], u32);
+
+/// What runs in a machine.
 ///
 /// Of ring 3 only what needs no load: an emulated processor is too slow for the load tests' bounds, and for the
 /// million flows of `program_explain`.
-const TESTS: [(&str, &[&str], u32); 7] = [
+const TESTS: [Test; 8] = [
     ("program_budget", &["--nocapture"], 120),
     ("program_cases", &[], 240),
     ("program_tables", &[], 240),
     ("program_explain", &["--skip", "a_million_flows"], 240),
     ("parity", &[], 300),
     ("vm_doctor", &["--test-threads=1"], 300),
+    ("vm_tunnels", &["--test-threads=1", "--nocapture"], 900),
     ("netns_forward", &["--test-threads=1", "generic_xdp"], 400),
 ];
 
@@ -121,10 +126,24 @@ sleep 60
 "#;
 
 /// Runs the tests on every kernel, one machine after the other; what each kernel came to, and whether all is well.
+/// `choice` narrows that down: versions of kernels, and parts of names of test programs.
 ///
 /// # Errors
-/// A kernel cannot be had, or a machine does not boot or end.
-pub(crate) fn run(forwarder: &Path) -> Result<(String, bool)> {
+/// A kernel cannot be had, a machine does not boot or end, or nothing is left to run.
+pub(crate) fn run(forwarder: &Path, choice: &[String]) -> Result<(String, bool)> {
+    let (versions, names): (Vec<&str>, Vec<&str>) = choice
+        .iter()
+        .map(String::as_str)
+        .partition(|word| KERNELS.iter().any(|(version, _)| version == word));
+    let chosen: Vec<Test> = TESTS
+        .into_iter()
+        .filter(|(name, ..)| names.is_empty() || names.iter().any(|part| name.contains(part)))
+        .collect();
+    ensure!(
+        !chosen.is_empty(),
+        "no test program of the vm ring is called like {}",
+        names.join(" or ")
+    );
     let missing: Vec<_> = PROGRAMS
         .iter()
         .filter(|(program, _)| find_program(program).is_none())
@@ -138,13 +157,16 @@ pub(crate) fn run(forwarder: &Path) -> Result<(String, bool)> {
     }
     let folder = workspace::root().join("target/vm");
     let forwarder = strip("forwarder", forwarder, &folder)?;
-    let tests = build_tests(&folder)?;
+    let tests = build_tests(&folder, &chosen)?;
     let mut summary = Vec::new();
     let mut is_ok = true;
     for (version, package) in KERNELS {
+        if !versions.is_empty() && !versions.contains(&version) {
+            continue;
+        }
         let kernel = Kernel::get(&folder, version, package)?;
         eprintln!("vm: Linux {}", kernel.release);
-        let failed = kernel.boot(&forwarder, &tests)?;
+        let failed = kernel.boot(&forwarder, &chosen, &tests)?;
         is_ok &= failed == 0;
         summary.push(match failed {
             0 => format!("Linux {version} ok"),
@@ -164,10 +186,10 @@ fn strip(name: &str, program: &Path, folder: &Path) -> Result<PathBuf> {
 }
 
 /// Builds the test programs; their copies by name.
-fn build_tests(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
+fn build_tests(folder: &Path, chosen: &[Test]) -> Result<BTreeMap<String, PathBuf>> {
     let mut command = workspace::cargo(&["test", "--locked", "--no-run"]);
     command.arg("--message-format=json-render-diagnostics");
-    for (name, ..) in TESTS {
+    for (name, ..) in chosen {
         command.args(["--test", name]);
     }
     let mut child = command
@@ -247,9 +269,9 @@ impl Kernel {
     }
 
     /// Boots it and waits for its end; how many test programs failed.
-    fn boot(&self, forwarder: &Path, tests: &BTreeMap<String, PathBuf>) -> Result<usize> {
+    fn boot(&self, forwarder: &Path, chosen: &[Test], tests: &BTreeMap<String, PathBuf>) -> Result<usize> {
         let stage = self.folder.join("stage.sh");
-        fs::write(&stage, self.stage(forwarder, tests)?)?;
+        fs::write(&stage, self.stage(forwarder, chosen, tests)?)?;
         let initial = self.initial_files()?;
         let log = self.folder.join("console.log");
         let accelerator = if ["kvm_intel", "kvm_amd"]
@@ -300,11 +322,11 @@ impl Kernel {
     }
 
     /// The script of [`STAGE`], for these programs.
-    fn stage(&self, forwarder: &Path, tests: &BTreeMap<String, PathBuf>) -> Result<String> {
+    fn stage(&self, forwarder: &Path, chosen: &[Test], tests: &BTreeMap<String, PathBuf>) -> Result<String> {
         let mut run = String::new();
-        for (name, arguments, timeout_secs) in TESTS {
+        for (name, arguments, timeout_secs) in chosen {
             let program = tests
-                .get(name)
+                .get(*name)
                 .with_context(|| format!("no test program {name}"))?;
             run += &format!(
                 "echo '== {name}'\ntimeout {timeout_secs} {} {} || {{ echo \"{name}: status $?\"; failed=$((failed + 1)); }}\n",

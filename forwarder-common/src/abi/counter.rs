@@ -26,6 +26,15 @@ pub struct TrafficCounters {
     pub flows_rejected: u64,
 }
 
+/// ICMP messages of our own in the current second, per CPU.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct IcmpBudget {
+    /// CLOCK_MONOTONIC.
+    pub second: u32,
+    pub sent: u32,
+}
+
 /// What is counted per reason.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]

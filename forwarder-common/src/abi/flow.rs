@@ -116,6 +116,18 @@ pub struct FlowBinding {
 }
 
 impl FlowBinding {
+    /// A copy, field by field; see [`IpAddress::copied`].
+    #[inline(always)]
+    pub const fn copied(&self) -> Self {
+        Self {
+            client: self.client.copied(),
+            vip: self.vip.copied(),
+            snat: self.snat.copied(),
+            backend: self.backend.copied(),
+            ..*self
+        }
+    }
+
     /// The 5-tuple of a request as it arrives.
     #[inline(always)]
     pub const fn request_key(&self) -> FlowKey {
@@ -211,6 +223,24 @@ pub struct NextHop {
     pub vlans: [u16; 2],
 }
 
+impl NextHop {
+    /// A copy, field by field; see [`IpAddress::copied`].
+    #[inline(always)]
+    pub const fn copied(&self) -> Self {
+        let [outer, inner] = self.vlans;
+        Self {
+            link: self.link.copied(),
+            ifindex: self.ifindex,
+            generation: self.generation,
+            kind: self.kind,
+            hook: self.hook,
+            mtu_bytes: self.mtu_bytes,
+            peer: self.peer,
+            vlans: [outer, inner],
+        }
+    }
+}
+
 /// One flow. 192 bytes: three cache lines; what a packet is compared with stands in the first.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
@@ -241,6 +271,18 @@ pub struct FlowEntry {
     pub reply_bytes: u64,
     pub request_packets: u32,
     pub reply_packets: u32,
+}
+
+impl FlowEntry {
+    /// The 5-tuple of a packet of this direction as it arrives.
+    #[inline(always)]
+    pub fn key(&self, direction: Direction) -> FlowKey {
+        if direction == Direction::REQUEST {
+            self.binding.request_key()
+        } else {
+            self.binding.reply_key()
+        }
+    }
 }
 
 const _: () = assert!(size_of::<FlowEntry>() == 192);

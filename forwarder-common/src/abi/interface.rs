@@ -17,8 +17,6 @@ pub mod flag {
     pub const SEND_NATIVE: u16 = 1;
     /// Frames may leave through this interface straight from generic XDP.
     pub const SEND_GENERIC: u16 = 2;
-    /// Its frames begin with IP: TUN, WireGuard, IPIP and the like.
-    pub const NO_LINK_HEADER: u16 = 4;
 }
 
 /// Value of the interface table.

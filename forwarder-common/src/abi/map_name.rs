@@ -40,6 +40,8 @@ pub const LISTENER_COUNTERS: &str = "LISTENER_COUNT";
 pub const BACKEND_COUNTERS: &str = "BACKEND_COUNT";
 /// Per-CPU array of one `datapath::Walk`: what stages hand on.
 pub const WALK: &str = "WALK";
+/// Per-CPU array of one `IcmpBudget`.
+pub const ICMP_BUDGET: &str = "ICMP_BUDGET";
 /// Per-CPU array of `ReasonCounters` by `Reason`.
 pub const REASON_COUNTERS: &str = "REASON_COUNT";
 

@@ -102,8 +102,8 @@ reasons! {
         "The kernel has no usable route to the packet's new destination." "See `ip route get`; the agent's diagnosis names the missing route.";
     19 FORWARDING_DISABLED "forwarding_disabled" Drop
         "The ingress interface does not forward." "sysctl -w net.ipv4.ip_forward=1";
-    20 TTL_EXCEEDED "ttl_exceeded" Drop
-        "The packet's time to live ended here." "Look for a routing loop.";
+    20 TTL_EXCEEDED "ttl_exceeded" Refuse
+        "The packet's time to live ended here." "Expected from traceroute; else look for a routing loop.";
     21 INTERNAL "internal" Drop
         "A table held something impossible." "Please report this with the output of `forwarder status -o json`.";
     22 OWN_SOURCE "own_source" Drop
@@ -121,7 +121,11 @@ reasons! {
     28 NEIGHBOUR_ANSWERED "neighbour_answered" Send
         "An IPv6 neighbour solicitation for a VIP or an SNAT address was answered." "";
     29 TOO_BIG "too_big" Refuse
-        "The packet does not fit the way to its destination and may not be fragmented; its sender was told the largest size that does." "Nothing, unless it repeats for one sender: then something on its side drops ICMP.";
+        "The packet does not fit its way and may not be fragmented; its sender is told the largest size that does." "Nothing, unless it repeats for one sender: then something on its side drops ICMP.";
+    30 ICMP_FORWARDED "icmp_forwarded" Send
+        "An ICMP error about a packet of a flow was translated and sent on to the end that sent that packet." "";
+    31 ICMP_TO_STACK "icmp_to_stack" Pass
+        "An ICMP error about a packet of a flow was translated and handed to the stack, which routes it." "";
 }
 
 impl Reason {
@@ -138,8 +142,15 @@ impl Reason {
                 | Self::FLOW_TABLE_FULL
                 | Self::LISTENER_LIMIT
                 | Self::BACKEND_LIMIT
+                | Self::TTL_EXCEEDED
                 | Self::TOO_BIG
         )
+    }
+
+    /// Was a new flow refused?
+    #[inline(always)]
+    pub const fn is_flow_refusal(self) -> bool {
+        self.is_refusal() && !matches!(self, Self::TTL_EXCEEDED | Self::TOO_BIG)
     }
 
     /// The entry of the list; `None` for a number this build does not know.

@@ -55,8 +55,7 @@ pub fn turn<P: Packet>(packet: &mut P, frame: &Frame, ttl: u8) -> Result<(), Sto
     } else {
         let ip = packet.header::<Ipv6Header>(offset)?;
         ip.hop_limit = ttl;
-        ip.source = frame.key.destination;
-        ip.destination = frame.key.source;
+        ip.set_addresses(&frame.key.destination, &frame.key.source);
     }
     let ethernet = packet.header::<EthernetHeader>(0)?;
     ethernet.link = { ethernet.link }.swapped();

@@ -6,7 +6,9 @@ use super::{Stop, Tables, Walk, admission, parse::Frame, rewrite::Rewrite, tcp_s
 use crate::{
     abi::{
         backend::{BackendId, BackendState},
-        flow::{Direction, FlowId, FlowKey, FlowReference, FlowState, NextHop, TcpEvents},
+        flow::{
+            Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, HopKind, NextHop, TcpEvents,
+        },
         listener::ListenerId,
         reason::Reason,
         settings::Settings,
@@ -29,9 +31,29 @@ pub struct Hit {
     /// Non-zero: the backend's first answer to what opened the flow: of TCP the first SYN or reset, as a host that has
     /// remains of an older connection acknowledges a SYN before it decides (RFC 9293 §3.10.7.4).
     pub is_first_answer: u32,
-    pub reserved: u32,
+    /// The flow's, which is not the packet's where that is an ICMP error.
+    pub protocol: u32,
     pub rewrite: Rewrite,
     pub hop: NextHop,
+}
+
+impl Hit {
+    /// Becomes what a packet of this direction needs.
+    #[inline(always)]
+    fn set(&mut self, id: FlowId, direction: Direction, entry: &FlowEntry) {
+        self.id = id;
+        self.direction = direction;
+        self.listener = entry.listener;
+        self.backend = entry.backend;
+        self.is_first_answer = 0;
+        self.protocol = entry.binding.protocol;
+        self.rewrite.set(entry, direction);
+        self.hop = if direction == Direction::REQUEST {
+            entry.request_hop.copied()
+        } else {
+            entry.reply_hop.copied()
+        };
+    }
 }
 
 /// What `lookup` found.
@@ -70,43 +92,84 @@ impl Found {
 #[inline(always)]
 pub fn lookup<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<Found, Stop> {
     let Walk { frame, hit, .. } = walk;
+    let place = locate(tables, settings, &frame.key, hit)?;
+    if place == Place::Nowhere {
+        return Ok(Found::Nothing);
+    }
+    match touch(tables, frame, hit) {
+        Found::Nothing if place == Place::Pool => Err(Stop::drop(Reason::NO_FLOW)),
+        found => Ok(found),
+    }
+}
+
+/// Where the flow of a 5-tuple was found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Nowhere,
+    /// In the flow index.
+    Index,
+    /// By its SNAT address and port, whether or not there is such a flow.
+    Pool,
+}
+
+/// Looks for the flow that a packet with this 5-tuple would belong to; `hit` gets its number and direction.
+///
+/// Not in the return value: where there is none, the compiler would leave the number undefined and might still spill it,
+/// which the verifier refuses ("R1 !read_ok", Linux 6.18).
+#[inline(always)]
+fn locate<T: Tables>(tables: &T, settings: &Settings, key: &FlowKey, hit: &mut Hit) -> Result<Place, Stop> {
     let binding = SnatBinding {
-        address: frame.key.destination,
-        port: frame.key.destination_port,
+        address: key.destination.copied(),
+        port: key.destination_port,
     };
     if let Some(id) = settings.pool.flow(binding) {
-        let no_flow = Stop::drop(Reason::NO_FLOW);
-        let reference = FlowReference {
-            id: id.ok_or(no_flow)?,
-            direction: Direction::REPLY,
-        };
-        return match touch(tables, reference, frame, hit) {
-            Found::Nothing => Err(no_flow),
-            found => Ok(found),
-        };
+        hit.id = id.ok_or(Stop::drop(Reason::NO_FLOW))?;
+        hit.direction = Direction::REPLY;
+        return Ok(Place::Pool);
     }
-    match tables.flow_reference(&frame.key) {
-        Some(reference) => Ok(touch(tables, reference, frame, hit)),
-        None => Ok(Found::Nothing),
+    match tables.flow_reference(key) {
+        Some(reference) => {
+            hit.id = reference.id;
+            hit.direction = reference.direction;
+            Ok(Place::Index)
+        }
+        None => Ok(Place::Nowhere),
+    }
+}
+
+/// The flow that the walk's key is of, without a packet of it: nothing is marked or counted. The walk gets its hit.
+///
+/// # Errors
+/// As of [`lookup`]; passes what is of no flow.
+#[inline(always)]
+pub fn find<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+    let Walk { hit, key, .. } = walk;
+    let place = locate(tables, settings, key, hit)?;
+    if place == Place::Nowhere {
+        return Err(Stop::pass(Reason::NOT_OURS));
+    }
+    let (id, direction) = (hit.id, hit.direction);
+    match tables.flow(id) {
+        Some(entry) if entry.state == FlowState::LIVE && *key == entry.key(direction) => {
+            hit.set(id, direction, entry);
+            Ok(())
+        }
+        _ if place == Place::Pool => Err(Stop::drop(Reason::NO_FLOW)),
+        _ => Err(Stop::pass(Reason::NOT_OURS)),
     }
 }
 
 /// Marks the flow as seen, counts the packet, follows TCP.
 #[inline(always)]
-fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame, hit: &mut Hit) -> Found {
-    let FlowReference { id, direction } = reference;
+fn touch<T: Tables>(tables: &mut T, frame: &Frame, hit: &mut Hit) -> Found {
+    let (id, direction) = (hit.id, hit.direction);
     let is_request = direction == Direction::REQUEST;
     let is_opening = is_request && frame.is_tcp() && admission::is_opening(frame);
     let is_stranded = is_opening && is_stranded(tables, id);
     let Some(entry) = tables.flow(id) else {
         return Found::Nothing;
     };
-    let expected = if is_request {
-        entry.binding.request_key()
-    } else {
-        entry.binding.reply_key()
-    };
-    if entry.state != FlowState::LIVE || frame.key != expected {
+    if entry.state != FlowState::LIVE || frame.key != entry.key(direction) {
         return Found::Nothing;
     }
     let mut is_first_answer = !is_request && entry.reply_packets == 0;
@@ -142,17 +205,8 @@ fn touch<T: Tables>(tables: &mut T, reference: FlowReference, frame: &Frame, hit
         entry.reply_packets = entry.reply_packets.wrapping_add(1);
         entry.reply_bytes = entry.reply_bytes.wrapping_add(bytes);
     }
-    hit.id = id;
-    hit.direction = direction;
-    hit.listener = entry.listener;
-    hit.backend = entry.backend;
+    hit.set(id, direction, entry);
     hit.is_first_answer = u32::from(is_first_answer);
-    hit.rewrite.set(entry, direction);
-    hit.hop = if is_request {
-        entry.request_hop
-    } else {
-        entry.reply_hop
-    };
     Found::Hit
 }
 
@@ -191,7 +245,7 @@ pub fn open<T: Tables>(
     let entry = tables.flow(id).ok_or(Stop::drop(Reason::INTERNAL))?;
     let is_reply_key_new = entry.binding.is_dnat() && !entry.binding.has_replies_of(binding);
     *key = entry.binding.reply_key();
-    entry.binding = *binding;
+    entry.binding = binding.copied();
     entry.state = FlowState::LIVE;
     entry.seen = 1;
     entry.tcp = TcpEvents::default().after(Direction::REQUEST, frame.tcp_flags);
@@ -200,8 +254,8 @@ pub fn open<T: Tables>(
     entry.backend = backend;
     entry.address_delta = address_delta.folded();
     entry.port_delta = port_delta.folded();
-    entry.request_hop = NextHop::default();
-    entry.reply_hop = NextHop::default();
+    entry.request_hop.kind = HopKind::UNKNOWN;
+    entry.reply_hop.kind = HopKind::UNKNOWN;
     entry.client_expects = Be32::new(0);
     entry.backend_expects = Be32::new(0);
     entry.request_bytes = u64::from(frame.total_len);
@@ -209,13 +263,7 @@ pub fn open<T: Tables>(
     entry.request_packets = 1;
     entry.reply_packets = 0;
 
-    hit.id = id;
-    hit.direction = Direction::REQUEST;
-    hit.listener = listener.id;
-    hit.backend = backend;
-    hit.is_first_answer = 0;
-    hit.rewrite.set(entry, Direction::REQUEST);
-    hit.hop = NextHop::default();
+    hit.set(id, Direction::REQUEST, entry);
     if ended && is_reply_key_new {
         tables.remove_flow_reference(key);
     }
@@ -296,9 +344,9 @@ fn unlink<T: Tables>(
 pub fn store_hop<T: Tables>(tables: &mut T, id: FlowId, direction: Direction, hop: &NextHop) {
     if let Some(entry) = tables.flow(id) {
         if direction == Direction::REQUEST {
-            entry.request_hop = *hop;
+            entry.request_hop = hop.copied();
         } else {
-            entry.reply_hop = *hop;
+            entry.reply_hop = hop.copied();
         }
     }
 }

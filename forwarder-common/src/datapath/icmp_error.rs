@@ -4,11 +4,11 @@
 //! §2.4 (c)), comes from the address that the packet was for, and goes where it came from, one for one and never
 //! longer than by its own headers: nothing to amplify.
 //!
-//! There is none in tcx, where the kernel may still owe the checksum of what would be quoted, nor for a packet in
+//! There is none about ICMP, to no address that many hosts share, and no more than a thousand a second; none in tcx, where the kernel may still owe the checksum of what would be quoted, nor for a packet in
 //! generic XDP with a partial checksum, which the kernel would complete in the middle of the message.
 
 use super::{
-    ChecksumOffload, Packet, Stop,
+    ChecksumOffload, Packet, Stop, Tables,
     parse::Frame,
     rewrite,
     transport_checksum::{self, State},
@@ -16,20 +16,22 @@ use super::{
 use crate::{
     abi::{reason::Reason, settings::Settings},
     wire::{
-        Be16, Be32, WireHeader, checksum,
+        Be16, Be32, IpAddress, WireHeader, checksum,
         ethernet::EthernetHeader,
         icmp::{
             CODE_FRAGMENTATION_NEEDED, CODE_PORT_UNREACHABLE, CODE_V6_PORT_UNREACHABLE, IcmpHeader,
             TYPE_TIME_EXCEEDED, TYPE_UNREACHABLE, TYPE_V6_TIME_EXCEEDED, TYPE_V6_TOO_BIG,
             TYPE_V6_UNREACHABLE,
         },
-        ipv4::{Ipv4Header, PROTOCOL_ICMP},
+        ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP},
         ipv6::{Ipv6Header, PROTOCOL_ICMPV6},
     },
 };
 
 /// RFC 1122 §3.2.1.7: a fresh TTL, as the answer is a packet of its own.
 const ANSWER_TTL: u8 = 64;
+/// Messages that one CPU sends in a second: as many as Linux sent in all (net.ipv4.icmp_msgs_per_sec) until 2024.
+const PER_SECOND: u32 = 1000;
 /// RFC 1812 §4.3.2.3: an ICMP message of IPv4 has at most 576 bytes.
 const QUOTE_V4: u32 = 576 - (Ipv4Header::LEN + IcmpHeader::LEN) as u32;
 /// RFC 4443 §2.4 (c): one of IPv6 at most 1280.
@@ -70,18 +72,53 @@ impl Message {
     }
 }
 
+/// Can the address be that of one host (RFC 1122 §3.2.2, RFC 4443 §2.4 (e.6))?
+#[inline(always)]
+const fn is_host(address: IpAddress) -> bool {
+    let first = if address.is_v4() {
+        address.low().octets()[0]
+    } else {
+        address.0[0].get().to_be_bytes()[0]
+    };
+    if address.is_v4() {
+        first != 0 && first != 127 && first < 224
+    } else {
+        first != 0 && first != 0xff
+    }
+}
+
+/// Takes one of this second's messages, if there are any left (RFC 1812 §4.3.2.8, RFC 4443 §2.4 (f)).
+#[inline(always)]
+fn has_budget<T: Tables>(tables: &mut T) -> bool {
+    let now_secs = tables.now_secs();
+    let Some(budget) = tables.icmp_budget() else {
+        return false;
+    };
+    if budget.second != now_secs {
+        budget.second = now_secs;
+        budget.sent = 0;
+    }
+    budget.sent += 1;
+    budget.sent <= PER_SECOND
+}
+
 /// Turns the packet into the message about it.
 ///
 /// # Errors
 /// A drop, where there can be none.
 #[inline(always)]
-pub fn answer<P: Packet>(
+pub fn answer<P: Packet, T: Tables>(
     packet: &mut P,
-    frame: &Frame,
+    tables: &mut T,
     settings: &Settings,
+    frame: &Frame,
     message: Message,
 ) -> Result<(), Stop> {
     let none = Stop::drop(Reason::INTERNAL);
+    let is_about_data = matches!(frame.key.protocol as u8, PROTOCOL_TCP | PROTOCOL_UDP);
+    if !is_about_data || !is_host(frame.key.source) || !has_budget(tables) {
+        return Err(none);
+    }
     match P::CHECKSUM_OFFLOAD {
         ChecksumOffload::Kernel => return Err(none),
         ChecksumOffload::Kept => {

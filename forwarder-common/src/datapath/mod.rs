@@ -17,6 +17,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
+        counter::IcmpBudget,
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
@@ -33,6 +34,7 @@ pub mod backend;
 pub mod echo;
 pub mod flow;
 pub mod hash;
+pub mod icmp;
 pub mod icmp_error;
 pub mod inquiry;
 pub mod listener;
@@ -173,6 +175,12 @@ pub trait Packet {
     /// Length of the frame in bytes.
     fn frame_len(&self) -> usize;
 
+    /// Does it begin with Ethernet? Else with IP, as packets of some tunnels do.
+    #[inline(always)]
+    fn begins_with_link(&mut self) -> bool {
+        true
+    }
+
     /// Folded sum of `len` bytes at `offset`, in machine order; an odd last byte is padded with zero. Asked for
     /// where `CHECKSUM_OFFLOAD` is not `Kernel`.
     ///
@@ -299,6 +307,9 @@ pub trait Tables {
     /// Seconds of CLOCK_MONOTONIC, by which entries age.
     fn now_secs(&mut self) -> u32;
 
+    /// This CPU's budget of ICMP messages.
+    fn icmp_budget(&mut self) -> Option<&mut IcmpBudget>;
+
     fn count_listener(&mut self, id: ListenerId, event: TrafficEvent);
     fn count_backend(&mut self, id: BackendId, event: TrafficEvent);
     fn count_reason(&mut self, reason: Reason, frame_bytes: usize);
@@ -383,6 +394,40 @@ pub trait Env {
     fn ingress_ifindex(&self) -> u32;
     /// The kernel's route for a packet with this 5-tuple.
     fn route(&mut self, key: &FlowKey) -> Route;
+
+    /// [`icmp::forward`], wherever it runs; `walk` is the one of this packet.
+    ///
+    /// # Errors
+    /// As there.
+    #[inline(always)]
+    fn icmp<P: Packet, T: Tables>(
+        &mut self,
+        packet: &mut P,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<Outcome, Stop>
+    where
+        Self: Sized,
+    {
+        icmp::forward(packet, tables, self, settings, walk)
+    }
+
+    /// [`refuse::answer`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn refuse<P: Packet, T: Tables>(
+        &mut self,
+        packet: &mut P,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &Walk,
+        reason: Reason,
+    ) -> Outcome
+    where
+        Self: Sized,
+    {
+        refuse::answer(packet, tables, settings, walk, reason)
+    }
 }
 
 /// Answer of the kernel's forwarding table.

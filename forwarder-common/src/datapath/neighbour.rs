@@ -84,8 +84,7 @@ pub fn answer<P: Packet, T: Tables>(
     message.icmp.checksum = Be16::from_raw(checksum::finish(sum));
 
     let ip = packet.header::<Ipv6Header>(frame.network_offset as usize)?;
-    ip.source = asked;
-    ip.destination = asker;
+    ip.set_addresses(&asked, &asker);
     let asker_mac = packet.header::<EthernetHeader>(0)?.link.source();
     rewrite::write_link(packet, LinkPair::new(asker_mac, mac), frame.tags(), false)?;
     Ok(Outcome {

@@ -21,7 +21,7 @@ pub fn resolve<T: Tables, E: Env>(
     walk: &mut Walk,
 ) -> Result<(), Stop> {
     let hook = env.hook();
-    let Walk { frame, hit, key, .. } = walk;
+    let Walk { hit, key, .. } = walk;
     let hop = &mut hit.hop;
     if hop.kind != HopKind::UNKNOWN && hop.generation == settings.route_generation && hop.hook == hook as u8 {
         return Ok(());
@@ -31,13 +31,14 @@ pub fn resolve<T: Tables, E: Env>(
         destination: hit.rewrite.destination,
         source_port: hit.rewrite.source_port,
         destination_port: hit.rewrite.destination_port,
-        protocol: frame.key.protocol,
+        protocol: hit.protocol,
     };
-    *hop = NextHop {
-        generation: settings.route_generation,
-        hook: hook as u8,
-        ..NextHop::default()
-    };
+    // Field by field; see `IpAddress::copied`. The others are written below or have no meaning without a link.
+    hop.generation = settings.route_generation;
+    hop.hook = hook as u8;
+    hop.mtu_bytes = 0;
+    hop.peer = 0;
+    hop.vlans = [0; 2];
     match env.route(key) {
         Route::Neighbour { ifindex, link } => {
             leave_by(tables, hook, ifindex, hop);
@@ -84,14 +85,25 @@ fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) 
     }
 }
 
-/// Leaves packets to the stack that cannot be sent: generic XDP refuses those above the egress MTU, which arrive there
-/// aggregated (GRO, or a sender's TSO through a veth). The stack segments them.
+/// Does the packet fit its way? One that may be fragmented is left to the stack, which does so.
+///
+/// In tcx the kernel looks after lengths. Generic XDP is handed packets above the MTU, aggregated (GRO, or a sender's
+/// TSO through a veth), which the stack segments: there TCP is never too big.
+///
+/// # Errors
+/// [`Reason::TOO_BIG`], with the size that fits in the walk's next hop.
 #[inline(always)]
-pub fn fit<E: Env>(env: &E, walk: &mut Walk) {
-    let (hop, total_len) = (&mut walk.hit.hop, walk.frame.total_len);
-    if env.hook() == Hook::XdpGeneric && hop.mtu_bytes != 0 && total_len > u32::from(hop.mtu_bytes) {
-        hop.kind = HopKind::STACK;
+pub fn fit<E: Env>(env: &E, walk: &mut Walk) -> Result<(), Stop> {
+    let Walk { frame, hit, .. } = walk;
+    if hit.hop.mtu_bytes == 0 || frame.total_len <= u32::from(hit.hop.mtu_bytes) || env.hook() == Hook::Tcx {
+        return Ok(());
     }
+    let is_aggregated = env.hook() == Hook::XdpGeneric && frame.is_tcp();
+    if frame.is_whole != 0 && !is_aggregated {
+        return Err(Stop::drop(Reason::TOO_BIG));
+    }
+    hit.hop.kind = HopKind::STACK;
+    Ok(())
 }
 
 /// The smaller MTU of the two interfaces the packet passes; zero: neither is known.

@@ -96,13 +96,13 @@ pub enum Kind {
     Neighbour,
 }
 
-/// Reads the headers of a frame into `frame`. `has_link_header`: it begins with Ethernet, else with IP.
+/// Reads the headers of a packet into `frame`.
 #[inline(always)]
-pub fn frame<P: Packet>(packet: &mut P, has_link_header: bool, frame: &mut Frame) -> Result<Kind, Stop> {
+pub fn frame<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Kind, Stop> {
     frame.vlans = [Be16::new(0); 2];
     frame.vlan_count = 0;
     frame.network_offset = 0;
-    let ethertype = if has_link_header {
+    let ethertype = if packet.begins_with_link() {
         link(packet, frame)?
     } else {
         match packet.header::<Ipv4Header>(0)?.version() {
@@ -183,8 +183,8 @@ fn ipv6<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop>
         return Err(Stop::pass(Reason::TRUNCATED));
     }
     let mut protocol = ip.next_header;
-    frame.key.source = ip.source;
-    frame.key.destination = ip.destination;
+    frame.key.source = ip.source();
+    frame.key.destination = ip.destination();
     frame.ttl = ip.hop_limit;
     frame.tos = ip.traffic_class();
     frame.is_whole = 1;

@@ -1,17 +1,15 @@
 //! The walk, on one screen.
 
 use super::{
-    Action, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
-    echo,
+    Action, Env, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
     flow::{self, Found, Hit},
     listener, mss, neighbour, next_hop, open,
     parse::{self, Frame, Kind},
-    quota, refuse, rewrite,
+    quota, rewrite,
 };
 use crate::{
     abi::{
         flow::{Direction, FlowId},
-        interface::{InterfaceKey, flag},
         reason::Reason,
         settings::Settings,
     },
@@ -29,6 +27,9 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
 ) -> Outcome {
     let frame_bytes = packet.frame_len();
     let outcome = match stages(packet, tables, env, settings, walk) {
+        Err(Stop(refusal)) if refusal.reason.is_refusal() => {
+            refuse(packet, tables, env, settings, walk, refusal.reason)
+        }
         Ok(outcome) | Err(Stop(outcome)) => outcome,
     };
     tables.count_reason(outcome.reason, frame_bytes);
@@ -43,10 +44,10 @@ fn stages<P: Packet, T: Tables, E: Env>(
     settings: &Settings,
     walk: &mut Walk,
 ) -> Result<Outcome, Stop> {
-    match parse::frame(packet, has_link_header(tables, env), &mut walk.frame)? {
+    match parse::frame(packet, &mut walk.frame)? {
         Kind::Flow => {}
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
-        Kind::Icmp => return echo::answer(packet, tables, &walk.frame),
+        Kind::Icmp => return env.icmp(packet, tables, settings, walk),
         Kind::Neighbour => {
             return neighbour::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex());
         }
@@ -54,13 +55,11 @@ fn stages<P: Packet, T: Tables, E: Env>(
     let found = flow::lookup(tables, settings, walk)?;
     if found != Found::Hit {
         admit(tables, settings, walk)?;
-        if let Err(Stop(refusal)) = open_flow(tables, settings, walk, found.ended()) {
-            return refuse(packet, tables, settings, walk, refusal);
-        }
+        open_flow(tables, settings, walk, found.ended())?;
     }
     rewrite::check_ttl(&walk.frame)?;
     next_hop::resolve(tables, env, settings, walk)?;
-    next_hop::fit(env, walk);
+    next_hop::fit(env, walk)?;
     let mtu_bytes = if mss::is_announced(&walk.frame) {
         next_hop::path_mtu(tables, env, &walk.hit.hop)
     } else {
@@ -71,22 +70,22 @@ fn stages<P: Packet, T: Tables, E: Env>(
     rewrite::apply(packet, walk, env.hook(), settings, mtu_bytes)?;
     count(tables, &walk.frame, &walk.hit);
     let verdict = next_hop::verdict(env, &walk.hit.hop);
-    Ok(Outcome {
-        verdict,
-        reason: reason(walk.hit.direction, verdict),
+    Ok(if walk.hit.direction == Direction::REQUEST {
+        sent(verdict, Reason::REQUEST_FORWARDED, Reason::REQUEST_TO_STACK)
+    } else {
+        sent(verdict, Reason::REPLY_FORWARDED, Reason::REPLY_TO_STACK)
     })
 }
 
-/// Do frames of the ingress interface begin with Ethernet? Those of some tunnel devices begin with IP.
+/// The end of the walk of a packet that goes on, by the program or by the stack.
 #[inline(always)]
-fn has_link_header<T: Tables, E: Env>(tables: &T, env: &E) -> bool {
-    let key = InterfaceKey {
-        ifindex: env.ingress_ifindex(),
+pub fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
+    let reason = if verdict.action == Action::Pass {
+        to_stack
+    } else {
+        forwarded
     };
-    env.hook() != Hook::Tcx
-        || tables
-            .interface(&key)
-            .is_none_or(|interface| interface.flags & flag::NO_LINK_HEADER == 0)
+    Outcome { verdict, reason }
 }
 
 /// May a packet without a flow open one of a listener?
@@ -110,30 +109,33 @@ fn open_flow<T: Tables>(
     if let Some(id) = ended {
         quota::leave_ended(tables, id);
     }
-    let backend = backend::select(tables, settings, walk)?;
-    match tables.open(settings, walk, backend, ended) {
-        open::DONE => Ok(()),
-        reason => Err(Stop::drop(Reason(reason as u32))),
+    let opened = backend::select(tables, settings, walk).and_then(|backend| {
+        match tables.open(settings, walk, backend, ended) {
+            open::DONE => Ok(()),
+            reason => Err(Stop::drop(Reason(reason as u32))),
+        }
+    });
+    if opened.is_err() {
+        tables.count_listener(walk.listener.id, TrafficEvent::FlowRefused);
     }
+    opened
 }
 
-/// A listener's packet that could not open a flow.
+/// A packet that goes no further, and whose sender is told.
 #[inline(always)]
-fn refuse<P: Packet, T: Tables>(
+fn refuse<P: Packet, T: Tables, E: Env>(
     packet: &mut P,
     tables: &mut T,
+    env: &mut E,
     settings: &Settings,
     walk: &Walk,
-    refusal: Outcome,
-) -> Result<Outcome, Stop> {
-    let listener = walk.listener.id;
-    tables.count_listener(listener, TrafficEvent::FlowRefused);
-    if !refusal.reason.is_refusal() {
-        return Err(Stop(refusal));
+    reason: Reason,
+) -> Outcome {
+    let outcome = env.refuse(packet, tables, settings, walk, reason);
+    if outcome.verdict == Verdict::TRANSMIT && reason.is_flow_refusal() {
+        tables.count_listener(walk.listener.id, TrafficEvent::RefusalSent);
     }
-    let outcome = refuse::answer(packet, &walk.frame, settings, refusal.reason)?;
-    tables.count_listener(listener, TrafficEvent::RefusalSent);
-    Ok(outcome)
+    outcome
 }
 
 #[inline(always)]
@@ -151,14 +153,4 @@ fn count<T: Tables>(tables: &mut T, frame: &Frame, hit: &Hit) {
     };
     tables.count_listener(hit.listener, event);
     tables.count_backend(hit.backend, event);
-}
-
-#[inline(always)]
-fn reason(direction: Direction, verdict: Verdict) -> Reason {
-    match (direction, verdict.action) {
-        (Direction::REQUEST, Action::Pass) => Reason::REQUEST_TO_STACK,
-        (Direction::REQUEST, _) => Reason::REQUEST_FORWARDED,
-        (_, Action::Pass) => Reason::REPLY_TO_STACK,
-        (_, _) => Reason::REPLY_FORWARDED,
-    }
 }

@@ -1,12 +1,13 @@
-//! Answers a packet that may not open a flow, so that its client knows at once instead of waiting for minutes.
+//! Answers a packet that goes no further, so that its sender knows at once instead of waiting for minutes.
 //!
+//! Of those that may not open a flow,
 //! TCP gets a reset (RFC 9293 §3.5.2, group 1): the SYN itself, turned round. Its options and data stay, which no
 //! receiver reads in a reset, so no length changes and the checksum is updated, whoever was to compute it. UDP gets
-//! ICMP "port unreachable", which sockets report as "connection refused"; where there can be none (`icmp_error`), it is
-//! dropped.
+//! ICMP "port unreachable", which sockets report as "connection refused". A packet whose time to live has ended, or that does
+//! not fit, gets its ICMP message. Where there can be none (`icmp_error`), it is dropped.
 
 use super::{
-    Outcome, Packet, Stop, Verdict, echo,
+    Outcome, Packet, Stop, Tables, Verdict, Walk, echo,
     icmp_error::{self, Message},
     parse::Frame,
     transport_checksum::{self, Change},
@@ -23,29 +24,32 @@ use crate::{
 /// RFC 1122 §3.2.1.7: a fresh TTL, as the answer is a packet of its own.
 const ANSWER_TTL: u8 = 64;
 
-/// Turns a packet that was refused into the answer to its sender.
-///
-/// # Errors
-/// A drop for the same reason where there is no answer.
+/// Turns a packet that was refused into the answer to its sender: what becomes of it.
 #[inline(always)]
-pub fn answer<P: Packet>(
+pub fn answer<P: Packet, T: Tables>(
     packet: &mut P,
-    frame: &Frame,
+    tables: &mut T,
     settings: &Settings,
+    walk: &Walk,
     reason: Reason,
-) -> Result<Outcome, Stop> {
-    let answered = if frame.is_tcp() {
+) -> Outcome {
+    let frame = &walk.frame;
+    let message = match reason {
+        Reason::TTL_EXCEEDED => Message::TIME_EXCEEDED,
+        Reason::TOO_BIG => Message::too_big(walk.hit.hop.mtu_bytes),
+        _ => Message::PORT_UNREACHABLE,
+    };
+    let answered = if reason.is_flow_refusal() && frame.is_tcp() {
         reset(packet, frame, settings)
     } else {
-        icmp_error::answer(packet, frame, settings, Message::PORT_UNREACHABLE)
+        icmp_error::answer(packet, tables, settings, frame, message)
     };
-    match answered {
-        Ok(()) => Ok(Outcome {
-            verdict: Verdict::TRANSMIT,
-            reason,
-        }),
-        Err(_) => Err(Stop::drop(reason)),
-    }
+    let verdict = if answered.is_ok() {
+        Verdict::TRANSMIT
+    } else {
+        Verdict::DROP
+    };
+    Outcome { verdict, reason }
 }
 
 /// A SYN becomes the reset that answers it.

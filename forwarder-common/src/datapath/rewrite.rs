@@ -41,9 +41,9 @@ pub struct Rewrite {
 /// Source and destination port, at the start of TCP and UDP alike.
 #[repr(C, packed)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct Ports {
-    source: Be16,
-    destination: Be16,
+pub(super) struct Ports {
+    pub(super) source: Be16,
+    pub(super) destination: Be16,
 }
 
 impl WireHeader for Ports {}
@@ -70,15 +70,15 @@ impl Rewrite {
             Delta::from_folded(entry.port_delta),
         );
         if direction == Direction::REQUEST {
-            self.source = binding.snat;
-            self.destination = binding.backend;
+            self.source = binding.snat.copied();
+            self.destination = binding.backend.copied();
             self.source_port = binding.snat_port;
             self.destination_port = binding.backend_port;
             self.addresses = addresses;
             self.ports = ports;
         } else {
-            self.source = binding.vip;
-            self.destination = binding.client;
+            self.source = binding.vip.copied();
+            self.destination = binding.client.copied();
             self.source_port = binding.vip_port;
             self.destination_port = binding.client_port;
             self.addresses = addresses.reversed();
@@ -142,13 +142,17 @@ pub fn apply<P: Packet>(
 
 /// New addresses; and, in a packet that is sent, a hop less.
 #[inline(always)]
-fn network<P: Packet>(packet: &mut P, frame: &Frame, rewrite: &Rewrite, is_sent: bool) -> Result<(), Stop> {
+pub fn network<P: Packet>(
+    packet: &mut P,
+    frame: &Frame,
+    rewrite: &Rewrite,
+    is_sent: bool,
+) -> Result<(), Stop> {
     let offset = frame.network_offset as usize;
     if !frame.is_v4() {
         let ip = packet.header::<Ipv6Header>(offset)?;
         ip.hop_limit -= u8::from(is_sent);
-        ip.source = rewrite.source;
-        ip.destination = rewrite.destination;
+        ip.set_addresses(&rewrite.source, &rewrite.destination);
         return Ok(());
     }
     let ip = packet.header::<Ipv4Header>(offset)?;
@@ -166,7 +170,7 @@ fn network<P: Packet>(packet: &mut P, frame: &Frame, rewrite: &Rewrite, is_sent:
 
 /// The link header and the tags for the next hop, whatever stood before the IP header.
 #[inline(always)]
-fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), Stop> {
+pub fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), Stop> {
     let [outer, inner] = hop.vlans;
     let tags = usize::from(outer != 0) + usize::from(inner != 0);
     let surplus = frame.network_offset as i32 - (EthernetHeader::LEN + tags * VlanTag::LEN) as i32;

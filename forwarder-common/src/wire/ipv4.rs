@@ -83,6 +83,12 @@ impl Ipv4Header {
         self.fragment.get() & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
     }
 
+    /// Is this a fragment without the transport header?
+    #[inline(always)]
+    pub const fn is_later_fragment(&self) -> bool {
+        self.fragment.get() & FRAGMENT_OFFSET != 0
+    }
+
     /// May no router fragment it (RFC 791 §2.3)?
     #[inline(always)]
     pub const fn dont_fragment(&self) -> bool {

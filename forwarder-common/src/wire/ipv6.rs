@@ -59,6 +59,47 @@ impl Ipv6Header {
         }
     }
 
+    /// A copy of the source; see [`IpAddress::copied`].
+    #[inline(always)]
+    pub const fn source(&self) -> IpAddress {
+        IpAddress([
+            self.source.0[0],
+            self.source.0[1],
+            self.source.0[2],
+            self.source.0[3],
+        ])
+    }
+
+    /// A copy of the destination.
+    #[inline(always)]
+    pub const fn destination(&self) -> IpAddress {
+        IpAddress([
+            self.destination.0[0],
+            self.destination.0[1],
+            self.destination.0[2],
+            self.destination.0[3],
+        ])
+    }
+
+    /// Writes both addresses.
+    #[inline(always)]
+    pub const fn set_addresses(&mut self, source: &IpAddress, destination: &IpAddress) {
+        let [a, b, c, d] = source.0;
+        (
+            self.source.0[0],
+            self.source.0[1],
+            self.source.0[2],
+            self.source.0[3],
+        ) = (a, b, c, d);
+        let [a, b, c, d] = destination.0;
+        (
+            self.destination.0[0],
+            self.destination.0[1],
+            self.destination.0[2],
+            self.destination.0[3],
+        ) = (a, b, c, d);
+    }
+
     /// 6 for IPv6.
     #[inline(always)]
     pub const fn version(&self) -> u8 {

@@ -204,6 +204,14 @@ impl IpAddress {
         ])
     }
 
+    /// A copy, word by word. The compiler makes of a plain one a call that copies byte by byte, where it knows neither the
+    /// alignment nor that source and destination are different places (LLVM 22, BPF): 16 loops instead of 4 moves.
+    #[inline(always)]
+    pub const fn copied(&self) -> Self {
+        let [a, b, c, d] = self.0;
+        Self([a, b, c, d])
+    }
+
     /// Is this an IPv4 address?
     #[inline(always)]
     pub const fn is_v4(self) -> bool {
@@ -363,6 +371,13 @@ impl LinkPair {
     pub const fn source(self) -> MacAddress {
         let [_, [_, d], [e, f]] = self.words();
         MacAddress([d, e, f])
+    }
+
+    /// A copy, word by word; see [`IpAddress::copied`].
+    #[inline(always)]
+    pub const fn copied(&self) -> Self {
+        let [a, b, c] = self.0;
+        Self([a, b, c])
     }
 
     /// The addresses of a frame that goes back.

@@ -249,19 +249,12 @@ fn attach_generic(
 /// Attaches the tcx program to the ingress of a tunnel device.
 ///
 /// # Errors
-/// When the device has no Ethernet header, or the kernel refuses.
+/// When the kernel refuses.
 pub fn attach_tunnel(
     ebpf: &mut Ebpf,
     pins: &PinDirectory,
     link: &network::Interface,
 ) -> Result<Attachment, Error> {
-    if !link.is_ethernet {
-        return Err(Error::host(format!(
-            "tunnel \"{}\" ({}) carries no Ethernet header, which is not supported yet",
-            link.name, link.kind
-        ))
-        .hint("use an Ethernet tunnel such as VXLAN, Geneve or gretap"));
-    }
     let refused = |error: Refused| {
         kernel_error(
             &format!("attach to the ingress of \"{}\"", link.name),
@@ -333,11 +326,7 @@ fn attachment(
                 .mac
                 .map(forwarder_common::wire::MacAddress::new)
                 .unwrap_or_default(),
-            flags: if link.is_ethernet {
-                flags
-            } else {
-                flags | flag::NO_LINK_HEADER
-            },
+            flags,
             mtu_bytes: link.mtu_bytes,
             carrier_ifindex: 0,
             vlans: [0; 2],

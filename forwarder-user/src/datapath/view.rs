@@ -26,6 +26,7 @@ use elsa::FrozenMap;
 use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
+        counter::IcmpBudget,
         flow::{FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
@@ -300,6 +301,7 @@ struct Changes {
     backends_live: HashMap<BackendId, LiveCount>,
     group_turns: HashMap<GroupId, LiveCount>,
     persistence: HashMap<PersistenceKey, Persistence>,
+    icmp_budget: IcmpBudget,
 }
 
 /// A number of live flows, or of turns.
@@ -515,6 +517,10 @@ impl Tables for LiveView<'_> {
     fn backend_live(&mut self, id: BackendId) -> Option<&mut LiveCount> {
         let live = self.found(map_name::BACKEND_LIVE, self.maps.backends_live.get(&id.0, 0))?;
         Some(self.changes.backends_live.entry(id).or_insert(LiveCount(live)))
+    }
+
+    fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
+        Some(&mut self.changes.icmp_budget)
     }
 
     fn now_secs(&mut self) -> u32 {

@@ -89,7 +89,8 @@ fn others_than_maglev() -> Vec<Case> {
     let mut least_connections = Case::new(
         "By least connections, the backend with fewer flows is next",
         least(),
-    );
+    )
+    .v4_only();
     for (number, backend) in (0..).zip([1, 0, 0, 1]) {
         let port = [50_000, 50_001, 50_003, 50_002][usize::from(number)];
         least_connections = least_connections.then(opening(number, client(port), backend));
@@ -143,6 +144,7 @@ fn others_than_maglev() -> Vec<Case> {
             "By least connections, a backend at its limit is passed over, and then there is none",
             least_full,
         )
+        .v4_only()
         .then(opening(0, CLIENT, 1))
         .then(opening(1, OTHER_CLIENT, 0))
         .then(Step::reset(&syn(WEB).from(client(50_001)), Reason::BACKEND_LIMIT).counts(WEB.refused())),

@@ -18,6 +18,7 @@ use nix::sys::signal::Signal;
 pub mod agent;
 mod command;
 pub mod configuration;
+pub mod crossing;
 pub mod crowd;
 pub mod load;
 mod namespace;
@@ -25,6 +26,7 @@ pub mod nginx;
 mod process;
 pub mod status;
 pub mod topology;
+pub mod tunnel;
 pub mod udp;
 mod undo;
 mod wait;
@@ -34,7 +36,7 @@ pub use process::Process;
 pub use wait::wait_until;
 
 /// Programs that labs use, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("ethtool", "ethtool"),
@@ -43,6 +45,7 @@ const PROGRAMS: [(&str, &str); 11] = [
     ("nginx", "nginx-light"),
     ("curl", "curl"),
     ("ping", "iputils-ping"),
+    ("socat", "socat"),
     ("wrk", "wrk"),
     ("bpftool", "bpftool"),
     ("tcpdump", "tcpdump"),
@@ -135,17 +138,17 @@ impl Lab {
         name: &str,
         uplink: (&Namespace, &str),
         hosts: &[(&Namespace, &str)],
+        mtu_bytes: u16,
     ) -> Result<()> {
-        const MTU_BYTES: u16 = 1500;
         if let [host] = hosts {
-            return self.cable(uplink, *host, MTU_BYTES);
+            return self.cable(uplink, *host, mtu_bytes);
         }
         let switch = self.namespace(name)?;
         switch.run("ip link add name bridge type bridge")?;
         switch.run("ip link set bridge up")?;
         for (number, end) in std::iter::once(&uplink).chain(hosts).enumerate() {
             let port = format!("port{number}");
-            self.cable(*end, (&switch, &port), MTU_BYTES)?;
+            self.cable(*end, (&switch, &port), mtu_bytes)?;
             switch.run(&format!("ip link set {port} master bridge"))?;
         }
         Ok(())

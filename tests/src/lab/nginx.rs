@@ -60,6 +60,7 @@ http {{
         {listen}
         location / {{ return 200 "{body}\n"; }}
         location = /large {{ root {path}; }}
+        location /taken/ {{ root {path}; dav_methods PUT; create_full_put_path on; }}
     }}
 }}
 "#
@@ -167,6 +168,16 @@ http {{
         Ok(log)
     }
 
+    /// The file that the server made of a `PUT` to `/taken/<name>`.
+    pub fn taken(&self, name: &str) -> PathBuf {
+        self.directory.join("taken").join(name)
+    }
+
+    /// Replaces what is at `/large`.
+    pub fn serve_large(&self, content: &[u8]) -> Result<()> {
+        Ok(fs::write(self.directory.join("large"), content)?)
+    }
+
     /// Empties the logs; nothing may be under way.
     pub fn clear_logs(&self) -> Result<()> {
         // nginx appends, so it goes on at the new end.
@@ -178,8 +189,12 @@ http {{
 /// What every server has at `/large`: enough for full-sized segments, windows that open and lost packets that
 /// show; not a repeated pattern, so that swapped segments show too.
 pub fn large_file() -> Vec<u8> {
-    const LENGTH_BYTES: u32 = 4 << 20;
-    (0..LENGTH_BYTES / 4)
+    pattern(4 << 20)
+}
+
+/// `length_bytes` (a multiple of four) that repeat no part of themselves.
+pub fn pattern(length_bytes: u32) -> Vec<u8> {
+    (0..length_bytes / 4)
         .flat_map(|word| word.wrapping_mul(0x9E37_79B1).to_be_bytes())
         .collect()
 }

@@ -6,7 +6,7 @@
 //! *manual routes*, is cross-region with security groups on the servers.
 //!
 //! The connection between networks is a VXLAN device over links of 1500 bytes, so it takes 50 bytes less than
-//! the networks it joins: what goes through it has to be told.
+//! the networks it joins: what goes through it has to be told. Peering can be had over any other kind of tunnel.
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -19,6 +19,7 @@ use super::{
     load::{Answer, curl},
     nginx::Nginx,
     status::HEALTHY,
+    tunnel::{self, End, Kind},
     wait_until,
 };
 
@@ -32,8 +33,8 @@ pub const BACK_TO_ORIGIN: &str = "100.64.0.0/10";
 pub const PORT: u16 = 80;
 
 const MTU_BYTES: u16 = 1500;
-/// Less the outer headers of VXLAN over IPv4: inner Ethernet 14, IPv4 20, UDP 8, VXLAN 8.
-const TUNNEL_MTU_BYTES: u16 = MTU_BYTES - 50;
+/// What data centres use for large frames.
+const JUMBO_MTU_BYTES: u16 = 9000;
 
 /// A server with a page.
 #[derive(Debug)]
@@ -71,6 +72,28 @@ pub struct Site {
     pub lab: Lab,
 }
 
+/// What a peering lab is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peering {
+    pub kind: Kind,
+    /// MTU of the client's link, and of the server's. The tunnel's carrier has 1500 bytes.
+    pub client_mtu_bytes: u16,
+    pub server_mtu_bytes: u16,
+    /// MTU of a link between the tunnel's far end and one more router, the server's; `None`: no such router.
+    pub narrow_mtu_bytes: Option<u16>,
+}
+
+impl Default for Peering {
+    fn default() -> Self {
+        Self {
+            kind: Kind::Vxlan,
+            client_mtu_bytes: MTU_BYTES,
+            server_mtu_bytes: MTU_BYTES,
+            narrow_mtu_bytes: None,
+        }
+    }
+}
+
 /// What a cross-region lab has beside one client, ECS01 and ECS02.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Extras {
@@ -84,6 +107,8 @@ pub struct Extras {
     pub remote_client: bool,
     /// Inbound rules on ECS01 and ECS02.
     pub security_groups: bool,
+    /// 9000 bytes in the gateway's own networks.
+    pub jumbo_frames: bool,
 }
 
 /// A host to be put on a segment.
@@ -173,17 +198,27 @@ const CROSS_REGION_DRAWING: &str =
 impl Site {
     /// One remote server over a peering connection.
     pub fn peering(lifetime: Lifetime) -> Result<Self> {
+        Self::peering_with(lifetime, Peering::default())
+    }
+
+    /// [`Self::peering`] made of other things.
+    pub fn peering_with(lifetime: Lifetime, peering: Peering) -> Result<Self> {
         let lab = Lab::open(lifetime)?;
         let gateway = lab.namespace("gateway")?;
         let client = lab.namespace("client")?;
         let transit = lab.namespace("transit")?;
         let server = lab.namespace("ecs-test")?;
 
-        lab.cable((&gateway, "eth0"), (&client, "eth0"), MTU_BYTES)?;
+        lab.cable((&gateway, "eth0"), (&client, "eth0"), peering.client_mtu_bytes)?;
         gateway.address("eth0", "172.18.0.1/24")?;
         client.address("eth0", "172.18.0.10/24")?;
-        lab.cable((&transit, "eth1"), (&server, "eth0"), MTU_BYTES)?;
-        transit.address("eth1", "172.17.0.1/24")?;
+        let branch = match peering.narrow_mtu_bytes {
+            Some(mtu_bytes) => Some(narrow(&lab, &transit, mtu_bytes)?),
+            None => None,
+        };
+        let router = branch.as_ref().unwrap_or(&transit);
+        lab.cable((router, "eth1"), (&server, "eth0"), peering.server_mtu_bytes)?;
+        router.address("eth1", "172.17.0.1/24")?;
         server.address("eth0", "172.17.0.205/24")?;
         lab.cable((&gateway, "wan"), (&transit, "wan"), MTU_BYTES)?;
         gateway.address("wan", "198.51.100.1/30")?;
@@ -192,16 +227,22 @@ impl Site {
         transit.forward()?;
 
         let (near, far) = (Ipv4Addr::new(169, 254, 18, 1), Ipv4Addr::new(169, 254, 18, 2));
-        tunnel(
-            "peering",
-            (&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
-            (&transit, Ipv4Addr::new(198, 51, 100, 2), far),
-        )?;
+        let ends = [
+            end(&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
+            end(&transit, Ipv4Addr::new(198, 51, 100, 2), far),
+        ];
+        tunnel::join(&lab, peering.kind, "peering", ends, MTU_BYTES)?;
         // VPC-Test-01's route table; then VPC-Test-02's, in its router and on its server.
         gateway.route("172.17.0.0/24", far)?;
         for destination in ["172.18.0.0/24", POOL] {
             transit.route(destination, near)?;
+            if let Some(branch) = &branch {
+                branch.route(destination, NARROW[0])?;
+            }
             server.route(destination, Ipv4Addr::new(172, 17, 0, 1))?;
+        }
+        if branch.is_some() {
+            transit.route("172.17.0.0/24", NARROW[1])?;
         }
         server.security_group(&["172.17.0.0/24", BACK_TO_ORIGIN])?;
 
@@ -252,11 +293,11 @@ impl Site {
         gateway.route("203.0.113.0/30", Ipv4Addr::new(198, 51, 100, 2))?;
         hangzhou.route("198.51.100.0/30", Ipv4Addr::new(203, 0, 113, 1))?;
         let (near, far) = (Ipv4Addr::new(169, 254, 42, 1), Ipv4Addr::new(169, 254, 42, 2));
-        tunnel(
-            "cen",
-            (&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
-            (&hangzhou, Ipv4Addr::new(203, 0, 113, 2), far),
-        )?;
+        let ends = [
+            end(&gateway, Ipv4Addr::new(198, 51, 100, 1), near),
+            end(&hangzhou, Ipv4Addr::new(203, 0, 113, 2), far),
+        ];
+        tunnel::join(&lab, Kind::Vxlan, "cen", ends, MTU_BYTES)?;
 
         let mut clients = vec![&CLIENT];
         clients.extend(extras.second_client.then_some(&CLIENT2));
@@ -270,9 +311,15 @@ impl Site {
         }
         let mut remote_hosts = remote.clone();
         remote_hosts.extend(extras.remote_client.then_some(&REMOTE_CLIENT));
-        let clients = subnet(&lab, "vsw", (&gateway, "eth0", "172.16.0.1"), &clients)?;
-        let local_hosts = subnet(&lab, "vsw1", (&gateway, "eth1", "172.16.1.1"), &local)?;
-        let mut remote_hosts = subnet(&lab, "vsw3", (&hangzhou, "eth1", "192.168.1.1"), &remote_hosts)?;
+        let mtu_bytes = if extras.jumbo_frames {
+            JUMBO_MTU_BYTES
+        } else {
+            MTU_BYTES
+        };
+        let clients = subnet(&lab, "vsw", (&gateway, "eth0", "172.16.0.1"), &clients, mtu_bytes)?;
+        let local_hosts = subnet(&lab, "vsw1", (&gateway, "eth1", "172.16.1.1"), &local, mtu_bytes)?;
+        let router = (&hangzhou, "eth1", "192.168.1.1");
+        let mut remote_hosts = subnet(&lab, "vsw3", router, &remote_hosts, MTU_BYTES)?;
 
         // VPC1's route table; then VPC2's, in its router and on its hosts.
         gateway.route("192.168.0.0/16", far)?;
@@ -467,13 +514,14 @@ fn subnet(
     name: &str,
     router: (&Namespace, &str, &str),
     hosts: &[&Host],
+    mtu_bytes: u16,
 ) -> Result<Vec<Namespace>> {
     let namespaces = hosts
         .iter()
         .map(|host| lab.namespace(host.name))
         .collect::<Result<Vec<_>>>()?;
     let ends: Vec<_> = namespaces.iter().map(|namespace| (namespace, "eth0")).collect();
-    lab.segment(name, (router.0, router.1), &ends)?;
+    lab.segment(name, (router.0, router.1), &ends, mtu_bytes)?;
     router.0.address(router.1, &format!("{}/24", router.2))?;
     for (namespace, host) in namespaces.iter().zip(hosts) {
         namespace.address("eth0", &format!("{}/24", host.address))?;
@@ -481,18 +529,25 @@ fn subnet(
     Ok(namespaces)
 }
 
-/// Joins two hosts (namespace, address on the carrier's network, address inside) by a VXLAN device `name`.
-fn tunnel(
-    name: &str,
-    a: (&Namespace, Ipv4Addr, Ipv4Addr),
-    b: (&Namespace, Ipv4Addr, Ipv4Addr),
-) -> Result<()> {
-    for ((namespace, local, inside), remote) in [(a, b.1), (b, a.1)] {
-        namespace.run(&format!(
-            "ip link add name {name} mtu {TUNNEL_MTU_BYTES} type vxlan id 42 local {local} remote {remote} dstport 4789"
-        ))?;
-        namespace.address(name, &format!("{inside}/30"))?;
-        namespace.run(&format!("ip link set {name} up"))?;
+/// Ends of the link between the two routers of a remote network.
+const NARROW: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 17, 0, 1), Ipv4Addr::new(10, 17, 0, 2)];
+
+/// Makes a router behind `router`, at the end of a link of `mtu_bytes`.
+fn narrow(lab: &Lab, router: &Namespace, mtu_bytes: u16) -> Result<Namespace> {
+    let branch = lab.namespace("branch")?;
+    lab.cable((router, "eth1"), (&branch, "eth0"), mtu_bytes)?;
+    router.address("eth1", &format!("{}/30", NARROW[0]))?;
+    branch.address("eth0", &format!("{}/30", NARROW[1]))?;
+    branch.forward()?;
+    Ok(branch)
+}
+
+/// The end of a tunnel on a host whose interface `wan` leads to the other end.
+fn end(namespace: &Namespace, outside: Ipv4Addr, inside: Ipv4Addr) -> End<'_> {
+    End {
+        namespace,
+        carrier: "wan",
+        outside,
+        inside,
     }
-    Ok(())
 }

@@ -36,7 +36,6 @@ pub(super) fn check(facts: &Facts) -> Vec<Finding> {
             findings.push(missing(cause, "tunnel device", name));
             continue;
         };
-        findings.extend(not_ethernet(device));
         findings.extend(down(device, diagnose::Cause::TunnelDown));
         findings.extend(underlay(facts, device));
     }
@@ -106,11 +105,12 @@ fn not_ethernet(device: &Device) -> Option<Finding> {
     let link = &device.link;
     (!link.is_ethernet).then(|| {
         let what = format!(
-            "{} ({}) has no Ethernet header, which is not supported",
+            "{} ({}) has no Ethernet header, which is supported for tunnels only",
             link.name, link.kind
         );
-        Finding::broken(Cause::NotEthernet, &link.name, what)
-            .advice("use an Ethernet device; among tunnels VXLAN, Geneve and gretap are")
+        Finding::broken(Cause::NotEthernet, &link.name, what).advice(
+            "if it is a tunnel, name it under [tunnel] instead of [interface]; else use an Ethernet device",
+        )
     })
 }
 

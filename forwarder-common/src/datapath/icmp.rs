@@ -1,0 +1,213 @@
+//! ICMP: echo requests to VIPs, and errors about packets of flows (RFC 792, RFC 4443).
+//!
+//! An error quotes the packet it is about as its sender saw it, behind the gateway's translation. It goes on to the end
+//! that sent that packet, with the quote as that end knows it (RFC 5508 §4.2, RFC 3022 §4.3), and itself addressed like
+//! the flow's own packets: a client hears of everything beyond the gateway from the VIP, a backend in full NAT from the
+//! SNAT address, since its network may admit no other. In DNAT mode, where the backend sees clients, it sees who reports.
+//!
+//! So path MTU discovery works through the gateway, and traceroute shows it as a hop.
+
+use super::{
+    Env, Hook, Outcome, Packet, Stop, Tables, Walk, echo, flow, next_hop,
+    parse::Frame,
+    pipeline,
+    rewrite::{self, Ports, Rewrite},
+};
+use crate::{
+    abi::{
+        flow::{FlowKey, HopKind},
+        reason::Reason,
+        settings::Settings,
+    },
+    wire::{
+        Be16, Field16, IpAddress, WireHeader,
+        checksum::Delta,
+        icmp::{
+            IcmpHeader, TYPE_PARAMETER_PROBLEM, TYPE_TIME_EXCEEDED, TYPE_UNREACHABLE,
+            TYPE_V6_PARAMETER_PROBLEM, TYPE_V6_TIME_EXCEEDED, TYPE_V6_TOO_BIG, TYPE_V6_UNREACHABLE,
+        },
+        ipv4::{Ipv4Header, PROTOCOL_TCP, PROTOCOL_UDP},
+        ipv6::Ipv6Header,
+        tcp::TcpHeader,
+        udp::{CHECKSUM_NONE, UdpHeader},
+    },
+};
+
+/// RFC 792: an error quotes at least so many bytes of what follows the IP header: of TCP and UDP the ports.
+const QUOTED: usize = 8;
+
+/// What becomes of an ICMP message; no reason is counted.
+///
+/// # Errors
+/// Early ends, as of the walk.
+#[inline(always)]
+pub fn forward<P: Packet, T: Tables, E: Env>(
+    packet: &mut P,
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+    walk: &mut Walk,
+) -> Result<Outcome, Stop> {
+    let icmp_type = packet
+        .header::<IcmpHeader>(walk.frame.transport_offset as usize)?
+        .icmp_type;
+    if !is_error(icmp_type, walk.frame.is_v4()) {
+        return echo::answer(packet, tables, &walk.frame);
+    }
+    let quoted_offset = read_quote(packet, &walk.frame, &mut walk.key)?;
+    flow::find(tables, settings, walk)?;
+    rewrite::check_ttl(&walk.frame)?;
+    let quoted = walk.key;
+    next_hop::resolve(tables, env, settings, walk)?;
+    next_hop::fit(env, walk)?;
+
+    // No byte was changed above this line; below it no policy decides.
+    let is_sent = walk.hit.hop.kind == HopKind::DIRECT;
+    let change = rewrite_quote(packet, &walk.frame, &walk.hit.rewrite, quoted_offset)?;
+    address(&walk.frame, &mut walk.hit.rewrite, &quoted);
+    let icmp = packet.header::<IcmpHeader>(walk.frame.transport_offset as usize)?;
+    let pseudo = if walk.frame.is_v4() {
+        Delta::ZERO
+    } else {
+        walk.hit.rewrite.addresses
+    };
+    icmp.checksum = change.and(pseudo).apply(icmp.checksum);
+    rewrite::network(packet, &walk.frame, &walk.hit.rewrite, is_sent)?;
+    if is_sent && env.hook() != Hook::Tcx {
+        rewrite::link(packet, &walk.frame, &walk.hit.hop)?;
+    }
+    let verdict = next_hop::verdict(env, &walk.hit.hop);
+    Ok(pipeline::sent(
+        verdict,
+        Reason::ICMP_FORWARDED,
+        Reason::ICMP_TO_STACK,
+    ))
+}
+
+#[inline(always)]
+const fn is_error(icmp_type: u8, is_v4: bool) -> bool {
+    if is_v4 {
+        matches!(
+            icmp_type,
+            TYPE_UNREACHABLE | TYPE_TIME_EXCEEDED | TYPE_PARAMETER_PROBLEM
+        )
+    } else {
+        matches!(
+            icmp_type,
+            TYPE_V6_UNREACHABLE | TYPE_V6_TOO_BIG | TYPE_V6_TIME_EXCEEDED | TYPE_V6_PARAMETER_PROBLEM
+        )
+    }
+}
+
+/// Reads the packet that an error quotes. `key` becomes the 5-tuple of an answer to it, which is that of the flow's
+/// packets in the error's direction. Returns where the quoted transport header starts.
+///
+/// # Errors
+/// Passes what quotes no packet that could be ours.
+#[inline(always)]
+fn read_quote<P: Packet>(packet: &mut P, frame: &Frame, key: &mut FlowKey) -> Result<usize, Stop> {
+    let offset = quote_offset(frame);
+    let unread = Stop::pass(Reason::UNSUPPORTED_PROTOCOL);
+    let (protocol, header_len) = if frame.is_v4() {
+        let ip = packet.header::<Ipv4Header>(offset)?;
+        if ip.version() != 4 || ip.header_len() < Ipv4Header::LEN || ip.is_later_fragment() {
+            return Err(unread);
+        }
+        key.source = IpAddress::from_v4(ip.destination);
+        key.destination = IpAddress::from_v4(ip.source);
+        (ip.protocol, ip.header_len())
+    } else {
+        let ip = packet.header::<Ipv6Header>(offset)?;
+        if ip.version() != 6 {
+            return Err(unread);
+        }
+        key.source = ip.destination();
+        key.destination = ip.source();
+        if key.source.is_v4() || key.destination.is_v4() {
+            return Err(Stop::pass(Reason::MARTIAN));
+        }
+        (ip.next_header, Ipv6Header::LEN)
+    };
+    if !matches!(protocol, PROTOCOL_TCP | PROTOCOL_UDP) {
+        return Err(unread);
+    }
+    if IcmpHeader::LEN + header_len + QUOTED > frame.transport_len as usize {
+        return Err(Stop::pass(Reason::TRUNCATED));
+    }
+    let ports = packet.header::<Ports>(offset + header_len)?;
+    key.source_port = ports.destination;
+    key.destination_port = ports.source;
+    key.protocol = u32::from(protocol);
+    Ok(offset + header_len)
+}
+
+#[inline(always)]
+const fn quote_offset(frame: &Frame) -> usize {
+    frame.transport_offset as usize + IcmpHeader::LEN
+}
+
+/// Gives the quoted packet the addresses and ports that the error's receiver knows: it went the other way, so they are
+/// those of a packet in the error's direction, crosswise. Returns what that changes in the sum of the message.
+#[inline(always)]
+fn rewrite_quote<P: Packet>(
+    packet: &mut P,
+    frame: &Frame,
+    rewrite: &Rewrite,
+    transport_offset: usize,
+) -> Result<Delta, Stop> {
+    let offset = quote_offset(frame);
+    let mut change = rewrite.addresses.and(rewrite.ports);
+    let protocol = if frame.is_v4() {
+        let ip = packet.header::<Ipv4Header>(offset)?;
+        let before = ip.checksum;
+        ip.checksum = rewrite.addresses.apply(before);
+        change = change.replace16(before, ip.checksum);
+        ip.source = rewrite.destination.low();
+        ip.destination = rewrite.source.low();
+        ip.protocol
+    } else {
+        let ip = packet.header::<Ipv6Header>(offset)?;
+        ip.set_addresses(&rewrite.destination, &rewrite.source);
+        ip.next_header
+    };
+    let ports = packet.header::<Ports>(transport_offset)?;
+    ports.source = rewrite.destination_port;
+    ports.destination = rewrite.source_port;
+    let is_tcp = protocol == PROTOCOL_TCP;
+    let checksum_offset = transport_offset
+        + if is_tcp {
+            TcpHeader::CHECKSUM_OFFSET
+        } else {
+            UdpHeader::CHECKSUM_OFFSET
+        };
+    // Of TCP the quote may end before the checksum.
+    let end = (frame.transport_offset + frame.transport_len) as usize;
+    if checksum_offset + Field16::LEN > end {
+        return Ok(change);
+    }
+    let field = packet.header::<Field16>(checksum_offset)?;
+    let before = field.value;
+    if is_tcp || before != CHECKSUM_NONE {
+        let after = rewrite.addresses.and(rewrite.ports).apply(before);
+        // RFC 768: a computed zero is sent as all ones.
+        field.value = if !is_tcp && after == CHECKSUM_NONE {
+            Be16::new(0xffff)
+        } else {
+            after
+        };
+        change = change.replace16(before, field.value);
+    }
+    Ok(change)
+}
+
+/// Makes the rewrite that of the message itself: who reports, to whom, and what that changes.
+#[inline(always)]
+fn address(frame: &Frame, rewrite: &mut Rewrite, quoted: &FlowKey) {
+    let is_sender_known = rewrite.source == quoted.source;
+    if is_sender_known {
+        rewrite.source = frame.key.source.copied();
+    }
+    rewrite.addresses = Delta::ZERO
+        .replace_address(frame.key.source, rewrite.source)
+        .replace_address(frame.key.destination, rewrite.destination);
+}

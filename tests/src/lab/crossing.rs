@@ -1,0 +1,216 @@
+//! What a user sends through a gateway and a tunnel: a long transfer in either direction, datagrams, echo requests.
+//!
+//! The checks are the same whatever the tunnel is and whoever encapsulates. The other end is always the kernel's.
+
+use std::{
+    fmt, fs,
+    net::{Ipv4Addr, SocketAddrV4},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use super::{
+    Lifetime, Namespace,
+    agent::ShowLog,
+    command,
+    configuration::{Check, Configuration},
+    nginx::pattern,
+    topology::{PORT, Peering, Server, Site},
+    tunnel::Kind,
+    udp::{Client, EchoServer},
+};
+
+/// For one transfer; an emulated processor takes most of it.
+const TRANSFER_DEADLINE: Duration = Duration::from_secs(120);
+/// Where the echo server listens.
+const ECHO_PORT: u16 = 5353;
+/// Datagrams from the empty one to the largest that the tightest tunnel carries whole, with the answer's name.
+const DATAGRAMS_BYTES: [usize; 4] = [0, 1, 700, 1300];
+/// More packets than the agent's probes and our echo requests send through a tunnel meanwhile.
+const FEW_PACKETS: u64 = 200;
+
+/// The gateway, to the client; and the router behind the tunnel.
+const NEAR_ROUTER: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 1);
+const FAR_ROUTER: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
+
+/// Who encapsulates on the gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The tunnel device.
+    Kernel,
+    /// The data path, beside the device.
+    Native,
+}
+
+/// Builds a site behind a tunnel of this kind, starts the agent on its gateway and sends through it whatever there
+/// is, `length_bytes` in either direction.
+pub fn cross(kind: Kind, mode: Mode, length_bytes: u32) -> Result<Transferred> {
+    let peering = Peering {
+        kind,
+        ..Peering::default()
+    };
+    let site = Site::peering_with(Lifetime::Process, peering)?;
+    let show_log = ShowLog::of(&site.lab);
+    let server = site.servers.first().context("a server")?;
+    site.client().route(site.networks[1].1, NEAR_ROUTER)?;
+    let _agent = site.start_agent(&configuration(&site, server, mode), "web")?;
+
+    let before = packets(&site)?;
+    let transferred = transfer(&site, site.client(), server, length_bytes)?;
+    let through_device = packets(&site)? - before;
+    ensure!(
+        (through_device > FEW_PACKETS) == (mode == Mode::Kernel),
+        "{mode:?}: {through_device} packets went through the device"
+    );
+    datagrams(&site, server, ECHO_PORT, &DATAGRAMS_BYTES)?;
+    echo_requests(&site)?;
+    show_log.all_is_well();
+    Ok(transferred)
+}
+
+fn configuration(site: &Site, server: &Server, mode: Mode) -> Configuration {
+    let configuration = site
+        .web_configuration()
+        .group("echo", "full", Check::None)
+        .backend("echo", server.name, server.address, ECHO_PORT, 1)
+        .listener("echo", site.vip, ECHO_PORT, "udp", "echo");
+    match mode {
+        Mode::Kernel => configuration,
+        Mode::Native => {
+            let configuration = configuration.interface("wan", &[]).to_string();
+            Configuration::from_text(configuration.replace("mode = \"kernel\"", "mode = \"native\""))
+        }
+    }
+}
+
+/// Packets that have passed the gateway's tunnel device, in and out. Aggregated ones count once.
+fn packets(site: &Site) -> Result<u64> {
+    let said = site
+        .gateway
+        .run(&format!("ip -json -statistics link show dev {}", site.tunnel))?;
+    let links: Value = serde_json::from_str(&said)?;
+    let statistics = &links[0]["stats64"];
+    ["rx", "tx"]
+        .iter()
+        .map(|direction| {
+            statistics[direction]["packets"]
+                .as_u64()
+                .context("a number of packets")
+        })
+        .sum()
+}
+
+/// How long a transfer took in each direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transferred {
+    pub length_bytes: u32,
+    pub download: Duration,
+    pub upload: Duration,
+}
+
+impl fmt::Display for Transferred {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rate = |took: Duration| f64::from(self.length_bytes) / 1e6 / took.as_secs_f64();
+        write!(
+            f,
+            "{} MB, download {:.1} MB/s, upload {:.1} MB/s",
+            self.length_bytes / 1_000_000,
+            rate(self.download),
+            rate(self.upload)
+        )
+    }
+}
+
+/// Downloads `length_bytes` from the VIP, where `server` answers, and uploads them again; both have to arrive as
+/// they were, by their SHA-256.
+pub fn transfer(site: &Site, client: &Namespace, server: &Server, length_bytes: u32) -> Result<Transferred> {
+    let directory = site.lab.directory();
+    let (original, received) = (directory.join("original"), directory.join("received"));
+    let content = pattern(length_bytes);
+    fs::write(&original, &content)?;
+    server.nginx.serve_large(&content)?;
+    let expected = digest(&original)?;
+
+    let start = Instant::now();
+    curl(
+        client,
+        &["--output", text(&received)?],
+        &format!("http://{}:{PORT}/large", site.vip),
+    )
+    .context("download")?;
+    let download = start.elapsed();
+    ensure!(
+        digest(&received)? == expected,
+        "the download differs from the original"
+    );
+
+    let start = Instant::now();
+    curl(
+        client,
+        &["--upload-file", text(&original)?],
+        &format!("http://{}:{PORT}/taken/upload", site.vip),
+    )
+    .context("upload")?;
+    let upload = start.elapsed();
+    ensure!(
+        digest(&server.nginx.taken("upload"))? == expected,
+        "the upload differs from the original"
+    );
+    Ok(Transferred {
+        length_bytes,
+        download,
+        upload,
+    })
+}
+
+/// Asks the echo server `server` through the VIP by datagrams, from the smallest to the largest of `lengths_bytes`.
+fn datagrams(site: &Site, server: &Server, port: u16, lengths_bytes: &[usize]) -> Result<()> {
+    let echo = EchoServer::start(&server.namespace, port)?;
+    let client = Client::open(site.client(), 0)?;
+    for length_bytes in lengths_bytes {
+        let name = client
+            .ask(&"x".repeat(*length_bytes), SocketAddrV4::new(site.vip, port))
+            .with_context(|| format!("{length_bytes} bytes"))?;
+        ensure!(name == server.namespace.role(), "{name} answered");
+    }
+    ensure!(!echo.peers().is_empty(), "somebody else answered");
+    Ok(())
+}
+
+/// Echo requests to the VIP, and to the router at the other end, which are none of the forwarder's business and go
+/// through the same tunnel.
+fn echo_requests(site: &Site) -> Result<()> {
+    for destination in [site.vip, FAR_ROUTER] {
+        site.client()
+            .run(&format!("ping -c 3 -i 0.2 -W 5 {destination}"))?;
+    }
+    Ok(())
+}
+
+fn curl(client: &Namespace, arguments: &[&str], url: &str) -> Result<()> {
+    let deadline = TRANSFER_DEADLINE.as_secs().to_string();
+    let mut all = vec!["--silent", "--show-error", "--fail", "--max-time", &deadline];
+    all.extend(arguments);
+    all.push(url);
+    let output = client.output("curl", &all)?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+/// SHA-256 of a file, in hexadecimal digits.
+fn digest(file: &Path) -> Result<String> {
+    let said = command::run("sha256sum", &[text(file)?])?;
+    let digest = said.split_whitespace().next().context("a digest")?;
+    Ok(digest.to_owned())
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().context("the path is text")
+}

@@ -1,0 +1,169 @@
+//! Ring 3: paths that carry less than the links at their ends.
+//!
+//! Client and server have jumbo frames, the tunnel takes 1450 bytes, and a link behind the tunnel 1280, of which
+//! nobody is told but by ICMP. Where such a message does not arrive, the path is a black hole: small packets pass
+//! and transfers stall.
+//!
+//! Linux sets "don't fragment" on TCP and, until it has learned better, on UDP. It does not probe by itself
+//! (`tcp_mtu_probing` is off).
+
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use forwarder_tests::lab::{
+    self, Lifetime, Namespace,
+    agent::{self, Agent, ShowLog},
+    configuration::{Check, Configuration},
+    crossing::transfer,
+    topology::{Peering, Site},
+    udp::{Client, EchoServer},
+    wait_until,
+};
+
+const JUMBO_BYTES: u16 = 9000;
+/// RFC 8200 §5: every link of IPv6 carries that; no path should be narrower.
+const NARROW_BYTES: u16 = 1280;
+/// What VXLAN leaves of 1500 bytes.
+const TUNNEL_BYTES: u16 = 1450;
+/// Sent in either direction: hundreds of windows.
+const LENGTH_BYTES: u32 = 8_000_000;
+const UDP_PORT: u16 = 5353;
+/// Until a host has taken notice of an ICMP message.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Runs `test` at a site of this kind with the agent running.
+fn play(peering: Peering, clamp: bool, test: impl FnOnce(&Site, &Agent) -> Result<()>) -> Result<()> {
+    if !lab::can_run_test(Some(agent::binary())) {
+        return Ok(());
+    }
+    let site = Site::peering_with(Lifetime::Process, peering)?;
+    let show_log = ShowLog::of(&site.lab);
+    let agent = site.start_agent(&configuration(&site, clamp)?, "web")?;
+    test(&site, &agent)?;
+    show_log.all_is_well();
+    Ok(())
+}
+
+/// A listener for pages and one for datagrams; `clamp`: announced segment sizes are lowered to what is known.
+fn configuration(site: &Site, clamp: bool) -> Result<Configuration> {
+    let server = site.servers.first().context("a server")?;
+    let configuration = site
+        .web_configuration()
+        .group("echo", "full", Check::None)
+        .backend("echo", server.name, server.address, UDP_PORT, 1)
+        .listener("echo", site.vip, UDP_PORT, "udp", "echo");
+    Ok(if clamp {
+        configuration
+    } else {
+        configuration.agent_key("mss_clamp", "false")
+    })
+}
+
+/// A narrow link behind the tunnel, jumbo frames at both ends.
+fn narrow() -> Peering {
+    Peering {
+        client_mtu_bytes: JUMBO_BYTES,
+        server_mtu_bytes: JUMBO_BYTES,
+        narrow_mtu_bytes: Some(NARROW_BYTES),
+        ..Peering::default()
+    }
+}
+
+/// No link is narrower than the tunnel.
+fn wide() -> Peering {
+    Peering {
+        narrow_mtu_bytes: None,
+        ..narrow()
+    }
+}
+
+/// Transfers in both directions, with packets at their largest.
+fn transfer_all(site: &Site) -> Result<()> {
+    let server = site.servers.first().context("a server")?;
+    for offload in [true, false] {
+        site.checksum_offload(offload)?;
+        let transferred = transfer(site, site.client(), server, LENGTH_BYTES)
+            .with_context(|| format!("checksum offload {offload}"))?;
+        println!("checksum offload {offload}: {transferred}");
+    }
+    Ok(())
+}
+
+/// What a host has learned of the path to an address, in bytes; `None`: nothing.
+fn learned_mtu(host: &Namespace, destination: Ipv4Addr) -> Result<Option<u16>> {
+    let route = host.run(&format!("ip route get {destination}"))?;
+    let mtu = route.split_whitespace().skip_while(|word| *word != "mtu").nth(1);
+    mtu.map(|mtu| mtu.parse().with_context(|| route.clone()))
+        .transpose()
+}
+
+/// Sends a datagram from the client that is too large for the path, which it learns, and then one that fits.
+fn learn_by_datagram(site: &Site, expected_bytes: u16) -> Result<()> {
+    let server = site.servers.first().context("a server")?;
+    let _echo = EchoServer::start(&server.namespace, UDP_PORT)?;
+    let vip = SocketAddrV4::new(site.vip, UDP_PORT);
+    let client = Client::open(site.client(), 0)?;
+    // IPv4 and UDP header take 28 bytes; the answer begins with the server's name and a space.
+    let fitting = usize::from(expected_bytes) - 28 - server.namespace.role().len() - 1;
+    client.ask(&"x".repeat(fitting), vip)?;
+    ensure!(
+        learned_mtu(site.client(), site.vip)?.is_none(),
+        "nothing was too large"
+    );
+    client.send(&"x".repeat(usize::from(expected_bytes) - 28 + 1), vip)?;
+    wait_until("the client to learn the path's MTU", PATIENCE, || {
+        let learned = learned_mtu(site.client(), site.vip)?;
+        ensure!(learned == Some(expected_bytes), "{learned:?}");
+        Ok(())
+    })?;
+    client.ask(&"x".repeat(fitting), vip)?;
+    Ok(())
+}
+
+#[test]
+fn clamped_segments_cross_a_tunnel_between_jumbo_links() -> Result<()> {
+    play(wide(), true, |site, _| transfer_all(site))
+}
+
+#[test]
+#[ignore = "needs ICMP errors translated"]
+fn clamped_segments_cross_a_narrow_link_behind_the_tunnel() -> Result<()> {
+    play(narrow(), true, |site, _| transfer_all(site))
+}
+
+#[test]
+#[ignore = "needs mss_clamp = false, and \"fragmentation needed\" of the gateway"]
+fn jumbo_segments_shrink_to_the_tunnel_by_icmp_alone() -> Result<()> {
+    play(wide(), false, |site, _| transfer_all(site))
+}
+
+#[test]
+#[ignore = "needs mss_clamp = false, \"fragmentation needed\" of the gateway, and ICMP errors translated"]
+fn jumbo_segments_shrink_to_a_narrow_link_by_icmp_alone() -> Result<()> {
+    play(narrow(), false, |site, _| transfer_all(site))
+}
+
+#[test]
+#[ignore = "needs mss_clamp = false, and \"fragmentation needed\" of the gateway to the server"]
+fn replies_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
+    let peering = Peering {
+        client_mtu_bytes: NARROW_BYTES,
+        ..wide()
+    };
+    play(peering, false, |site, _| transfer_all(site))
+}
+
+#[test]
+#[ignore = "needs \"fragmentation needed\" of the gateway"]
+fn a_datagram_that_does_not_fit_the_tunnel_is_answered_by_the_vip() -> Result<()> {
+    play(wide(), true, |site, _| learn_by_datagram(site, TUNNEL_BYTES))
+}
+
+#[test]
+#[ignore = "needs ICMP errors translated"]
+fn a_datagram_that_does_not_fit_behind_the_tunnel_is_heard_of() -> Result<()> {
+    play(narrow(), true, |site, _| learn_by_datagram(site, NARROW_BYTES))
+}
