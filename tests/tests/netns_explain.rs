@@ -27,7 +27,7 @@ use forwarder_user::{
     flows::{FlowList, FlowPhase, FlowStatus},
 };
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
 use serde::de::DeserializeOwned;
 
@@ -116,9 +116,9 @@ fn open(site: &Site, port: u16) -> Result<TcpStream> {
         setsockopt(&socket, sockopt::Linger, &linger)?;
         bind(
             socket.as_raw_fd(),
-            &SockaddrIn::from(SocketAddr::from((CLIENT, port))),
+            &SockaddrStorage::from(SocketAddr::from((CLIENT, port))),
         )?;
-        connect(socket.as_raw_fd(), &SockaddrIn::from(to))?;
+        connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
         let stream = TcpStream::from(socket);
         stream.set_read_timeout(Some(Duration::from_millis(500)))?;
         stream.set_write_timeout(Some(Duration::from_millis(500)))?;
