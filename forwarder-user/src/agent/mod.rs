@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    net::SocketAddrV4,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -56,7 +56,7 @@ mod tunnels;
 
 pub(crate) use start::sizes;
 pub use surroundings::PROBE_INTERFACE;
-use surroundings::ProbeAddress;
+use surroundings::ProbeAddresses;
 use tables::Tables;
 
 /// How often rates are computed.
@@ -113,9 +113,9 @@ async fn run_on(
     let changes = network.watch().await?;
 
     let (mut agent, inspector) = Agent::start(config, file.to_owned(), network, pins).await?;
-    let probe_address = ProbeAddress::add(&agent).await?;
+    let probe_addresses = ProbeAddresses::add(&agent).await?;
     if let Err(error) = policy::install(&agent.network, &agent.config).await {
-        probe_address.remove(&agent).await;
+        probe_addresses.remove(&agent).await;
         return Err(error);
     }
 
@@ -149,7 +149,7 @@ async fn run_on(
         Err(_) => OnStop::Keep,
     };
     if on_stop == OnStop::Detach {
-        probe_address.remove(&agent).await;
+        probe_addresses.remove(&agent).await;
         if let Err(error) = policy::remove(&agent.network).await {
             error!(%error, "policy rules stay behind");
         }
@@ -221,6 +221,8 @@ struct Agent {
     capacity: Capacity,
     /// Keys that the flow index has room for.
     flow_keys: u32,
+    /// The same of IPv6.
+    flow_keys_v6: u32,
     network: Network,
     pins: Arc<PinDirectory>,
     /// Holds the programs; their links are pinned.
@@ -275,7 +277,7 @@ impl Agent {
         let health = health::start(
             targets,
             self.observed.health.clone(),
-            self.config.snat.probe_address,
+            self.config.snat.probes,
             report_sender,
         );
         let mut heard = Vec::new();
@@ -283,7 +285,7 @@ impl Agent {
         let tunnels = health::start(
             self.tunnel_targets(),
             HashMap::new(),
-            self.config.snat.probe_address,
+            self.config.snat.probes,
             tunnel_sender,
         );
         let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
@@ -531,15 +533,15 @@ impl Agent {
 }
 
 /// What a diagnosis has to know of a backend.
-fn subject(config: &Config, backend: SocketAddrV4) -> Subject {
+fn subject(config: &Config, backend: SocketAddr) -> Subject {
     let remote = config.networks.values().find_map(|network| {
-        let cidr = network.cidrs.iter().find(|cidr| cidr.contains(backend.ip()))?;
+        let cidr = network.cidrs.iter().find(|cidr| cidr.contains(&backend.ip()))?;
         Some((*cidr, network.tunnel.clone()))
     });
     Subject {
         backend,
-        probe_source: config.snat.probe_address,
-        snat_prefixes: config.snat.prefixes.clone(),
+        probe_source: config.snat.probes.towards(backend.ip()),
+        snat_prefixes: config.snat.prefixes_of(backend.ip()),
         remote,
     }
 }

@@ -140,6 +140,7 @@ impl Agent {
             file,
             capacity,
             flow_keys: sizes.flow_keys,
+            flow_keys_v6: sizes.flow_keys_v6,
             network,
             pins: pins.clone(),
             _ebpf: ebpf,
@@ -286,27 +287,31 @@ pub(crate) fn sizes(config: &Config) -> Sizes {
     let ranges = listeners
         .clone()
         .filter(|listener| listener.ports.single().is_none())
-        .map(|listener| listener.ports.prefixes().len())
+        .map(|listener| listener.ports.prefixes().len() * listener.vips.len())
         .sum();
     let sources = listeners
+        .clone()
         .flat_map(|listener| &listener.sources)
         .map(Vec::len)
         .sum();
-    let vips: HashSet<_> = config.listeners.values().map(|listener| listener.vip).collect();
+    // A listener has its ports on each of its VIPs.
+    let keys: usize = listeners.clone().map(|listener| listener.vips.len()).sum();
+    let (_, has_v6) = config.families();
+    let flow_keys = config
+        .agent
+        .max_flows
+        .saturating_mul(if has_dnat { 2 } else { 1 });
     Sizes {
         flows: config.agent.max_flows,
-        flow_keys: config
-            .agent
-            .max_flows
-            .saturating_mul(if has_dnat { 2 } else { 1 }),
-        flow_keys_v6: 1,
+        flow_keys,
+        flow_keys_v6: if has_v6 { flow_keys } else { 1 },
         slots: config.agent.max_slots,
         groups: config.groups.len() as u32,
         backends: backends as u32,
-        listeners: config.listeners.len() as u32,
+        listeners: keys as u32,
         listener_ranges: at_least_one(ranges),
         sources: at_least_one(sources),
-        vips: vips.len() as u32,
+        vips: config.vips().len() as u32,
         interfaces: (config.interfaces.len() + config.tunnels.len()) as u32,
         // How many neighbours there are on a tunnel's device is found out later.
         tunnel_peers: at_least_one(config.tunnels.len()),

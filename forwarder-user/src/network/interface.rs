@@ -1,6 +1,6 @@
 //! Interfaces: what they are called, what they are, whether they carry traffic.
 
-use std::{fmt, net::Ipv4Addr};
+use std::{fmt, net::IpAddr};
 
 use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
@@ -33,7 +33,7 @@ pub struct Interface {
     /// Number of the bond, bridge or VRF that it is a port of.
     pub controller: Option<u32>,
     /// The far end of a tunnel, in the network that carries it; `None` where it has none or several.
-    pub remote: Option<Ipv4Addr>,
+    pub remote: Option<IpAddr>,
     /// The kernel driver of a physical interface; `None` where sysfs does not tell.
     pub driver: Option<String>,
 }
@@ -106,14 +106,16 @@ impl Interface {
 }
 
 /// The far end that a tunnel device was made with.
-fn remote(data: &InfoData) -> Option<Ipv4Addr> {
+fn remote(data: &InfoData) -> Option<IpAddr> {
     let address = match data {
         InfoData::Vxlan(infos) => infos.iter().find_map(|info| match info {
-            InfoVxlan::Group(address) => Some(*address),
+            InfoVxlan::Group(address) => Some(IpAddr::V4(*address)),
+            InfoVxlan::Group6(address) => Some(IpAddr::V6(*address)),
             _ => None,
         }),
         InfoData::Geneve(infos) => infos.iter().find_map(|info| match info {
-            InfoGeneve::Remote(address) => Some(*address),
+            InfoGeneve::Remote(address) => Some(IpAddr::V4(*address)),
+            InfoGeneve::Remote6(address) => Some(IpAddr::V6(*address)),
             _ => None,
         }),
         _ => None,
