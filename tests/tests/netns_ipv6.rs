@@ -21,8 +21,10 @@ use forwarder_tests::lab::{
 };
 
 const UDP_PORT: u16 = 5353;
-/// How long a socket waits for a datagram.
-const DEADLINE: Duration = Duration::from_secs(2);
+/// How long a client waits for an answer before it asks again.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How long a server waits for somebody to ask.
+const IDLE: Duration = Duration::from_secs(4);
 
 fn play(
     configure: impl Fn(&Site) -> Configuration,
@@ -105,6 +107,47 @@ fn the_vip_answers_pings_and_is_nobody_s_address() -> Result<()> {
     })
 }
 
+/// A client that knows the VIPs at another gateway does not ask; it is told.
+#[test]
+fn neighbours_are_told_whose_the_vips_are_now() -> Result<()> {
+    if !lab::can_run_test(Some(agent::binary())) {
+        return Ok(());
+    }
+    let site = Site::cross_region(Lifetime::Process, Extras::default())?;
+    dual_stack::add(&site)?;
+    let vips = [site.vip.to_string(), VIP_V6.to_string()];
+    for vip in &vips {
+        site.client().run(&format!(
+            "ip neigh replace {vip} lladdr 02:00:00:00:00:99 dev eth0 nud stale"
+        ))?;
+    }
+    let show_log = ShowLog::of(&site.lab);
+    let configuration = web(&site).listener("web4", site.vip, PORT + 1, "tcp", "web");
+    let _agent = site.start_agent(&configuration, "web")?;
+    let link = site.gateway.run("ip -brief link show eth0")?;
+    let mac = link
+        .split_whitespace()
+        .nth(2)
+        .context("a link address")?
+        .to_owned();
+    for vip in &vips {
+        wait_until(
+            "the client to know the new gateway",
+            Duration::from_secs(10),
+            || {
+                let known = site.client().run(&format!("ip neigh show {vip} dev eth0"))?;
+                ensure!(known.contains(&mac), "{vip} should be at {mac}: {known}");
+                Ok(())
+            },
+        )?;
+    }
+    // Who asks for the VIP asks this group, and NICs let only their own groups through.
+    let groups = site.gateway.run("ip maddress show dev eth0")?;
+    ensure!(groups.contains("ff02::1:ff00:100"), "{groups}");
+    show_log.all_is_well();
+    Ok(())
+}
+
 #[test]
 fn datagrams_go_both_ways() -> Result<()> {
     let configure = |site: &Site| {
@@ -114,19 +157,26 @@ fn datagrams_go_both_ways() -> Result<()> {
             .backend("echo", "ecs02", REMOTE_V6, UDP_PORT, 1)
             .listener("echo", VIP_V6, UDP_PORT, "udp", "echo")
     };
-    play(configure, "echo", |site, _| {
+    play(configure, "echo", |site, agent| {
         let servers = ["ecs01", "ecs02"].map(|name| -> Result<_> {
-            let socket = open(&site.server(name)?.namespace, UDP_PORT)?;
+            let socket = open(&site.server(name)?.namespace, UDP_PORT, IDLE)?;
             Ok(thread::spawn(move || echo(&socket, name)))
         });
         let to = SocketAddrV6::new(VIP_V6, UDP_PORT, 0, 0);
         let mut answered = Vec::new();
         for number in 0..20 {
-            let client = open(site.client(), 0)?;
+            let client = open(site.client(), 0, PATIENCE)?;
             answered.push(wait_until("an answer", Duration::from_secs(10), || {
                 client.send_to(format!("{number}").as_bytes(), to)?;
                 let mut buffer = [0; 64];
-                let (length, from) = client.recv_from(&mut buffer)?;
+                let (length, from) = client.recv_from(&mut buffer).map_err(|error| {
+                    let status = agent.status().map(|status| {
+                        let used = status.reasons.into_iter().filter(|reason| reason.packets > 0);
+                        used.map(|reason| format!("{} {}", reason.name, reason.packets))
+                            .collect::<Vec<_>>()
+                    });
+                    anyhow::anyhow!("{error}; {status:?}")
+                })?;
                 ensure!(from == SocketAddr::V6(to), "{from} answered");
                 Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
             })?);
@@ -160,9 +210,9 @@ fn echo(socket: &UdpSocket, name: &str) -> Vec<SocketAddr> {
     peers
 }
 
-fn open(namespace: &Namespace, port: u16) -> Result<UdpSocket> {
+fn open(namespace: &Namespace, port: u16, patience: Duration) -> Result<UdpSocket> {
     let socket = namespace.inside(|| UdpSocket::bind(("::", port)))??;
-    socket.set_read_timeout(Some(DEADLINE))?;
+    socket.set_read_timeout(Some(patience))?;
     Ok(socket)
 }
 

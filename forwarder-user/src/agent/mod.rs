@@ -24,6 +24,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use crate::{
+    announce::Announcer,
     api::{self, Request, Requests, StatusSource},
     config::{Config, OnStop},
     datapath::{
@@ -254,6 +255,7 @@ struct Agent {
     /// For those who look at the live maps.
     names: watch::Sender<Arc<Names>>,
     started_at: Instant,
+    announcer: Announcer,
     /// Every backend has been heard of once.
     is_ready: bool,
 }
@@ -342,6 +344,7 @@ impl Agent {
                     self.take_sample()?;
                     self.sweep.check()?;
                     self.look_for_trouble().await?;
+                    self.announcer.tick();
                     self.forget_what_has_left()?;
                     self.look_after_drains();
                     self.go_on_with_slow_starts()?;
@@ -382,6 +385,7 @@ impl Agent {
             self.reconcile()?;
         }
         self.resolve_next_hops().await;
+        self.look_where_to_announce(false).await;
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use aya_log::EbpfLogger;
 use forwarder_common::abi::{
     backend::GroupId,
     flow::FlowId,
+    interface::Interface,
     snat::{PORTS_PER_ADDRESS, SnatPool},
 };
 use tokio::sync::watch;
@@ -19,6 +20,7 @@ use tracing::{debug, info};
 
 use super::{Agent, BackendNotes, Sample, passive::PassiveChecks, tables::Tables};
 use crate::{
+    announce::Announcer,
     config::{self, Config, NatMode, TableSizes},
     datapath::{
         attach::{self, Attachment},
@@ -44,6 +46,7 @@ use crate::{
         overrides,
         placement::NoRoom,
         plan::Applied,
+        vlans,
     },
     sweep::{SweepThread, TimeoutTable},
 };
@@ -82,6 +85,7 @@ impl Agent {
             .inspect_err(|_| drop(pins.unpin(&free_list)))?;
 
         let reset_sender = ResetSender::open()?;
+        let announcer = Announcer::open()?;
         let mut handover = Handover::open(old_lists, sizes.flows)?;
         handover.advance(&mut flow_maps)?;
         let mut attachments = Vec::new();
@@ -104,10 +108,7 @@ impl Agent {
             slow_starts: BTreeMap::new(),
             now: Duration::ZERO,
             overrides: overrides::named(&before.desired.overrides, &applied.ids),
-            interfaces: attachments
-                .iter()
-                .map(|one| (one.ifindex, one.interface))
-                .collect(),
+            interfaces: with_vlans(&network, &attachments).await?,
             ejected: HashSet::new(),
             tunnels: before.desired.tunnels.clone(),
             // Flows ask for their routes anew: the programs or the interfaces may be others.
@@ -169,6 +170,7 @@ impl Agent {
             passive: PassiveChecks::start(backend_watch),
             names,
             started_at,
+            announcer,
             is_ready: false,
         };
         agent.look_for_trouble().await?;
@@ -181,6 +183,7 @@ impl Agent {
         agent.sample = agent.read_sample()?;
         agent.configure_passive();
         agent.resolve_next_hops().await;
+        agent.look_where_to_announce(true).await;
         Ok((agent, inspector))
     }
 }
@@ -262,6 +265,20 @@ pub(super) fn keeps_bindings(before: &SnatPool, after: &SnatPool, flows: u32) ->
                 held.is_none() || held == after.binding(id, is_v4)
             })
         })
+}
+
+/// What the data path has to know of interfaces: of those that it is attached to, and of VLAN devices on top of them.
+pub(super) async fn with_vlans(
+    network: &Network,
+    attachments: &[Attachment],
+) -> Result<BTreeMap<u32, Interface>, Error> {
+    let mut all: BTreeMap<_, _> = attachments
+        .iter()
+        .map(|one| (one.ifindex, one.interface))
+        .collect();
+    let vlans = vlans::entries(&network.interfaces().await?, &all);
+    all.extend(vlans);
+    Ok(all)
 }
 
 /// An interface of the configuration, which has to exist.

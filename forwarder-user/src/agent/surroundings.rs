@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use tracing::{debug, error, info, warn};
 
-use super::Agent;
+use super::{Agent, start::with_vlans};
 use crate::{
     config::{Config, PerFamily, RoutingTable},
     error::Error,
@@ -88,13 +88,28 @@ impl Agent {
                 }
             }
         }
+        if changes.overrun || !changes.links.is_empty() {
+            self.observed.interfaces = with_vlans(&self.network, &self.attachments).await?;
+        }
         self.survey_tunnels().await?;
         self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
         self.reconcile()?;
         if changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty() {
             self.resolve_next_hops().await;
         }
+        let came_up = changes.links.iter().any(|link| link.state == LinkState::Up);
+        if changes.addresses || changes.overrun || came_up {
+            self.look_where_to_announce(came_up).await;
+        }
         Ok(())
+    }
+
+    /// Finds out which neighbours are to be told of which addresses; `again`: also those that have been told.
+    pub(super) async fn look_where_to_announce(&mut self, again: bool) {
+        // Without announcements neighbours find the addresses when they ask, or when what they know is too old.
+        if let Err(error) = self.announcer.look(&self.network, &self.config, again).await {
+            warn!(%error, "addresses are not announced");
+        }
     }
 
     /// Asks the kernel to find out the link addresses of the backends' next hops, before traffic needs them.

@@ -24,6 +24,7 @@ mod fib;
 mod genetlink;
 mod interface;
 mod neighbour;
+mod packet_socket;
 mod route;
 mod rule;
 mod sysctl;
@@ -35,8 +36,9 @@ mod xdp_features;
 
 pub use ethtool::{Offloads, Queues, offloads, queues};
 pub use fib::{Decision, Entry, Policy, Rule};
-pub use interface::{Interface, InterfaceKind};
+pub use interface::{Interface, InterfaceKind, Vlan};
 pub use neighbour::{Neighbour, NeighbourState};
+pub use packet_socket::PacketSocket;
 pub use route::{Route, RouteError};
 pub use rule::{MAIN_TABLE, PolicyRule, RULE_PRIORITY, Selector};
 pub use sysctl::RpFilter;
