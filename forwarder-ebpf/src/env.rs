@@ -7,15 +7,15 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
         bpf_fib_lookup as FibLookup,
     },
-    helpers::generated::bpf_fib_lookup,
+    helpers::generated::{bpf_fib_lookup, bpf_xdp_load_bytes},
 };
 use forwarder_common::{
-    abi::{flow::FlowKey, reason::Reason, settings::Settings},
-    datapath::{Env, Hook, Outcome, Packet, Route, Stop, Tables, Walk, next_hop},
+    abi::{flow::FlowKey, fragment::HELD_BYTES, reason::Reason, settings::Settings},
+    datapath::{Env, Hook, Outcome, Packet, Route, Stop, Tables, Walk, fragment, next_hop},
     wire::{Be32, LinkPair, MacAddress},
 };
 
-use crate::{functions, maps};
+use crate::{functions, maps, packet::masked};
 
 /// Linux's AF_INET.
 const AF_INET: u8 = 2;
@@ -96,6 +96,35 @@ impl Env for KernelEnv {
         }
         maps::lend(walk);
         functions::next_hop(self)
+    }
+
+    #[inline(always)]
+    fn hold<P: Packet>(&mut self, _: &mut P, walk: &Walk) -> bool {
+        let frame = &walk.frame;
+        if frame.total_len as usize > HELD_BYTES {
+            return false;
+        }
+        let Some(mut entry) = maps::held_fragment() else {
+            return false;
+        };
+        let held = entry.as_mut_ptr();
+        // The verifier refuses a length that may be zero; see `packet::forwarder_sum`.
+        let len = masked::<{ HELD_BYTES as u64 - 1 }>(frame.total_len as usize - 1) as u32 + 1;
+        // SAFETY: the entry is as large as the struct, whose fields are written one by one; the helper writes `len` bytes
+        // at most, which is no more than the array has, and checks the offset.
+        let loaded = unsafe {
+            (*held).key = fragment::key(frame);
+            (*held).ingress_ifindex = self.ingress_ifindex;
+            (*held).len = len;
+            let packet = (&raw mut (*held).packet).cast();
+            bpf_xdp_load_bytes(self.ctx.cast(), frame.network_offset, packet, len)
+        };
+        if loaded < 0 {
+            entry.discard(0);
+            return false;
+        }
+        entry.submit(0);
+        true
     }
 
     #[inline(always)]

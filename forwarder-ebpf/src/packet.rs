@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Packet, Stop, Tables, Walk},
+    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk},
     wire::{
         LinkPair, WireHeader,
         checksum::{Delta, fold},
@@ -68,7 +68,7 @@ fn pointer<const OFFSET: usize>(ctx: *const c_void) -> usize {
 /// A number that the verifier sees to be at most `MASK`. The mask is assembly, as the compiler would drop one
 /// that it knows to change nothing, and the verifier of Linux 6.1 does not infer the bound.
 #[inline(always)]
-fn masked<const MASK: u64>(mut number: usize) -> usize {
+pub(crate) fn masked<const MASK: u64>(mut number: usize) -> usize {
     // SAFETY: arithmetic on one register.
     unsafe {
         core::arch::asm!(
@@ -214,9 +214,15 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
-    fn encapsulate<T: Tables>(&mut self, _tables: &T, _settings: &Settings, walk: &Walk) -> Result<(), Stop> {
+    fn leave<T: Tables>(
+        &mut self,
+        _tables: &T,
+        hook: Hook,
+        _settings: &Settings,
+        walk: &Walk,
+    ) -> Result<(), Stop> {
         maps::lend(walk);
-        functions::encapsulate(self.ctx.ctx)
+        functions::leave(self.ctx.ctx, hook)
     }
 }
 

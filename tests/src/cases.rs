@@ -29,6 +29,7 @@ use crate::{
     },
 };
 
+mod fragments;
 mod icmp_errors;
 mod ipv6;
 mod overlay;
@@ -522,6 +523,7 @@ pub fn all() -> Vec<Case> {
         checksums(),
         partial_checksums(),
         segment_sizes().into_iter().map(Case::v4_only).collect(),
+        fragments::all(),
         icmp_errors::all(),
         ipv6::all(),
         vlan::all(),
@@ -2073,7 +2075,6 @@ fn lengths() -> Vec<Case> {
 
 fn others() -> Vec<Case> {
     let passed = |frame: Vec<u8>, reason| Step::passed(frame, reason);
-    let fragment = |field| passed(syn(WEB).payload(64).fragment(field).build(), Reason::FRAGMENT);
     let unfragmented = syn(WEB).fragment(0x4000);
     let unsupported = |protocol| {
         let packet = Builder::other(protocol, *CLIENT.ip(), VIP)
@@ -2088,12 +2089,6 @@ fn others() -> Vec<Case> {
     let own = |service, source| Step::dropped(syn(service).from(source).build(), Reason::OWN_SOURCE);
     let ethertype = |kind: [u8; 2]| patched(syn(WEB).build(), 12, &kind);
     vec![
-        Case::new("A first fragment passes", world()).then(fragment(0x2000)),
-        Case::new("A middle fragment passes", world()).then(fragment(0x2010)),
-        Case::new("A last fragment passes", world()).then(fragment(0x0010)),
-        Case::new("A fragment of a flow passes", world())
-            .then(web_opening())
-            .then(fragment(0x2000)),
         Case::new("A packet that must not be fragmented is none", world()).then(
             Step::request(&unfragmented, &to_server(&unfragmented, binding(0), SERVER)).counts(WEB.opened()),
         ),

@@ -533,6 +533,21 @@ impl Arp {
     }
 }
 
+/// A frame with the link and IPv4 header of another, but for identification, fragmentation, length and checksum, before
+/// this payload.
+pub fn with_ipv4_header(header: &[u8], identification: u16, fragment: u16, payload: &[u8]) -> Vec<u8> {
+    let mut frame = header.to_vec();
+    let ip = &mut frame[ETHERNET_LEN..];
+    ip[2..4].copy_from_slice(&((20 + payload.len()) as u16).to_be_bytes());
+    ip[4..6].copy_from_slice(&identification.to_be_bytes());
+    ip[6..8].copy_from_slice(&fragment.to_be_bytes());
+    ip[10..12].fill(0);
+    let checksum = !fold(sum(ip));
+    ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
 /// A frame with some bytes replaced; checksums stay as they are.
 pub fn patched(mut frame: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
     frame[offset..offset + bytes.len()].copy_from_slice(bytes);

@@ -227,6 +227,7 @@ impl Kernel {
         self.set_array(map_name::GROUPS, &tables.groups)?;
         self.set_array(map_name::GROUP_TURNS, &tables.group_turns)?;
         self.set_hash(map_name::PERSISTENCE, &tables.persistence)?;
+        self.set_hash(map_name::FRAGMENTS, &tables.fragments)?;
         self.set_array(map_name::SLOTS, &tables.slots)?;
         self.set_array(map_name::BACKENDS, &tables.backends)?;
         self.set_array(map_name::FLOWS, &tables.flows)?;

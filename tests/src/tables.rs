@@ -16,6 +16,7 @@ use forwarder_common::{
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, NatMode},
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
+        fragment::{FragmentFlow, FragmentKey, HELD_BYTES},
         interface::{Interface, InterfaceKey, flag},
         listener::{
             Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey,
@@ -27,7 +28,7 @@ use forwarder_common::{
         snat::SnatRange,
         tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
     },
-    datapath::{Env, Gauge, Hook, Outcome, Route, Tables, TrafficEvent},
+    datapath::{Env, Gauge, Hook, Outcome, Packet, Route, Tables, TrafficEvent, Walk},
     wire::{Be16, IpAddress, LinkPair, MacAddress},
 };
 use forwarder_user::{
@@ -82,6 +83,7 @@ pub struct MemoryTables {
     pub listener_counters: Vec<TrafficCounters>,
     pub backend_counters: Vec<TrafficCounters>,
     pub reason_counters: Vec<ReasonCounters>,
+    pub fragments: HashMap<FragmentKey, FragmentFlow>,
     pub icmp_budget: IcmpBudget,
 }
 
@@ -117,6 +119,7 @@ impl Default for MemoryTables {
             listener_counters: vec![TrafficCounters::default(); SIZES.listeners as usize],
             backend_counters: vec![TrafficCounters::default(); SIZES.backends as usize],
             reason_counters: vec![ReasonCounters::default(); Reason::COUNT],
+            fragments: HashMap::new(),
             icmp_budget: IcmpBudget::default(),
         }
     }
@@ -521,8 +524,8 @@ impl Tables for MemoryTables {
         self.tunnel_peers.get(&id)
     }
 
-    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference> {
-        self.flow_index.get(key).copied()
+    fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference> {
+        self.flow_index.get(key)
     }
 
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry> {
@@ -552,6 +555,14 @@ impl Tables for MemoryTables {
 
     fn return_flow(&mut self, id: FlowId) {
         self.free_flows.push_back(id);
+    }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentFlow> {
+        self.fragments.get(key)
+    }
+
+    fn keep_fragment(&mut self, key: &FragmentKey, flow: FragmentFlow) {
+        self.fragments.insert(*key, flow);
     }
 
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
@@ -668,6 +679,10 @@ impl Env for MemoryEnv {
 
     fn route(&mut self, key: &FlowKey) -> Route {
         route(self.ingress_ifindex, key.destination)
+    }
+
+    fn hold<P: Packet>(&mut self, _packet: &mut P, walk: &Walk) -> bool {
+        walk.frame.total_len as usize <= HELD_BYTES
     }
 }
 

@@ -48,6 +48,10 @@ pub const LISTENER_COUNTERS: &str = "LISTENER_COUNT";
 pub const BACKEND_COUNTERS: &str = "BACKEND_COUNT";
 /// Per-CPU array of one `datapath::Walk`: what stages hand on.
 pub const WALK: &str = "WALK";
+/// LRU hash from `FragmentKey` to `FragmentFlow`.
+pub const FRAGMENTS: &str = "FRAGMENTS";
+/// Ring buffer of `HeldFragment`.
+pub const HELD: &str = "HELD";
 /// Per-CPU array of one `IcmpBudget`.
 pub const ICMP_BUDGET: &str = "ICMP_BUDGET";
 /// Per-CPU array of `ReasonCounters` by `Reason`.

@@ -8,6 +8,7 @@
 pub mod backend;
 pub mod counter;
 pub mod flow;
+pub mod fragment;
 pub mod interface;
 pub mod listener;
 pub mod map_name;

@@ -40,7 +40,7 @@ pub struct Hit {
 impl Hit {
     /// Becomes what a packet of this direction needs.
     #[inline(always)]
-    fn set(&mut self, id: FlowId, direction: Direction, entry: &FlowEntry) {
+    pub(super) fn set(&mut self, id: FlowId, direction: Direction, entry: &FlowEntry) {
         self.id = id;
         self.direction = direction;
         self.listener = entry.listener;

@@ -19,6 +19,7 @@ use crate::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::IcmpBudget,
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
+        fragment::{FragmentFlow, FragmentKey},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
@@ -34,6 +35,7 @@ pub mod arp;
 pub mod backend;
 pub mod echo;
 pub mod flow;
+pub mod fragment;
 pub mod hash;
 pub mod icmp;
 pub mod icmp_error;
@@ -225,13 +227,19 @@ pub trait Packet {
         overlay::recognise(self, tables, walk);
     }
 
-    /// [`overlay::encapsulate`], wherever it runs.
+    /// [`rewrite::leave`], wherever it runs.
     #[inline(always)]
-    fn encapsulate<T: Tables>(&mut self, tables: &T, settings: &Settings, walk: &Walk) -> Result<(), Stop>
+    fn leave<T: Tables>(
+        &mut self,
+        tables: &T,
+        hook: Hook,
+        settings: &Settings,
+        walk: &Walk,
+    ) -> Result<(), Stop>
     where
         Self: Sized,
     {
-        overlay::encapsulate(self, tables, settings, walk)
+        rewrite::leave(self, tables, hook, settings, walk)
     }
 }
 
@@ -284,6 +292,15 @@ pub trait Tables {
         open::open(self, settings, walk, backend, ended)
     }
 
+    /// [`fragment::follow`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn follow(&mut self, settings: &Settings, walk: &mut Walk) -> fragment::Followed
+    where
+        Self: Sized,
+    {
+        fragment::follow(self, settings, walk)
+    }
+
     /// [`backend::choose`], wherever it runs; `walk` is the one of this packet.
     #[inline(always)]
     fn choose(&mut self, walk: &Walk, hash: u32, now_secs: u32) -> backend::Found
@@ -318,7 +335,10 @@ pub trait Tables {
     /// Keeps where a client's flow goes; of a full table, what was not used for longest makes room.
     fn keep_persistence(&mut self, key: &PersistenceKey, value: Persistence);
 
-    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference>;
+    /// A reference to the value, as all lookups have, and no copy: an option with a payload is undefined where there is
+    /// none, and where two lookups meet the compiler might still spill it, which the verifier refuses ("R1 !read_ok",
+    /// Linux 6.18).
+    fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference>;
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
     /// Inserts unless the key exists; `false`: it does, or there is no room.
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool;
@@ -335,6 +355,10 @@ pub trait Tables {
 
     /// Seconds of CLOCK_MONOTONIC, by which entries age.
     fn now_secs(&mut self) -> u32;
+
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentFlow>;
+    /// Keeps the flow of a first fragment; of a full table, what was not used for longest makes room.
+    fn keep_fragment(&mut self, key: &FragmentKey, flow: FragmentFlow);
 
     /// This CPU's budget of ICMP messages.
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget>;
@@ -437,6 +461,9 @@ pub trait Env {
     {
         next_hop::find(tables, self, settings, walk)
     }
+
+    /// Hands a later fragment that came too early to the agent, which sends it on; `false`: it cannot.
+    fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk) -> bool;
 
     /// [`icmp::forward`], wherever it runs; `walk` is the one of this packet.
     ///

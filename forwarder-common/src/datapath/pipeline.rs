@@ -3,6 +3,7 @@
 use super::{
     Action, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
     flow::{self, Found, Hit},
+    fragment::{self, part},
     listener, mss, neighbour, next_hop, open, overlay,
     parse::{self, Frame, Kind},
     quota, rewrite,
@@ -11,7 +12,7 @@ use crate::{
     abi::{
         flow::{Direction, FlowId},
         reason::Reason,
-        settings::{Settings, flag::TUNNELS},
+        settings::{Settings, flag},
     },
     wire::tcp::FLAG_RST,
 };
@@ -49,19 +50,23 @@ fn stages<P: Packet, T: Tables, E: Env>(
     walk: &mut Walk,
 ) -> Result<Outcome, Stop> {
     // Only native XDP can take headers off and put them on: elsewhere the stack holds on to what it knows of them.
-    let has_tunnels = env.hook() == Hook::Xdp && settings.flags & TUNNELS != 0;
     walk.inside.network_offset = 0;
-    if has_tunnels {
+    if env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0 {
         packet.recognise(tables, walk);
     }
     match parse::frame(packet, walk)? {
-        Kind::Flow => {}
+        Kind::Flow => find_or_open(tables, settings, walk)?,
+        Kind::Fragment => match tables.follow(settings, walk) {
+            fragment::FOUND => {}
+            _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
+            reason => return Err(fragment::stop(packet, env, walk, Reason(reason as u32))),
+        },
         _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
         Kind::Icmp => {
             let outcome = env.icmp(packet, tables, settings, walk)?;
             if matches!(outcome.reason, Reason::ICMP_FORWARDED | Reason::ICMP_TO_STACK) {
-                rewrite::leave(packet, tables, env.hook(), settings, walk)?;
+                packet.leave(tables, env.hook(), settings, walk)?;
             }
             return Ok(outcome);
         }
@@ -69,13 +74,8 @@ fn stages<P: Packet, T: Tables, E: Env>(
             return neighbour::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex());
         }
     }
-    let found = flow::lookup(tables, settings, walk)?;
-    if found != Found::Hit {
-        if walk.inside.is_tunnel() {
-            return Err(Stop::pass(Reason::TUNNEL_TO_STACK));
-        }
-        admit(tables, settings, walk)?;
-        open_flow(tables, settings, walk, found.ended())?;
+    if walk.frame.fragment == part::FIRST {
+        fragment::keep(tables, walk);
     }
     rewrite::check_ttl(&walk.frame)?;
     if walk.inside.is_tunnel() {
@@ -83,7 +83,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     }
     next_hop::resolve(tables, env, settings, walk)?;
     next_hop::fit(env, walk)?;
-    let mtu_bytes = if mss::is_announced(&walk.frame) {
+    let mtu_bytes = if mss::is_announced(&walk.frame) && settings.flags & flag::KEEP_SEGMENT_SIZE == 0 {
         next_hop::path_mtu(tables, env, walk)
     } else {
         0
@@ -91,7 +91,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
 
     // No byte was changed above this line; below it no policy decides.
     rewrite::apply(packet, walk, settings, mtu_bytes)?;
-    rewrite::leave(packet, tables, env.hook(), settings, walk)?;
+    packet.leave(tables, env.hook(), settings, walk)?;
     count(tables, &walk.frame, &walk.hit);
     let verdict = next_hop::verdict(env, &walk.hit.hop);
     Ok(if walk.hit.direction == Direction::REQUEST {
@@ -110,6 +110,20 @@ pub fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
         forwarded
     };
     Outcome { verdict, reason }
+}
+
+/// The flow of a packet, which it may open.
+#[inline(always)]
+fn find_or_open<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+    let found = flow::lookup(tables, settings, walk)?;
+    if found == Found::Hit {
+        return Ok(());
+    }
+    if walk.inside.is_tunnel() {
+        return Err(Stop::pass(Reason::TUNNEL_TO_STACK));
+    }
+    admit(tables, settings, walk)?;
+    open_flow(tables, settings, walk, found.ended())
 }
 
 /// May a packet without a flow open one of a listener?

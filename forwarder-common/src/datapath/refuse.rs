@@ -8,6 +8,7 @@
 
 use super::{
     Outcome, Packet, Stop, Tables, Verdict, Walk, echo,
+    fragment::part,
     icmp_error::{self, Message},
     parse::Frame,
     transport_checksum::{self, Change},
@@ -39,7 +40,10 @@ pub fn answer<P: Packet, T: Tables>(
         Reason::TOO_BIG => Message::too_big(walk.hit.hop.mtu_bytes),
         _ => Message::PORT_UNREACHABLE,
     };
-    let answered = if reason.is_flow_refusal() && frame.is_tcp() {
+    let answered = if frame.fragment == part::LATER {
+        // RFC 1122 §3.2.2: no errors about fragments but the first.
+        Err(Stop::drop(reason))
+    } else if reason.is_flow_refusal() && frame.is_tcp() {
         reset(packet, frame, settings)
     } else {
         icmp_error::answer(packet, tables, settings, frame, message)

@@ -5,7 +5,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Hook, Packet, Stop, Tables, Walk, mss, overlay, parse::Frame, transport_checksum};
+use super::{
+    Hook, Packet, Stop, Tables, Walk, fragment::part, mss, overlay, parse::Frame, transport_checksum,
+};
 use crate::{
     abi::{
         flow::{Direction, FlowBinding, FlowEntry, HopKind, NextHop},
@@ -113,24 +115,28 @@ pub fn apply<P: Packet>(
 ) -> Result<(), Stop> {
     let (frame, rewrite, hop) = (&walk.frame, &walk.hit.rewrite, &walk.hit.hop);
     let is_sent = hop.kind == HopKind::DIRECT;
-    let checksum = transport_checksum::state(packet, frame, settings)?;
-    let segment_size = if mtu_bytes == 0 {
-        Delta::ZERO
+    if frame.fragment == part::LATER {
+        network(packet, frame, rewrite, is_sent)?;
     } else {
-        mss::clamp(packet, frame, mtu_bytes)?
-    };
-    network(packet, frame, rewrite, is_sent)?;
+        let checksum = transport_checksum::state(packet, frame, settings)?;
+        let segment_size = if mtu_bytes == 0 {
+            Delta::ZERO
+        } else {
+            mss::clamp(packet, frame, mtu_bytes)?
+        };
+        network(packet, frame, rewrite, is_sent)?;
 
-    let ports = packet.header::<Ports>(frame.transport_offset as usize)?;
-    ports.source = rewrite.source_port;
-    ports.destination = rewrite.destination_port;
+        let ports = packet.header::<Ports>(frame.transport_offset as usize)?;
+        ports.source = rewrite.source_port;
+        ports.destination = rewrite.destination_port;
 
-    // The checksum does not care where in the transport header a word changed.
-    let change = transport_checksum::Change {
-        addresses: rewrite.addresses,
-        words: rewrite.ports.and(segment_size),
-    };
-    transport_checksum::update(packet, frame, change, checksum, is_sent)?;
+        // The checksum does not care where in the transport header a word changed.
+        let change = transport_checksum::Change {
+            addresses: rewrite.addresses,
+            words: rewrite.ports.and(segment_size),
+        };
+        transport_checksum::update(packet, frame, change, checksum, is_sent)?;
+    }
     Ok(())
 }
 
@@ -186,7 +192,7 @@ pub fn leave<P: Packet, T: Tables>(
     }
     match is_sent {
         false => Ok(()),
-        true if hook == Hook::Xdp && hop.peer != 0 => packet.encapsulate(tables, settings, walk),
+        true if hook == Hook::Xdp && hop.peer != 0 => overlay::encapsulate(packet, tables, settings, walk),
         true => link(packet, &walk.frame, hop),
     }
 }

@@ -202,6 +202,20 @@ pub struct FragmentHeader {
 
 impl WireHeader for FragmentHeader {}
 
+impl FragmentHeader {
+    /// Is this another fragment than the first?
+    #[inline(always)]
+    pub const fn is_later(&self) -> bool {
+        self.offset.get() & !7 != 0
+    }
+
+    /// Do more follow?
+    #[inline(always)]
+    pub const fn has_more(&self) -> bool {
+        self.offset.get() & 1 != 0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -60,6 +60,8 @@ pub struct Agent {
     pub pin_directory: PathBuf,
     /// What remains when the agent is told to stop.
     pub on_stop: OnStop,
+    /// Lower the segment size that TCP connections announce to what the interfaces they pass carry; default true.
+    pub mss_clamp: bool,
 }
 
 /// What remains when the agent is told to stop.

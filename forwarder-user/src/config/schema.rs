@@ -91,6 +91,7 @@ const AGENT: Shape = Shape {
         "max_persistent_clients",
         "pin_directory",
         "on_stop",
+        "mss_clamp",
         "allowed_backend_ranges",
     ],
 };
@@ -197,6 +198,7 @@ pub struct Agent {
     pub max_persistent_clients: OptionalField<u32>,
     pub pin_directory: OptionalField<PathBuf>,
     pub on_stop: OptionalField<OnStop>,
+    pub mss_clamp: OptionalField<bool>,
     pub allowed_backend_ranges: OptionalField<Vec<Field<Ipv4Net>>>,
 }
 
@@ -301,6 +303,7 @@ impl Document {
                     "on_stop",
                     one_of(&[("detach", OnStop::Detach), ("keep", OnStop::Keep)]),
                 ),
+                mss_clamp: table.optional("mss_clamp", boolean),
                 allowed_backend_ranges: table.optional_list("allowed_backend_ranges", CIDRS, prefix),
             }),
             snat: file.required_table("snat", &SNAT, |table| Snat {

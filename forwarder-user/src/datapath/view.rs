@@ -28,6 +28,7 @@ use forwarder_common::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::IcmpBudget,
         flow::{FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
+        fragment::{FragmentFlow, FragmentKey, HELD_BYTES},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         map_name,
@@ -38,7 +39,7 @@ use forwarder_common::{
             PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
         },
     },
-    datapath::{Env, Gauge, Hook, Outcome, Route, Tables, TrafficEvent, inquiry::Inquiry},
+    datapath::{Env, Gauge, Hook, Outcome, Packet, Route, Tables, TrafficEvent, inquiry::Inquiry},
 };
 
 use super::{
@@ -72,6 +73,7 @@ pub struct LiveMaps {
     listeners_live: Table<u64>,
     backends_live: Table<u64>,
     flow_index: FlowIndex,
+    fragments: Hash<FragmentKey, FragmentFlow>,
     /// How many keys the flow index has room for.
     flow_keys: u32,
     flows: FlowMemory,
@@ -96,6 +98,7 @@ impl LiveMaps {
             backends: again(ebpf, map_name::BACKENDS)?,
             group_turns: again(ebpf, map_name::GROUP_TURNS)?,
             persistence: again(ebpf, map_name::PERSISTENCE)?,
+            fragments: again(ebpf, map_name::FRAGMENTS)?,
             interfaces: again(ebpf, map_name::INTERFACES)?,
             tunnel_ports: again(ebpf, map_name::TUNNEL_PORTS)?,
             tunnel_endpoints: again(ebpf, map_name::TUNNEL_ENDPOINTS)?,
@@ -299,6 +302,8 @@ struct Reads {
     interfaces: Seen<InterfaceKey, Interface>,
     tunnel_endpoints: Seen<TunnelEndpointKey, TunnelEndpoint>,
     tunnel_peers: Seen<PeerId, TunnelPeer>,
+    flow_index: Seen<FlowKey, FlowReference>,
+    fragments: Seen<FragmentKey, FragmentFlow>,
 }
 
 /// What the walk would have written.
@@ -498,10 +503,12 @@ impl Tables for LiveView<'_> {
         })
     }
 
-    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference> {
+    fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference> {
         match self.changes.flow_index.get(key) {
-            Some(changed) => *changed,
-            None => self.found(map_name::FLOW_INDEX, self.maps.flow_index.get(key)),
+            Some(changed) => changed.as_ref(),
+            None => self.read(map_name::FLOW_INDEX, &self.reads.flow_index, *key, || {
+                self.maps.flow_index.get(key)
+            }),
         }
     }
 
@@ -559,6 +566,15 @@ impl Tables for LiveView<'_> {
         Some(self.changes.backends_live.entry(id).or_insert(LiveCount(live)))
     }
 
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentFlow> {
+        self.read(map_name::FRAGMENTS, &self.reads.fragments, *key, || {
+            self.maps.fragments.get(&AsPod(*key), 0)
+        })
+    }
+
+    // Whoever asks about a packet asks about one.
+    fn keep_fragment(&mut self, _key: &FragmentKey, _flow: FragmentFlow) {}
+
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
         Some(&mut self.changes.icmp_budget)
     }
@@ -591,6 +607,10 @@ impl Env for LiveEnv<'_> {
 
     fn ingress_ifindex(&self) -> u32 {
         self.ingress_ifindex
+    }
+
+    fn hold<P: Packet>(&mut self, _packet: &mut P, walk: &forwarder_common::datapath::Walk) -> bool {
+        walk.frame.total_len as usize <= HELD_BYTES
     }
 
     fn route(&mut self, key: &FlowKey) -> Route {

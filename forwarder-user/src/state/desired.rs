@@ -161,7 +161,7 @@ impl Desired {
             abi_version: ABI_VERSION,
             route_generation: observed.route_generation,
             hash_seed: HASH_SEED,
-            flags: observed.flags | pool_flag(config) | tunnels_flag(&observed.tunnels),
+            flags: observed.flags | configured_flags(config) | tunnels_flag(&observed.tunnels),
             pool: pool(&config.snat),
         };
         desired.interfaces.clone_from(&observed.interfaces);
@@ -372,13 +372,17 @@ fn whole_secs(time: Duration) -> u32 {
     (time.as_secs() + u64::from(time.subsec_nanos() > 0)) as u32
 }
 
-/// Whether the pool runs out before the flow table does.
-fn pool_flag(config: &Config) -> u32 {
-    if u64::from(config.agent.max_flows) >= config.snat.bindings() {
-        flag::POOL_IS_SMALLER
-    } else {
-        0
-    }
+/// What the configuration says about flags of the settings.
+fn configured_flags(config: &Config) -> u32 {
+    // Does the pool run out before the flow table does?
+    let pool = u64::from(config.agent.max_flows) >= config.snat.bindings();
+    [
+        (pool, flag::POOL_IS_SMALLER),
+        (!config.agent.mss_clamp, flag::KEEP_SEGMENT_SIZE),
+    ]
+    .iter()
+    .filter(|(is_set, _)| *is_set)
+    .fold(0, |flags, (_, flag)| flags | flag)
 }
 
 /// Whether the programs handle a tunnel.
