@@ -339,7 +339,7 @@ mod tests {
         wanted.redirect = Redirect::Off;
         assert_eq!(mode(&eth0, &wanted, None).0, "native");
         eth0.link.mtu_bytes = 9000;
-        assert_eq!(mode(&eth0, &wanted, None).0, "generic");
+        assert_eq!(mode(&eth0, &wanted, None).0, "native");
         eth0.runs_programs = Some(false);
         wanted.mode = XdpMode::Native;
         assert!(native_impossible(&eth0, &wanted).is_some());
