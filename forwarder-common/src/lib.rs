@@ -19,4 +19,5 @@
 pub mod abi;
 pub mod datapath;
 pub mod maglev;
+pub mod outer;
 pub mod wire;

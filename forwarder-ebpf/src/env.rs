@@ -7,15 +7,15 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
         bpf_fib_lookup as FibLookup,
     },
-    helpers::generated::bpf_fib_lookup,
+    helpers::generated::{bpf_fib_lookup, bpf_xdp_load_bytes},
 };
 use forwarder_common::{
-    abi::{flow::FlowKey, reason::Reason, settings::Settings},
-    datapath::{Env, Hook, Outcome, Packet, Route, Stop, Tables, Walk},
+    abi::{flow::FlowKey, fragment::HELD_BYTES, reason::Reason, settings::Settings},
+    datapath::{Env, Hook, Outcome, Packet, Route, Stop, Tables, Walk, fragment, next_hop},
     wire::{Be32, LinkPair, MacAddress},
 };
 
-use crate::{functions, maps};
+use crate::{functions, maps, packet::masked};
 
 /// Linux's AF_INET.
 const AF_INET: u8 = 2;
@@ -28,6 +28,8 @@ pub(crate) struct KernelEnv {
     pub(crate) ctx: *mut c_void,
     pub(crate) hook: Hook,
     pub(crate) ingress_ifindex: u32,
+    /// Is this a function of its own? Then it calls no others, for the sake of the stack.
+    pub(crate) is_nested: bool,
 }
 
 impl Env for KernelEnv {
@@ -83,14 +85,58 @@ impl Env for KernelEnv {
     }
 
     #[inline(always)]
+    fn hold<P: Packet>(&mut self, _: &mut P, walk: &Walk) -> bool {
+        let frame = &walk.frame;
+        if frame.total_len as usize > HELD_BYTES {
+            return false;
+        }
+        let Some(mut entry) = maps::held_fragment() else {
+            return false;
+        };
+        let held = entry.as_mut_ptr();
+        // The verifier refuses a length that may be zero; see `packet::forwarder_sum`.
+        let len = masked::<{ HELD_BYTES as u64 - 1 }>(frame.total_len as usize - 1) as u32 + 1;
+        // SAFETY: the entry is as large as the struct, whose fields are written one by one; the helper writes `len` bytes
+        // at most, which is no more than the array has, and checks the offset.
+        let loaded = unsafe {
+            (*held).key = fragment::key(frame);
+            (*held).ingress_ifindex = self.ingress_ifindex;
+            (*held).len = len;
+            let packet = (&raw mut (*held).packet).cast();
+            bpf_xdp_load_bytes(self.ctx.cast(), frame.network_offset, packet, len)
+        };
+        if loaded < 0 {
+            entry.discard(0);
+            return false;
+        }
+        entry.submit(0);
+        true
+    }
+
+    #[inline(always)]
+    fn find_next_hop<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop> {
+        if self.hook == Hook::Tcx || self.is_nested {
+            return next_hop::find(tables, self, settings, walk);
+        }
+        maps::lend(walk);
+        functions::next_hop(self)
+    }
+
+    #[inline(always)]
     fn icmp<P: Packet, T: Tables>(
         &mut self,
         _: &mut P,
         _: &mut T,
         _: &Settings,
-        _: &mut Walk,
-    ) -> Result<Outcome, Stop> {
-        Ok(functions::icmp(self))
+        walk: &mut Walk,
+    ) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::icmp(self)
     }
 
     #[inline(always)]
@@ -99,9 +145,10 @@ impl Env for KernelEnv {
         _: &mut P,
         _: &mut T,
         _: &Settings,
-        _: &Walk,
+        walk: &Walk,
         reason: Reason,
     ) -> Outcome {
+        maps::lend(walk);
         functions::refuse(self, reason)
     }
 }

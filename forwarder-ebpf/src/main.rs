@@ -52,6 +52,7 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
         ctx: ctx.as_ptr(),
         hook: if GENERIC { Hook::XdpGeneric } else { Hook::Xdp },
         ingress_ifindex,
+        is_nested: false,
     };
     let mut packet = XdpPacket::<GENERIC> { ctx };
     let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings, walk);
@@ -86,6 +87,7 @@ pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
         ctx: ctx.as_ptr(),
         hook: Hook::Tcx,
         ingress_ifindex,
+        is_nested: false,
     };
     let mut packet = SkbPacket::new(ctx);
     let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings, walk);
@@ -118,6 +120,7 @@ pub(crate) fn forwarder_ask(ctx: XdpContext) -> u32 {
         ctx: context,
         hook: Hook::XdpGeneric,
         ingress_ifindex: inquiry.ingress_ifindex,
+        is_nested: false,
     };
     let route = env.route(&inquiry.key());
     inquiry.answer(route, KernelTables::next_free_flow());

@@ -4,25 +4,35 @@
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST},
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, lpm_trie::Key},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, RingBuf, lpm_trie::Key},
     helpers::generated::bpf_ktime_get_coarse_ns,
     macros::btf_map,
+    maps::ring_buf::RingBufEntry,
 };
 use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
+        fragment::{FragmentFlow, FragmentKey, HeldFragment},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
+        tunnel::{
+            PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
+        },
     },
-    datapath::{Gauge, Tables, TrafficEvent, Walk, backend, open},
+    datapath::{Gauge, Tables, TrafficEvent, Walk, backend, fragment, open},
 };
 
 use crate::packet::SCRATCH_WORDS;
+
+/// Packets at a time whose fragments are followed.
+const FRAGMENTED_PACKETS: usize = 8192;
+/// For fragments on their way to the agent; a power of two and whole pages.
+const HELD_BUFFER_BYTES: usize = 256 << 10;
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1> = Array::new();
@@ -47,6 +57,14 @@ static BACKENDS: Array<Backend, 1> = Array::new();
 #[btf_map]
 static INTERFACES: HashMap<InterfaceKey, Interface, 1> = HashMap::new();
 #[btf_map]
+static TUNNEL_PORTS: Array<TunnelPort, 65_536> = Array::new();
+#[btf_map]
+static TUNNEL_ENDPOINT: HashMap<TunnelEndpointKey, TunnelEndpoint, 1> = HashMap::new();
+#[btf_map]
+static TUNNEL_HOPS: HashMap<TunnelHopKey, TunnelHop, 1> = HashMap::new();
+#[btf_map]
+static TUNNEL_PEERS: Array<TunnelPeer, 1> = Array::new();
+#[btf_map]
 static FLOW_INDEX: HashMap<FlowKeyV4, FlowReference, 1> = HashMap::new();
 #[btf_map]
 static FLOW_INDEX_V6: HashMap<FlowKey, FlowReference, 1> = HashMap::new();
@@ -66,6 +84,10 @@ static BACKEND_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
 static REASON_COUNT: PerCpuArray<ReasonCounters, { Reason::COUNT }> = PerCpuArray::new();
 
 #[btf_map]
+static FRAGMENTS: LruHashMap<FragmentKey, FragmentFlow, FRAGMENTED_PACKETS> = LruHashMap::new();
+#[btf_map]
+static HELD: RingBuf<HeldFragment, HELD_BUFFER_BYTES> = RingBuf::new();
+#[btf_map]
 static ICMP_BUDGET: PerCpuArray<IcmpBudget, 1> = PerCpuArray::new();
 
 /// What the stages of one packet hand on; nothing in it outlives the packet.
@@ -76,10 +98,23 @@ static WALK: PerCpuArray<Walk, 1> = PerCpuArray::new();
 #[btf_map]
 static SCRATCH: PerCpuArray<[u64; SCRATCH_WORDS], 1> = PerCpuArray::new();
 
+/// Room for one fragment on its way to the agent.
+#[inline(always)]
+pub(crate) fn held_fragment() -> Option<RingBufEntry<HeldFragment>> {
+    HELD.reserve(0)
+}
+
 /// This CPU's scratch buffer.
 #[inline(always)]
 pub(crate) fn scratch() -> Option<*mut [u64; SCRATCH_WORDS]> {
     SCRATCH.get_ptr_mut(0)
+}
+
+/// Makes the compiler forget what it knows of the walk, and write what it has put off: the next function finds the walk in
+/// its map, where the compiler does not see it look.
+#[inline(always)]
+pub(crate) fn lend(walk: &Walk) {
+    core::hint::black_box(core::ptr::from_ref(walk));
 }
 
 /// A trie's key in the form that aya names.
@@ -128,6 +163,15 @@ extern "C" fn forwarder_choose(hash: u32, now_secs: u32) -> i64 {
         return backend::BROKEN;
     };
     backend::choose(&mut KernelTables, walk, hash, now_secs)
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_follow() -> i64 {
+    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+        return i64::from(Reason::INTERNAL.0);
+    };
+    fragment::follow(&mut KernelTables, settings, walk)
 }
 
 /// `ended`: the number of the flow to take over, or a negative one.
@@ -227,15 +271,23 @@ impl Tables for KernelTables {
     fn open(
         &mut self,
         _: &Settings,
-        _: &mut Walk,
+        walk: &mut Walk,
         backend: BackendId,
         ended: Option<FlowId>,
     ) -> open::Opened {
+        lend(walk);
         forwarder_open(backend.0, ended.map_or(-1, |id| i64::from(id.0)))
     }
 
     #[inline(always)]
-    fn choose(&mut self, _walk: &Walk, hash: u32, now_secs: u32) -> backend::Found {
+    fn follow(&mut self, _: &Settings, walk: &mut Walk) -> fragment::Followed {
+        lend(walk);
+        forwarder_follow()
+    }
+
+    #[inline(always)]
+    fn choose(&mut self, walk: &Walk, hash: u32, now_secs: u32) -> backend::Found {
+        lend(walk);
         forwarder_choose(hash, now_secs)
     }
 
@@ -275,13 +327,35 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
-    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference> {
-        // SAFETY: the value is copied at once.
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort> {
+        TUNNEL_PORTS.get(u32::from(port)).copied()
+    }
+
+    #[inline(always)]
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint> {
+        // SAFETY: as for `vip`.
+        unsafe { TUNNEL_ENDPOINT.get(key) }
+    }
+
+    #[inline(always)]
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId> {
+        // SAFETY: as for `vip`.
+        unsafe { TUNNEL_HOPS.get(key) }.map(|hop| hop.peer)
+    }
+
+    #[inline(always)]
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer> {
+        TUNNEL_PEERS.get(u32::from(id.0))
+    }
+
+    #[inline(always)]
+    fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference> {
+        // SAFETY: as for `vip`.
         unsafe {
             if key.is_v4() {
-                FLOW_INDEX.get(key.v4()).copied()
+                FLOW_INDEX.get(key.v4())
             } else {
-                FLOW_INDEX_V6.get(key).copied()
+                FLOW_INDEX_V6.get(key)
             }
         }
     }
@@ -334,6 +408,18 @@ impl Tables for KernelTables {
     fn backend_live(&mut self, id: BackendId) -> Option<&mut Live> {
         // SAFETY: as for `listener_live`.
         BACKEND_LIVE.get_ptr_mut(id.0).map(|live| unsafe { &mut *live })
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentFlow> {
+        // SAFETY: the value is only read, and what it names is looked up and compared.
+        unsafe { FRAGMENTS.get(key) }
+    }
+
+    #[inline(always)]
+    fn keep_fragment(&mut self, key: &FragmentKey, flow: FragmentFlow) {
+        // Without memory for it, later fragments are dropped.
+        let _ = FRAGMENTS.insert(key, flow, u64::from(BPF_ANY));
     }
 
     #[inline(always)]

@@ -9,23 +9,25 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, BPF_F_PSEUDO_HDR, bpf_hdr_start_off::BPF_HDR_START_NET, xdp_md},
     helpers::generated::{
-        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_load_bytes_relative,
-        bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
-        bpf_xdp_load_bytes,
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_proto,
+        bpf_skb_load_bytes_relative, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+        bpf_xdp_get_buff_len, bpf_xdp_load_bytes,
     },
     programs::{TcContext, XdpContext},
 };
 use forwarder_common::{
-    abi::reason::Reason,
-    datapath::{ChecksumOffload, Packet, Stop},
+    abi::{reason::Reason, settings::Settings},
+    datapath::{ChecksumOffload, Packet, Stop, Tables, Walk, parse::Frame, translate},
     wire::{
         LinkPair, WireHeader,
         checksum::{Delta, fold},
         ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
+        ipv4::Ipv4Header,
+        ipv6::Ipv6Header,
     },
 };
 
-use crate::maps;
+use crate::{functions, maps};
 
 /// Largest offset of anything that is read: keeps offsets within what the verifier tracks (MAX_PACKET_OFF,
 /// 65 535) when a length from the packet went into one.
@@ -68,7 +70,7 @@ fn pointer<const OFFSET: usize>(ctx: *const c_void) -> usize {
 /// A number that the verifier sees to be at most `MASK`. The mask is assembly, as the compiler would drop one
 /// that it knows to change nothing, and the verifier of Linux 6.1 does not infer the bound.
 #[inline(always)]
-fn masked<const MASK: u64>(mut number: usize) -> usize {
+pub(crate) fn masked<const MASK: u64>(mut number: usize) -> usize {
     // SAFETY: arithmetic on one register.
     unsafe {
         core::arch::asm!(
@@ -198,6 +200,27 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn resize_network(&mut self, frame: &Frame, to_v4: bool) -> Result<u32, Stop> {
+        if to_v4 {
+            return Ok(frame.transport_offset);
+        }
+        self.move_start(-(translate::DIFFERENCE as i32))?;
+        Ok(frame.transport_offset + translate::DIFFERENCE)
+    }
+
+    #[inline(always)]
+    fn rewrite_error(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::error_xdp(self.ctx.ctx)
+    }
+
+    #[inline(always)]
+    fn translate(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::translate_xdp(self.ctx.ctx)
+    }
+
+    #[inline(always)]
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
         let ctx = self.ctx.ctx;
         let cut = len as i32 - self.frame_len() as i32;
@@ -206,6 +229,17 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         self.move_start(-(front as i32))
+    }
+    #[inline(always)]
+    fn recognise<T: Tables>(&mut self, _tables: &T, walk: &mut Walk) {
+        maps::lend(walk);
+        functions::recognise(self.ctx.ctx);
+    }
+
+    #[inline(always)]
+    fn encapsulate<T: Tables>(&mut self, _tables: &T, _settings: &Settings, walk: &Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::encapsulate(self.ctx.ctx)
     }
 }
 
@@ -316,6 +350,36 @@ impl Packet for SkbPacket {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn resize_network(&mut self, frame: &Frame, to_v4: bool) -> Result<u32, Stop> {
+        let (old, new, ethertype) = if to_v4 {
+            (Ipv6Header::LEN, Ipv4Header::LEN, ETHERTYPE_IPV4)
+        } else {
+            (Ipv4Header::LEN, Ipv6Header::LEN, ETHERTYPE_IPV6)
+        };
+        // The kernel knows headers without options only.
+        if frame.transport_offset - frame.network_offset != old as u32 {
+            return Err(Stop::drop(Reason::UNTRANSLATABLE));
+        }
+        // SAFETY: the context is the one the kernel passed in.
+        if unsafe { bpf_skb_change_proto(self.ctx.skb.skb, ethertype.raw(), 0) } < 0 {
+            return Err(Stop::drop(Reason::UNTRANSLATABLE));
+        }
+        Ok(frame.network_offset + new as u32)
+    }
+
+    #[inline(always)]
+    fn rewrite_error(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::error_tcx(self.ctx.skb.skb)
+    }
+
+    #[inline(always)]
+    fn translate(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::translate_tcx(self.ctx.skb.skb)
     }
 
     #[inline(always)]

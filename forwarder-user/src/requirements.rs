@@ -465,6 +465,7 @@ mod tests {
             listener_ranges: 1,
             sources: 1,
             interfaces: 2,
+            tunnel_peers: 8,
             persistence: 65_536,
         };
         let layout = crate::datapath::object::layout().unwrap();

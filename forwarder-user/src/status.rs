@@ -45,6 +45,10 @@ pub struct InterfaceStatus {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TunnelStatus {
     pub name: String,
+    /// `native`: XDP pushes and strips the outer headers; `kernel`: the kernel's device does.
+    pub mode: String,
+    /// Why it is in kernel mode though the configuration leaves the choice; none otherwise.
+    pub why_kernel: Option<String>,
     /// Its device.
     pub is_up: bool,
     /// The address of the far side that is probed; none without a check.

@@ -29,8 +29,11 @@ use crate::{
     },
 };
 
+mod families;
+mod fragments;
 mod icmp_errors;
 mod ipv6;
+mod overlay;
 mod selection;
 mod twin;
 mod vlan;
@@ -63,6 +66,8 @@ pub struct Step {
     /// Interface it comes in by.
     pub ifindex: u32,
     pub frame: Vec<u8>,
+    /// What is counted for listener and backend, where that is inside of the frame.
+    pub inside: Option<Vec<u8>>,
     pub verdict: Verdict,
     pub reason: Reason,
     /// The frame afterwards.
@@ -76,6 +81,7 @@ impl Step {
         let reason = &mut tables.reason_counters[self.reason.0 as usize];
         reason.packets += 1;
         reason.bytes += self.frame.len() as u64;
+        let frame = self.inside.as_ref().unwrap_or(&self.frame);
         let (listener, backend) = match self.traffic {
             Traffic::Nothing => return,
             Traffic::Refused(listener) | Traffic::NotBound(listener, _) => {
@@ -103,16 +109,16 @@ impl Step {
             }
             if matches!(self.traffic, Traffic::Opened(..) | Traffic::Request(..)) {
                 counters.request_packets += 1;
-                counters.request_bytes += ip_len(&self.frame);
-                counters.client_resets += u64::from(is_reset(&self.frame));
+                counters.request_bytes += ip_len(frame);
+                counters.client_resets += u64::from(is_reset(frame));
             }
             if matches!(self.traffic, Traffic::FirstAnswer(..) | Traffic::Reply(..)) {
                 counters.reply_packets += 1;
-                counters.reply_bytes += ip_len(&self.frame);
-                counters.backend_resets += u64::from(is_reset(&self.frame));
+                counters.reply_bytes += ip_len(frame);
+                counters.backend_resets += u64::from(is_reset(frame));
             }
             if matches!(self.traffic, Traffic::FirstAnswer(..)) {
-                let is_rejected = is_reset(&self.frame);
+                let is_rejected = is_reset(frame);
                 counters.flows_answered += u64::from(!is_rejected);
                 counters.flows_rejected += u64::from(is_rejected);
             }
@@ -175,6 +181,7 @@ impl Step {
             ifindex: link.ifindex,
             out: frame.clone(),
             frame,
+            inside: None,
             verdict,
             reason,
             traffic: Traffic::Nothing,
@@ -241,6 +248,11 @@ impl Step {
 
     fn out(mut self, out: Vec<u8>) -> Self {
         self.out = out;
+        self
+    }
+
+    fn inside(mut self, frame: Vec<u8>) -> Self {
+        self.inside = Some(frame);
         self
     }
 
@@ -512,9 +524,12 @@ pub fn all() -> Vec<Case> {
         checksums(),
         partial_checksums(),
         segment_sizes().into_iter().map(Case::v4_only).collect(),
+        families::all(),
+        fragments::all(),
         icmp_errors::all(),
         ipv6::all(),
         vlan::all(),
+        overlay::all(),
     ]
     .concat()
 }
@@ -2062,7 +2077,6 @@ fn lengths() -> Vec<Case> {
 
 fn others() -> Vec<Case> {
     let passed = |frame: Vec<u8>, reason| Step::passed(frame, reason);
-    let fragment = |field| passed(syn(WEB).payload(64).fragment(field).build(), Reason::FRAGMENT);
     let unfragmented = syn(WEB).fragment(0x4000);
     let unsupported = |protocol| {
         let packet = Builder::other(protocol, *CLIENT.ip(), VIP)
@@ -2077,12 +2091,6 @@ fn others() -> Vec<Case> {
     let own = |service, source| Step::dropped(syn(service).from(source).build(), Reason::OWN_SOURCE);
     let ethertype = |kind: [u8; 2]| patched(syn(WEB).build(), 12, &kind);
     vec![
-        Case::new("A first fragment passes", world()).then(fragment(0x2000)),
-        Case::new("A middle fragment passes", world()).then(fragment(0x2010)),
-        Case::new("A last fragment passes", world()).then(fragment(0x0010)),
-        Case::new("A fragment of a flow passes", world())
-            .then(web_opening())
-            .then(fragment(0x2000)),
         Case::new("A packet that must not be fragmented is none", world()).then(
             Step::request(&unfragmented, &to_server(&unfragmented, binding(0), SERVER)).counts(WEB.opened()),
         ),

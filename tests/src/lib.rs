@@ -5,3 +5,4 @@ pub mod lab;
 pub mod packet;
 pub mod program;
 pub mod tables;
+pub mod tunnel;

@@ -316,6 +316,20 @@ impl Builder {
         self
     }
 
+    /// Identification of an IPv4 packet.
+    #[must_use]
+    pub fn identification(mut self, identification: u16) -> Self {
+        self.identification = identification;
+        self
+    }
+
+    /// Without any extension header of IPv6.
+    #[must_use]
+    pub fn without_extensions(mut self) -> Self {
+        self.extensions.clear();
+        self
+    }
+
     #[must_use]
     pub fn icmp_kind(mut self, new: u8) -> Self {
         match &mut self.transport {
@@ -531,6 +545,21 @@ impl Arp {
         frame.extend(self.target.octets());
         frame
     }
+}
+
+/// A frame with the link and IPv4 header of another, but for identification, fragmentation, length and checksum, before
+/// this payload.
+pub fn with_ipv4_header(header: &[u8], identification: u16, fragment: u16, payload: &[u8]) -> Vec<u8> {
+    let mut frame = header.to_vec();
+    let ip = &mut frame[ETHERNET_LEN..];
+    ip[2..4].copy_from_slice(&((20 + payload.len()) as u16).to_be_bytes());
+    ip[4..6].copy_from_slice(&identification.to_be_bytes());
+    ip[6..8].copy_from_slice(&fragment.to_be_bytes());
+    ip[10..12].fill(0);
+    let checksum = !fold(sum(ip));
+    ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+    frame.extend(payload);
+    frame
 }
 
 /// A frame with some bytes replaced; checksums stay as they are.

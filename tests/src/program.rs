@@ -25,7 +25,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp},
     util::nr_cpus,
 };
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 use forwarder_common::{
     abi::{
         counter::{ReasonCounters, TrafficCounters},
@@ -34,6 +34,7 @@ use forwarder_common::{
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::{Settings, flag},
+        tunnel::{PeerId, TunnelHop, TunnelPeer, TunnelPort},
     },
     datapath::{Action, Verdict},
 };
@@ -72,7 +73,10 @@ pub fn with_kernel(test: impl FnOnce(&mut Kernel) + Send) {
         }
         build_network().expect("the cases' network");
         match object::load(&SIZES) {
-            Ok(ebpf) => test(&mut Kernel { ebpf }),
+            Ok(ebpf) => test(&mut Kernel {
+                ebpf,
+                ports: Vec::new(),
+            }),
             Err(error) if error.what.contains("(os error 1)") => skip(),
             Err(error) => panic!("{error}"),
         }
@@ -181,6 +185,8 @@ pub fn action_of(program: Program, verdict: Verdict, settings: &Settings) -> Act
 /// The loaded programs and their maps.
 pub struct Kernel {
     ebpf: Ebpf,
+    /// UDP ports that mean a tunnel.
+    ports: Vec<u16>,
 }
 
 impl Kernel {
@@ -205,6 +211,7 @@ impl Kernel {
         self.set_array(map_name::LISTENER_LIVE, &tables.listeners_live)?;
         self.set_array(map_name::BACKEND_LIVE, &tables.backends_live)?;
         self.set_hash(map_name::INTERFACES, &tables.interfaces)?;
+        self.set_tunnels(tables)?;
         let keys = || {
             tables
                 .flow_index
@@ -220,6 +227,7 @@ impl Kernel {
         self.set_array(map_name::GROUPS, &tables.groups)?;
         self.set_array(map_name::GROUP_TURNS, &tables.group_turns)?;
         self.set_hash(map_name::PERSISTENCE, &tables.persistence)?;
+        self.set_hash(map_name::FRAGMENTS, &tables.fragments)?;
         self.set_array(map_name::SLOTS, &tables.slots)?;
         self.set_array(map_name::BACKENDS, &tables.backends)?;
         self.set_array(map_name::FLOWS, &tables.flows)?;
@@ -332,6 +340,37 @@ impl Kernel {
 
     fn map(&mut self, name: &str) -> Result<&mut aya::maps::Map> {
         self.ebpf.map_mut(name).with_context(|| format!("no map {name}"))
+    }
+
+    /// The tables of tunnels. Of the ports, which are too many to be written each time, those that were in use before.
+    fn set_tunnels(&mut self, tables: &MemoryTables) -> Result<()> {
+        self.set_hash(map_name::TUNNEL_ENDPOINTS, &tables.tunnel_endpoints)?;
+        let hops = tables.tunnel_hops.iter();
+        let hops = hops.map(|(key, peer)| {
+            (
+                *key,
+                TunnelHop {
+                    peer: *peer,
+                    reserved: 0,
+                },
+            )
+        });
+        self.set_hash(map_name::TUNNEL_HOPS, &hops.collect())?;
+        let peer = |id| tables.tunnel_peers.get(&PeerId(id)).copied();
+        let peers: Vec<_> = (0..SIZES.tunnel_peers as u16)
+            .map(|id| peer(id).unwrap_or(TunnelPeer::zeroed()))
+            .collect();
+        self.set_array(map_name::TUNNEL_PEERS, &peers)?;
+        let stale = std::mem::take(&mut self.ports);
+        let mut ports: Array<_, AsPod<TunnelPort>> = Array::try_from(self.map(map_name::TUNNEL_PORTS)?)?;
+        for port in stale {
+            ports.set(u32::from(port), AsPod(TunnelPort::default()), 0)?;
+        }
+        for (port, meaning) in &tables.tunnel_ports {
+            ports.set(u32::from(*port), AsPod(*meaning), 0)?;
+        }
+        self.ports = tables.tunnel_ports.keys().copied().collect();
+        Ok(())
     }
 
     fn set_array<V: Pod>(&mut self, name: &str, values: &[V]) -> Result<()> {

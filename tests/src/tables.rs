@@ -16,6 +16,7 @@ use forwarder_common::{
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, NatMode},
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
+        fragment::{FragmentFlow, FragmentKey, HELD_BYTES},
         interface::{Interface, InterfaceKey, flag},
         listener::{
             Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey,
@@ -25,8 +26,9 @@ use forwarder_common::{
         reason::Reason,
         settings::Settings,
         snat::SnatRange,
+        tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
     },
-    datapath::{Env, Gauge, Hook, Outcome, Route, Tables, TrafficEvent},
+    datapath::{Env, Gauge, Hook, Outcome, Packet, Route, Tables, TrafficEvent, Walk},
     wire::{Be16, IpAddress, LinkPair, MacAddress},
 };
 use forwarder_user::{
@@ -49,6 +51,7 @@ pub const SIZES: Sizes = Sizes {
     sources: 16,
     vips: 8,
     interfaces: 8,
+    tunnel_peers: 8,
     persistence: 64,
 };
 
@@ -66,6 +69,10 @@ pub struct MemoryTables {
     pub slots: Vec<BackendId>,
     pub backends: Vec<Backend>,
     pub interfaces: HashMap<InterfaceKey, Interface>,
+    pub tunnel_ports: HashMap<u16, TunnelPort>,
+    pub tunnel_endpoints: HashMap<TunnelEndpointKey, TunnelEndpoint>,
+    pub tunnel_hops: HashMap<TunnelHopKey, PeerId>,
+    pub tunnel_peers: HashMap<PeerId, TunnelPeer>,
     pub flow_index: HashMap<FlowKey, FlowReference>,
     /// How many keys the flow index holds.
     pub flow_keys: usize,
@@ -76,6 +83,7 @@ pub struct MemoryTables {
     pub listener_counters: Vec<TrafficCounters>,
     pub backend_counters: Vec<TrafficCounters>,
     pub reason_counters: Vec<ReasonCounters>,
+    pub fragments: HashMap<FragmentKey, FragmentFlow>,
     pub icmp_budget: IcmpBudget,
 }
 
@@ -98,6 +106,10 @@ impl Default for MemoryTables {
             slots: vec![BackendId(0); SIZES.slots as usize],
             backends: vec![Backend::zeroed(); SIZES.backends as usize],
             interfaces: HashMap::new(),
+            tunnel_ports: HashMap::new(),
+            tunnel_endpoints: HashMap::new(),
+            tunnel_hops: HashMap::new(),
+            tunnel_peers: HashMap::new(),
             flow_index: HashMap::new(),
             flow_keys: SIZES.flow_keys as usize,
             flows: vec![FlowEntry::zeroed(); SIZES.flows as usize],
@@ -107,6 +119,7 @@ impl Default for MemoryTables {
             listener_counters: vec![TrafficCounters::default(); SIZES.listeners as usize],
             backend_counters: vec![TrafficCounters::default(); SIZES.backends as usize],
             reason_counters: vec![ReasonCounters::default(); Reason::COUNT],
+            fragments: HashMap::new(),
             icmp_budget: IcmpBudget::default(),
         }
     }
@@ -495,8 +508,24 @@ impl Tables for MemoryTables {
         self.interfaces.get(key)
     }
 
-    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference> {
-        self.flow_index.get(key).copied()
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort> {
+        self.tunnel_ports.get(&port).copied()
+    }
+
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint> {
+        self.tunnel_endpoints.get(key)
+    }
+
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId> {
+        self.tunnel_hops.get(key).copied()
+    }
+
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer> {
+        self.tunnel_peers.get(&id)
+    }
+
+    fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference> {
+        self.flow_index.get(key)
     }
 
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry> {
@@ -526,6 +555,14 @@ impl Tables for MemoryTables {
 
     fn return_flow(&mut self, id: FlowId) {
         self.free_flows.push_back(id);
+    }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentFlow> {
+        self.fragments.get(key)
+    }
+
+    fn keep_fragment(&mut self, key: &FragmentKey, flow: FragmentFlow) {
+        self.fragments.insert(*key, flow);
     }
 
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
@@ -642,6 +679,10 @@ impl Env for MemoryEnv {
 
     fn route(&mut self, key: &FlowKey) -> Route {
         route(self.ingress_ifindex, key.destination)
+    }
+
+    fn hold<P: Packet>(&mut self, _packet: &mut P, walk: &Walk) -> bool {
+        walk.frame.total_len as usize <= HELD_BYTES
     }
 }
 

@@ -51,6 +51,7 @@ const SIZES: Sizes = Sizes {
     sources: 16,
     vips: 16,
     interfaces: 8,
+    tunnel_peers: 8,
     persistence: 16,
 };
 

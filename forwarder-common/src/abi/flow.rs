@@ -217,7 +217,7 @@ pub struct NextHop {
     pub hook: u8,
     /// Largest IP packet that the egress interface carries, in bytes; zero: unknown, or more than 16 bits say.
     pub mtu_bytes: u16,
-    /// Zero, or one more than the index of the tunnel peer that packets are encapsulated for.
+    /// The tunnel peer that packets are encapsulated for (`abi::tunnel::PeerId`); zero: none.
     pub peer: u32,
     /// VLAN identifiers that frames leave with, the outer one first; zero: none.
     pub vlans: [u16; 2],

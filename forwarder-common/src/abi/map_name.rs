@@ -30,6 +30,14 @@ pub const FLOWS: &str = "FLOWS";
 pub const FREE_FLOWS: &str = "FREE_FLOWS";
 /// Hash from `InterfaceKey` to `Interface`.
 pub const INTERFACES: &str = "INTERFACES";
+/// Array of `TunnelPort` by UDP port.
+pub const TUNNEL_PORTS: &str = "TUNNEL_PORTS";
+/// Hash from `TunnelEndpointKey` to `TunnelEndpoint`.
+pub const TUNNEL_ENDPOINTS: &str = "TUNNEL_ENDPOINT";
+/// Hash from `TunnelHopKey` to `TunnelHop`.
+pub const TUNNEL_HOPS: &str = "TUNNEL_HOPS";
+/// Array of `TunnelPeer` by `PeerId`.
+pub const TUNNEL_PEERS: &str = "TUNNEL_PEERS";
 /// Array of `u64` by `ListenerId`: flows that count against the limit now; mapped into the agent's memory.
 pub const LISTENER_LIVE: &str = "LISTENER_LIVE";
 /// The same by `BackendId`.
@@ -40,6 +48,10 @@ pub const LISTENER_COUNTERS: &str = "LISTENER_COUNT";
 pub const BACKEND_COUNTERS: &str = "BACKEND_COUNT";
 /// Per-CPU array of one `datapath::Walk`: what stages hand on.
 pub const WALK: &str = "WALK";
+/// LRU hash from `FragmentKey` to `FragmentFlow`.
+pub const FRAGMENTS: &str = "FRAGMENTS";
+/// Ring buffer of `HeldFragment`.
+pub const HELD: &str = "HELD";
 /// Per-CPU array of one `IcmpBudget`.
 pub const ICMP_BUDGET: &str = "ICMP_BUDGET";
 /// Per-CPU array of `ReasonCounters` by `Reason`.

@@ -8,6 +8,7 @@
 pub mod backend;
 pub mod counter;
 pub mod flow;
+pub mod fragment;
 pub mod interface;
 pub mod listener;
 pub mod map_name;
@@ -15,6 +16,7 @@ pub mod persistence;
 pub mod reason;
 pub mod settings;
 pub mod snat;
+pub mod tunnel;
 
 /// Number of the layout of everything in this module; it changes whenever a type here does.
 pub const ABI_VERSION: u32 = 4;

@@ -80,8 +80,8 @@ reasons! {
         "No listener, flow or SNAT address has the packet's destination." "";
     8 NO_LISTENER "no_listener" Pass
         "The destination is a VIP, but no listener has this port and protocol." "Add a listener, or ignore it: port scans end here.";
-    9 FRAGMENT "fragment" Pass
-        "The packet is a fragment; fragments are not forwarded yet." "Lower the sender's MTU, or use TCP.";
+    9 FRAGMENT "fragment" Drop
+        "A fragment for one of our addresses, whose packet's first fragment has not passed or belongs to no flow." "Expected when that was refused or lost; else something before the gateway drops or reorders fragments.";
     10 TRUNCATED "truncated" Pass
         "A header is cut short, or a length field claims more than there is." "";
     11 UNSUPPORTED_PROTOCOL "unsupported_protocol" Pass
@@ -126,6 +126,14 @@ reasons! {
         "An ICMP error about a packet of a flow was translated and sent on to the end that sent that packet." "";
     31 ICMP_TO_STACK "icmp_to_stack" Pass
         "An ICMP error about a packet of a flow was translated and handed to the stack, which routes it." "";
+    32 FRAGMENT_HELD "fragment_held" Drop
+        "A fragment came before its packet's first; the agent holds it and sends it on when that has passed." "";
+    33 CONGESTION_UNHEARD "congestion_unheard" Drop
+        "A packet came out of a tunnel whose network marked congestion, and its sender does not look at such marks (RFC 6040)." "Relieve the network that carries the tunnel.";
+    34 TUNNEL_TO_STACK "tunnel_to_stack" Pass
+        "A packet inside a native tunnel belongs to no flow yet, or to none of ours: the kernel's device takes it out." "";
+    35 UNTRANSLATABLE "untranslatable" Drop
+        "A packet of a flow between IPv4 and IPv6 cannot be translated: it is a fragment, an ICMP error, or a datagram without checksum out of a tunnel." "Lower the sender's MTU, or use backends of the clients' family.";
 }
 
 impl Reason {

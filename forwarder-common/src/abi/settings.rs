@@ -14,6 +14,10 @@ pub mod flag {
     pub const TRANSMIT_BY_REDIRECT: u32 = 2;
     /// The flow table has an entry for every binding of the pool: when none is free, the pool is used up.
     pub const POOL_IS_SMALLER: u32 = 4;
+    /// Segment sizes that TCP announces are left alone.
+    pub const KEEP_SEGMENT_SIZE: u32 = 8;
+    /// There are tunnels that the programs handle. Without it the data path does not look inside of packets.
+    pub const TUNNELS: u32 = 16;
 }
 
 /// The settings.

@@ -40,7 +40,7 @@ pub struct Hit {
 impl Hit {
     /// Becomes what a packet of this direction needs.
     #[inline(always)]
-    fn set(&mut self, id: FlowId, direction: Direction, entry: &FlowEntry) {
+    pub(super) fn set(&mut self, id: FlowId, direction: Direction, entry: &FlowEntry) {
         self.id = id;
         self.direction = direction;
         self.listener = entry.listener;
@@ -240,6 +240,7 @@ pub fn open<T: Tables>(
         hit,
         binding,
         key,
+        ..
     } = walk;
     let (address_delta, port_delta) = Rewrite::deltas(binding);
     let entry = tables.flow(id).ok_or(Stop::drop(Reason::INTERNAL))?;

@@ -19,11 +19,13 @@ use crate::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::IcmpBudget,
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
+        fragment::{FragmentFlow, FragmentKey},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
+        tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
     },
     wire::{LinkPair, WireHeader, checksum::Delta},
 };
@@ -33,6 +35,7 @@ pub mod arp;
 pub mod backend;
 pub mod echo;
 pub mod flow;
+pub mod fragment;
 pub mod hash;
 pub mod icmp;
 pub mod icmp_error;
@@ -42,6 +45,7 @@ pub mod mss;
 pub mod neighbour;
 pub mod next_hop;
 pub mod open;
+pub mod overlay;
 pub mod parse;
 pub mod persistence;
 pub mod pipeline;
@@ -50,6 +54,7 @@ pub mod refuse;
 pub mod rewrite;
 pub mod snat;
 pub mod tcp_state;
+pub mod translate;
 pub mod transport_checksum;
 
 /// What happens to a packet.
@@ -137,12 +142,16 @@ impl Stop {
 pub struct Walk {
     /// What the packet is: by `parse`.
     pub frame: parse::Frame,
+    /// The tunnel it came through, if the walk looks into one: by `overlay`.
+    pub inside: overlay::Inside,
     /// What it wants, where it has no flow: by `admission`.
     pub listener: Listener,
     /// Its flow: by `flow::lookup` or `open`.
     pub hit: flow::Hit,
     /// The addresses of a new flow: by `snat::bind`.
     pub binding: FlowBinding,
+    /// What an ICMP error quotes: by `icmp::find`.
+    pub quote: icmp::Quote,
     /// Room for the one key that a stage builds.
     pub key: FlowKey,
 }
@@ -211,6 +220,49 @@ pub trait Packet {
     /// # Errors
     /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop>;
+
+    /// [`overlay::recognise`], wherever it runs.
+    #[inline(always)]
+    fn recognise<T: Tables>(&mut self, tables: &T, walk: &mut Walk)
+    where
+        Self: Sized,
+    {
+        overlay::recognise(self, tables, walk);
+    }
+
+    /// Makes room for an IP header of the other family, without options, right before the transport header; where that
+    /// starts then.
+    ///
+    /// # Errors
+    /// A drop where there is no room, or the kernel cannot.
+    fn resize_network(&mut self, frame: &parse::Frame, to_v4: bool) -> Result<u32, Stop>;
+
+    /// [`icmp::rewrite`], wherever it runs.
+    #[inline(always)]
+    fn rewrite_error(&mut self, walk: &mut Walk) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        icmp::rewrite(self, walk)
+    }
+
+    /// [`translate::header`], wherever it runs.
+    #[inline(always)]
+    fn translate(&mut self, walk: &mut Walk) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        translate::header(self, walk)
+    }
+
+    /// [`overlay::encapsulate`], wherever it runs.
+    #[inline(always)]
+    fn encapsulate<T: Tables>(&mut self, tables: &T, settings: &Settings, walk: &Walk) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        overlay::encapsulate(self, tables, settings, walk)
+    }
 }
 
 /// The tables that the agent fills and the walk reads.
@@ -228,6 +280,13 @@ pub trait Tables {
     fn slot(&self, index: u32) -> Option<BackendId>;
     fn backend(&self, id: BackendId) -> Option<&Backend>;
     fn interface(&self, key: &InterfaceKey) -> Option<&Interface>;
+    /// What a UDP destination port means.
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort>;
+    /// The tunnel that a packet came through.
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint>;
+    /// The far end that a next hop on a tunnel device stands for.
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId>;
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer>;
     /// Can frames leave through this interface straight from this hook? Through all others the stack sends.
     #[inline(always)]
     fn can_send(&self, hook: Hook, ifindex: u32) -> bool {
@@ -253,6 +312,15 @@ pub trait Tables {
         Self: Sized,
     {
         open::open(self, settings, walk, backend, ended)
+    }
+
+    /// [`fragment::follow`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn follow(&mut self, settings: &Settings, walk: &mut Walk) -> fragment::Followed
+    where
+        Self: Sized,
+    {
+        fragment::follow(self, settings, walk)
     }
 
     /// [`backend::choose`], wherever it runs; `walk` is the one of this packet.
@@ -289,7 +357,10 @@ pub trait Tables {
     /// Keeps where a client's flow goes; of a full table, what was not used for longest makes room.
     fn keep_persistence(&mut self, key: &PersistenceKey, value: Persistence);
 
-    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference>;
+    /// A reference to the value, as all lookups have, and no copy: an option with a payload is undefined where there is
+    /// none, and where two lookups meet the compiler might still spill it, which the verifier refuses ("R1 !read_ok",
+    /// Linux 6.18).
+    fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference>;
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
     /// Inserts unless the key exists; `false`: it does, or there is no room.
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool;
@@ -306,6 +377,10 @@ pub trait Tables {
 
     /// Seconds of CLOCK_MONOTONIC, by which entries age.
     fn now_secs(&mut self) -> u32;
+
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentFlow>;
+    /// Keeps the flow of a first fragment; of a full table, what was not used for longest makes room.
+    fn keep_fragment(&mut self, key: &FragmentKey, flow: FragmentFlow);
 
     /// This CPU's budget of ICMP messages.
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget>;
@@ -395,7 +470,24 @@ pub trait Env {
     /// The kernel's route for a packet with this 5-tuple.
     fn route(&mut self, key: &FlowKey) -> Route;
 
-    /// [`icmp::forward`], wherever it runs; `walk` is the one of this packet.
+    /// Hands a later fragment that came too early to the agent, which sends it on; `false`: it cannot.
+    fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk) -> bool;
+
+    /// [`next_hop::find`], wherever it runs.
+    #[inline(always)]
+    fn find_next_hop<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        next_hop::find(tables, self, settings, walk)
+    }
+
+    /// [`icmp::find`], wherever it runs; `walk` is the one of this packet.
     ///
     /// # Errors
     /// As there.
@@ -406,11 +498,11 @@ pub trait Env {
         tables: &mut T,
         settings: &Settings,
         walk: &mut Walk,
-    ) -> Result<Outcome, Stop>
+    ) -> Result<(), Stop>
     where
         Self: Sized,
     {
-        icmp::forward(packet, tables, self, settings, walk)
+        icmp::find(packet, tables, settings, walk)
     }
 
     /// [`refuse::answer`], wherever it runs; `walk` is the one of this packet.

@@ -4,12 +4,16 @@
 //! neighbours or links change, the agent counts the generation up, and the next packet of each flow asks the
 //! kernel again. So a hit costs no route lookup and none is ever stale.
 
-use super::{Env, Hook, Route, Stop, Tables, Verdict, Walk, flow};
-use crate::abi::{
-    flow::{FlowKey, HopKind, NextHop},
-    interface::InterfaceKey,
-    reason::Reason,
-    settings::Settings,
+use super::{Env, Hook, Route, Stop, Tables, Verdict, Walk, flow, translate};
+use crate::{
+    abi::{
+        flow::{FlowKey, HopKind, NextHop},
+        interface::InterfaceKey,
+        reason::Reason,
+        settings::{Settings, flag::TUNNELS},
+        tunnel::{PeerId, TunnelHopKey},
+    },
+    wire::{Be16, MacAddress, ipv4::PROTOCOL_UDP},
 };
 
 /// Brings the next hop in the walk's hit up to date; asks for a route only if the flow remembers none that holds.
@@ -20,12 +24,30 @@ pub fn resolve<T: Tables, E: Env>(
     settings: &Settings,
     walk: &mut Walk,
 ) -> Result<(), Stop> {
+    let hop = &walk.hit.hop;
+    if hop.kind != HopKind::UNKNOWN
+        && hop.generation == settings.route_generation
+        && hop.hook == env.hook() as u8
+    {
+        return Ok(());
+    }
+    env.find_next_hop(tables, settings, walk)
+}
+
+/// Asks for a route.
+///
+/// # Errors
+/// Always a drop: [`Reason::NO_ROUTE`], [`Reason::FORWARDING_DISABLED`].
+#[inline(always)]
+pub fn find<T: Tables, E: Env>(
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+    walk: &mut Walk,
+) -> Result<(), Stop> {
     let hook = env.hook();
     let Walk { hit, key, .. } = walk;
     let hop = &mut hit.hop;
-    if hop.kind != HopKind::UNKNOWN && hop.generation == settings.route_generation && hop.hook == hook as u8 {
-        return Ok(());
-    }
     *key = FlowKey {
         source: hit.rewrite.source,
         destination: hit.rewrite.destination,
@@ -39,7 +61,17 @@ pub fn resolve<T: Tables, E: Env>(
     hop.mtu_bytes = 0;
     hop.peer = 0;
     hop.vlans = [0; 2];
-    match env.route(key) {
+    let route = env.route(key);
+    if hook == Hook::Xdp
+        && settings.flags & TUNNELS != 0
+        && let Some(id) = peer(tables, &route, key.is_v4())
+    {
+        if into_tunnel(tables, env, key, id, hop) {
+            flow::store_hop(tables, hit.id, hit.direction, hop);
+        }
+        return Ok(());
+    }
+    match route {
         Route::Neighbour { ifindex, link } => {
             leave_by(tables, hook, ifindex, hop);
             let is_direct = tables.can_send(hook, hop.ifindex);
@@ -71,6 +103,58 @@ pub fn resolve<T: Tables, E: Env>(
     Ok(())
 }
 
+/// The far end of a native tunnel that a route leads to.
+#[inline(always)]
+fn peer<T: Tables>(tables: &T, route: &Route, is_v4: bool) -> Option<PeerId> {
+    let (ifindex, mac) = match *route {
+        Route::Neighbour { ifindex, link } => (ifindex, link.destination()),
+        Route::Interface { ifindex } => (ifindex, MacAddress::default()),
+        Route::None | Route::ForwardingDisabled => return None,
+    };
+    tables.tunnel_hop(&TunnelHopKey {
+        ifindex,
+        mac,
+        version: if is_v4 { 4 } else { 6 },
+    })
+}
+
+/// The next hop on the way to a far end. `false`: its neighbour is not known yet, and until then packets go to the stack,
+/// whose device makes it ask. `key` is room to work in.
+#[inline(always)]
+fn into_tunnel<T: Tables, E: Env>(
+    tables: &T,
+    env: &mut E,
+    key: &mut FlowKey,
+    id: PeerId,
+    hop: &mut NextHop,
+) -> bool {
+    hop.kind = HopKind::STACK;
+    let Some(far) = tables.tunnel_peer(id) else {
+        return false;
+    };
+    *key = FlowKey {
+        source: far.local.copied(),
+        destination: far.remote.copied(),
+        source_port: Be16::ZERO,
+        destination_port: Be16::ZERO,
+        protocol: u32::from(PROTOCOL_UDP),
+    };
+    let mtu_bytes = far.mtu_bytes.min(u32::from(u16::MAX)) as u16;
+    hop.mtu_bytes = mtu_bytes;
+    let Route::Neighbour { ifindex, link } = env.route(key) else {
+        return false;
+    };
+    leave_by(tables, Hook::Xdp, ifindex, hop);
+    if !tables.can_send(Hook::Xdp, hop.ifindex) {
+        return false;
+    }
+    hop.kind = HopKind::DIRECT;
+    hop.link = link;
+    hop.peer = u32::from(id.0);
+    hop.mtu_bytes = mtu_bytes;
+    true
+}
+
 /// Takes an egress interface into the next hop. Frames of a VLAN device leave from XDP by its carrier, with tags.
 #[inline(always)]
 fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) {
@@ -91,15 +175,18 @@ fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) 
 /// TSO through a veth), which the stack segments: there TCP is never too big.
 ///
 /// # Errors
-/// [`Reason::TOO_BIG`], with the size that fits in the walk's next hop.
+/// [`Reason::TOO_BIG`]; the size that fits is in the walk's next hop.
 #[inline(always)]
 pub fn fit<E: Env>(env: &E, walk: &mut Walk) -> Result<(), Stop> {
+    let len = translate::len_then(walk);
     let Walk { frame, hit, .. } = walk;
-    if hit.hop.mtu_bytes == 0 || frame.total_len <= u32::from(hit.hop.mtu_bytes) || env.hook() == Hook::Tcx {
+    if hit.hop.mtu_bytes == 0 || len <= u32::from(hit.hop.mtu_bytes) || env.hook() == Hook::Tcx {
         return Ok(());
     }
     let is_aggregated = env.hook() == Hook::XdpGeneric && frame.is_tcp();
-    if frame.is_whole != 0 && !is_aggregated {
+    // What becomes IPv6 no router may fragment.
+    let is_whole = frame.is_whole != 0 || !hit.rewrite.destination.is_v4();
+    if is_whole && !is_aggregated {
         return Err(Stop::drop(Reason::TOO_BIG));
     }
     hit.hop.kind = HopKind::STACK;
@@ -108,12 +195,16 @@ pub fn fit<E: Env>(env: &E, walk: &mut Walk) -> Result<(), Stop> {
 
 /// The smaller MTU of the two interfaces the packet passes; zero: neither is known.
 #[inline(always)]
-pub fn path_mtu<T: Tables, E: Env>(tables: &T, env: &E, hop: &NextHop) -> u32 {
+pub fn path_mtu<T: Tables, E: Env>(tables: &T, env: &E, walk: &Walk) -> u32 {
     let key = InterfaceKey {
         ifindex: env.ingress_ifindex(),
     };
-    let ingress = tables.interface(&key).map_or(0, |interface| interface.mtu_bytes);
-    let egress = u32::from(hop.mtu_bytes);
+    let ingress = if walk.inside.is_tunnel() {
+        walk.inside.mtu_bytes
+    } else {
+        tables.interface(&key).map_or(0, |interface| interface.mtu_bytes)
+    };
+    let egress = u32::from(walk.hit.hop.mtu_bytes);
     if ingress == 0 || (egress != 0 && egress < ingress) {
         egress
     } else {

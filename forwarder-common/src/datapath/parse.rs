@@ -8,7 +8,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Packet, Stop, rewrite::Tags};
+use super::{Packet, Stop, Walk, fragment::part, rewrite::Tags};
 use crate::{
     abi::{flow::FlowKey, reason::Reason},
     wire::{
@@ -59,6 +59,10 @@ pub struct Frame {
     /// VLAN tags, the outer one first; zero identifiers where there are none.
     pub vlans: [Be16; 2],
     pub vlan_count: u32,
+    /// One of [`part`].
+    pub fragment: u32,
+    /// What fragments of one packet share; zero in whole packets.
+    pub identification: Be32,
 }
 
 impl Frame {
@@ -94,15 +98,21 @@ pub enum Kind {
     Icmp,
     /// A neighbour solicitation of IPv6.
     Neighbour,
+    /// A fragment without transport header; the key has no ports.
+    Fragment,
 }
 
-/// Reads the headers of a packet into `frame`.
+/// Reads the headers of a packet, or of what is inside, into the walk.
 #[inline(always)]
-pub fn frame<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Kind, Stop> {
+pub fn frame<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<Kind, Stop> {
+    let Walk { frame, inside, .. } = walk;
     frame.vlans = [Be16::new(0); 2];
     frame.vlan_count = 0;
     frame.network_offset = 0;
-    let ethertype = if packet.begins_with_link() {
+    let ethertype = if inside.is_tunnel() {
+        frame.network_offset = inside.network_offset;
+        inside.ethertype
+    } else if packet.begins_with_link() {
         link(packet, frame)?
     } else {
         match packet.header::<Ipv4Header>(0)?.version() {
@@ -118,12 +128,15 @@ pub fn frame<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Kind, Stop>
     };
     frame.transport_offset = transport_offset;
     frame.key.protocol = u32::from(protocol);
+    if frame.fragment == part::LATER {
+        return Ok(Kind::Fragment);
+    }
     transport(packet, frame, protocol)
 }
 
 /// Reads the link header and the tags behind it; the EtherType of what follows.
 #[inline(always)]
-fn link<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Be16, Stop> {
+pub(super) fn link<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Be16, Stop> {
     let mut offset = EthernetHeader::LEN;
     let mut ethertype = packet.header::<EthernetHeader>(0)?.ethertype;
     if ethertype == ETHERTYPE_VLAN || ethertype == ETHERTYPE_SERVICE_VLAN {
@@ -159,9 +172,13 @@ fn ipv4<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop>
     {
         return Err(Stop::pass(Reason::TRUNCATED));
     }
-    if ip.is_fragment() {
-        return Err(Stop::pass(Reason::FRAGMENT));
-    }
+    (frame.fragment, frame.identification) = if !ip.is_fragment() {
+        (part::WHOLE, Be32::new(0))
+    } else if ip.is_later_fragment() {
+        (part::LATER, Be32::new(ip.identification.get() as u32))
+    } else {
+        (part::FIRST, Be32::new(ip.identification.get() as u32))
+    };
     frame.key.source = IpAddress::from_v4(ip.source);
     frame.key.destination = IpAddress::from_v4(ip.destination);
     frame.ttl = ip.ttl;
@@ -183,6 +200,7 @@ fn ipv6<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop>
         return Err(Stop::pass(Reason::TRUNCATED));
     }
     let mut protocol = ip.next_header;
+    (frame.fragment, frame.identification) = (part::WHOLE, Be32::new(0));
     frame.key.source = ip.source();
     frame.key.destination = ip.destination();
     frame.ttl = ip.hop_limit;
@@ -201,15 +219,25 @@ fn ipv6<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop>
         protocol = extension.next_header;
         extensions_len += extension.len_bytes();
     }
+    if protocol == NEXT_FRAGMENT {
+        let fragment = packet.header::<FragmentHeader>(offset + Ipv6Header::LEN + extensions_len)?;
+        protocol = fragment.next_header;
+        extensions_len += FragmentHeader::LEN;
+        // RFC 6946: one that is neither is a whole packet.
+        if fragment.is_later() {
+            frame.fragment = part::LATER;
+            frame.identification = fragment.identification;
+        } else if fragment.has_more() {
+            frame.fragment = part::FIRST;
+            frame.identification = fragment.identification;
+        }
+    }
     require(extensions_len <= payload_len)?;
     let transport_offset = offset + Ipv6Header::LEN + extensions_len;
     match protocol {
-        NEXT_FRAGMENT => {
-            packet.header::<FragmentHeader>(transport_offset)?;
-            return Err(Stop::pass(Reason::FRAGMENT));
-        }
-        NEXT_HOP_BY_HOP | NEXT_DESTINATION | NEXT_ROUTING | NEXT_ESP | NEXT_AH | NEXT_MOBILITY
-        | NEXT_NONE => {
+        _ if frame.fragment == part::LATER => {}
+        NEXT_FRAGMENT | NEXT_HOP_BY_HOP | NEXT_DESTINATION | NEXT_ROUTING | NEXT_ESP | NEXT_AH
+        | NEXT_MOBILITY | NEXT_NONE => {
             return Err(Stop::pass(Reason::EXTENSION_HEADER));
         }
         _ => {}
@@ -238,8 +266,11 @@ fn transport<P: Packet>(packet: &mut P, frame: &mut Frame, protocol: u8) -> Resu
             let udp = packet.header::<UdpHeader>(offset)?;
             let ports = (udp.source_port, udp.destination_port);
             let claimed = udp.len.get() as usize;
-            require(claimed >= UdpHeader::LEN && claimed <= len)?;
+            require(claimed >= UdpHeader::LEN && (claimed <= len || frame.fragment == part::FIRST))?;
             ports
+        }
+        (PROTOCOL_ICMP | PROTOCOL_ICMPV6, _) if frame.fragment != part::WHOLE => {
+            return Err(Stop::pass(Reason::UNSUPPORTED_PROTOCOL));
         }
         (PROTOCOL_ICMP, true) => {
             require(len >= IcmpHeader::LEN)?;

@@ -1,17 +1,19 @@
 //! The walk, on one screen.
 
 use super::{
-    Action, Env, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
+    Action, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
     flow::{self, Found, Hit},
-    listener, mss, neighbour, next_hop, open,
+    fragment::{self, part},
+    icmp::Quote,
+    listener, mss, neighbour, next_hop, open, overlay,
     parse::{self, Frame, Kind},
-    quota, rewrite,
+    quota, rewrite, translate,
 };
 use crate::{
     abi::{
         flow::{Direction, FlowId},
         reason::Reason,
-        settings::Settings,
+        settings::{Settings, flag},
     },
     wire::tcp::FLAG_RST,
 };
@@ -27,6 +29,10 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
 ) -> Outcome {
     let frame_bytes = packet.frame_len();
     let outcome = match stages(packet, tables, env, settings, walk) {
+        // An answer to what came through a tunnel would have to go back through it; it does from the device's tcx program.
+        Err(Stop(refusal)) if refusal.reason.is_refusal() && walk.inside.is_tunnel() => {
+            Stop::pass(Reason::TUNNEL_TO_STACK).0
+        }
         Err(Stop(refusal)) if refusal.reason.is_refusal() => {
             refuse(packet, tables, env, settings, walk, refusal.reason)
         }
@@ -44,32 +50,58 @@ fn stages<P: Packet, T: Tables, E: Env>(
     settings: &Settings,
     walk: &mut Walk,
 ) -> Result<Outcome, Stop> {
-    match parse::frame(packet, &mut walk.frame)? {
-        Kind::Flow => {}
+    // Only native XDP can take headers off and put them on: elsewhere the stack holds on to what it knows of them.
+    let has_tunnels = env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0;
+    walk.inside.network_offset = 0;
+    walk.quote = Quote::NONE;
+    if has_tunnels {
+        packet.recognise(tables, walk);
+    }
+    match parse::frame(packet, walk)? {
+        Kind::Flow => find_or_open(tables, settings, walk)?,
+        _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
+        Kind::Fragment => match tables.follow(settings, walk) {
+            fragment::FOUND => {}
+            reason => return Err(fragment::stop(packet, env, walk, Reason(reason as u32))),
+        },
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
-        Kind::Icmp => return env.icmp(packet, tables, settings, walk),
+        Kind::Icmp => env.icmp(packet, tables, settings, walk)?,
         Kind::Neighbour => {
             return neighbour::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex());
         }
     }
-    let found = flow::lookup(tables, settings, walk)?;
-    if found != Found::Hit {
-        admit(tables, settings, walk)?;
-        open_flow(tables, settings, walk, found.ended())?;
+    if walk.frame.fragment == part::FIRST {
+        fragment::keep(tables, walk);
     }
     rewrite::check_ttl(&walk.frame)?;
+    if walk.inside.is_tunnel() {
+        overlay::check_congestion(walk.frame.tos, walk.inside.outer_tos)?;
+    }
+    translate::check(walk)?;
     next_hop::resolve(tables, env, settings, walk)?;
     next_hop::fit(env, walk)?;
-    let mtu_bytes = if mss::is_announced(&walk.frame) {
-        next_hop::path_mtu(tables, env, &walk.hit.hop)
+    let mtu_bytes = if mss::is_announced(&walk.frame) && settings.flags & flag::KEEP_SEGMENT_SIZE == 0 {
+        next_hop::path_mtu(tables, env, walk)
     } else {
         0
     };
 
     // No byte was changed above this line; below it no policy decides.
-    rewrite::apply(packet, walk, env.hook(), settings, mtu_bytes)?;
-    count(tables, &walk.frame, &walk.hit);
+    let received_bytes = walk.frame.total_len;
+    if walk.quote.is_some() {
+        packet.rewrite_error(walk)?;
+    } else {
+        rewrite::apply(packet, walk, settings, mtu_bytes)?;
+    }
+    if translate::is_due(&walk.frame, &walk.hit.rewrite) {
+        packet.translate(walk)?;
+    }
+    rewrite::leave(packet, tables, env.hook(), settings, walk)?;
     let verdict = next_hop::verdict(env, &walk.hit.hop);
+    if walk.quote.is_some() {
+        return Ok(sent(verdict, Reason::ICMP_FORWARDED, Reason::ICMP_TO_STACK));
+    }
+    count(tables, &walk.frame, &walk.hit, received_bytes);
     Ok(if walk.hit.direction == Direction::REQUEST {
         sent(verdict, Reason::REQUEST_FORWARDED, Reason::REQUEST_TO_STACK)
     } else {
@@ -79,13 +111,27 @@ fn stages<P: Packet, T: Tables, E: Env>(
 
 /// The end of the walk of a packet that goes on, by the program or by the stack.
 #[inline(always)]
-pub fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
+fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
     let reason = if verdict.action == Action::Pass {
         to_stack
     } else {
         forwarded
     };
     Outcome { verdict, reason }
+}
+
+/// The flow of a packet, which it may open.
+#[inline(always)]
+fn find_or_open<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+    let found = flow::lookup(tables, settings, walk)?;
+    if found == Found::Hit {
+        return Ok(());
+    }
+    if walk.inside.is_tunnel() {
+        return Err(Stop::pass(Reason::TUNNEL_TO_STACK));
+    }
+    admit(tables, settings, walk)?;
+    open_flow(tables, settings, walk, found.ended())
 }
 
 /// May a packet without a flow open one of a listener?
@@ -139,8 +185,7 @@ fn refuse<P: Packet, T: Tables, E: Env>(
 }
 
 #[inline(always)]
-fn count<T: Tables>(tables: &mut T, frame: &Frame, hit: &Hit) {
-    let bytes = frame.total_len;
+fn count<T: Tables>(tables: &mut T, frame: &Frame, hit: &Hit, bytes: u32) {
     let reset = frame.tcp_flags & FLAG_RST != 0;
     let event = if hit.direction == Direction::REQUEST {
         TrafficEvent::Request { bytes, reset }

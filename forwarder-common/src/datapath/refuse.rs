@@ -8,8 +8,10 @@
 
 use super::{
     Outcome, Packet, Stop, Tables, Verdict, Walk, echo,
+    fragment::part,
     icmp_error::{self, Message},
     parse::Frame,
+    translate,
     transport_checksum::{self, Change},
 };
 use crate::{
@@ -36,10 +38,13 @@ pub fn answer<P: Packet, T: Tables>(
     let frame = &walk.frame;
     let message = match reason {
         Reason::TTL_EXCEEDED => Message::TIME_EXCEEDED,
-        Reason::TOO_BIG => Message::too_big(walk.hit.hop.mtu_bytes),
+        Reason::TOO_BIG => Message::too_big(fitting(walk)),
         _ => Message::PORT_UNREACHABLE,
     };
-    let answered = if reason.is_flow_refusal() && frame.is_tcp() {
+    let answered = if frame.fragment == part::LATER {
+        // RFC 1122 §3.2.2: no errors about fragments but the first.
+        Err(Stop::drop(reason))
+    } else if reason.is_flow_refusal() && frame.is_tcp() {
         reset(packet, frame, settings)
     } else {
         icmp_error::answer(packet, tables, settings, frame, message)
@@ -50,6 +55,18 @@ pub fn answer<P: Packet, T: Tables>(
         Verdict::DROP
     };
     Outcome { verdict, reason }
+}
+
+/// The size that fits, in the sender's family.
+#[inline(always)]
+fn fitting(walk: &Walk) -> u16 {
+    let mtu_bytes = walk.hit.hop.mtu_bytes;
+    let difference = translate::DIFFERENCE as u16;
+    match (walk.frame.is_v4(), walk.hit.rewrite.destination.is_v4()) {
+        (true, false) => mtu_bytes.saturating_sub(difference),
+        (false, true) => mtu_bytes.saturating_add(difference),
+        _ => mtu_bytes,
+    }
 }
 
 /// A SYN becomes the reset that answers it.

@@ -5,7 +5,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Hook, Packet, Stop, Walk, mss, parse::Frame, transport_checksum};
+use super::{
+    Hook, Packet, Stop, Tables, Walk, fragment::part, mss, overlay, parse::Frame, translate,
+    transport_checksum,
+};
 use crate::{
     abi::{
         flow::{Direction, FlowBinding, FlowEntry, HopKind, NextHop},
@@ -108,34 +111,34 @@ pub const fn check_ttl(frame: &Frame) -> Result<(), Stop> {
 pub fn apply<P: Packet>(
     packet: &mut P,
     walk: &Walk,
-    hook: Hook,
     settings: &Settings,
     mtu_bytes: u32,
 ) -> Result<(), Stop> {
     let (frame, rewrite, hop) = (&walk.frame, &walk.hit.rewrite, &walk.hit.hop);
     let is_sent = hop.kind == HopKind::DIRECT;
-    let checksum = transport_checksum::state(packet, frame, settings)?;
-    let segment_size = if mtu_bytes == 0 {
-        Delta::ZERO
+    if frame.fragment == part::LATER {
+        network(packet, frame, rewrite, is_sent)?;
     } else {
-        mss::clamp(packet, frame, mtu_bytes)?
-    };
-    network(packet, frame, rewrite, is_sent)?;
+        let checksum = transport_checksum::state(packet, frame, settings)?;
+        let segment_size = if mtu_bytes == 0 {
+            Delta::ZERO
+        } else {
+            mss::clamp(packet, frame, rewrite, mtu_bytes)?
+        };
+        if !translate::is_due(frame, rewrite) {
+            network(packet, frame, rewrite, is_sent)?;
+        }
 
-    let ports = packet.header::<Ports>(frame.transport_offset as usize)?;
-    ports.source = rewrite.source_port;
-    ports.destination = rewrite.destination_port;
+        let ports = packet.header::<Ports>(frame.transport_offset as usize)?;
+        ports.source = rewrite.source_port;
+        ports.destination = rewrite.destination_port;
 
-    // The checksum does not care where in the transport header a word changed.
-    let change = transport_checksum::Change {
-        addresses: rewrite.addresses,
-        words: rewrite.ports.and(segment_size),
-    };
-    transport_checksum::update(packet, frame, change, checksum, is_sent)?;
-
-    // In tcx the kernel writes the link header as it sends.
-    if is_sent && hook != Hook::Tcx {
-        link(packet, frame, hop)?;
+        // The checksum does not care where in the transport header a word changed.
+        let change = transport_checksum::Change {
+            addresses: rewrite.addresses,
+            words: rewrite.ports.and(segment_size),
+        };
+        transport_checksum::update(packet, frame, change, checksum, is_sent)?;
     }
     Ok(())
 }
@@ -168,20 +171,54 @@ pub fn network<P: Packet>(
     Ok(())
 }
 
+/// Puts in front of the rewritten IP packet what belongs there on its way, whatever stood there before. The stack gets
+/// what it would have got without a tunnel.
+#[inline(always)]
+pub fn leave<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    hook: Hook,
+    settings: &Settings,
+    walk: &Walk,
+) -> Result<(), Stop> {
+    let hop = &walk.hit.hop;
+    let is_sent = hop.kind == HopKind::DIRECT;
+    if hook == Hook::Tcx {
+        // The kernel writes the link header as it sends.
+        return Ok(());
+    }
+    if walk.inside.is_tunnel() {
+        overlay::carry_congestion(packet, &walk.inside)?;
+        if !is_sent {
+            return overlay::strip(packet, &walk.inside);
+        }
+    }
+    match is_sent {
+        false => Ok(()),
+        true if hook == Hook::Xdp && hop.peer != 0 => packet.encapsulate(tables, settings, walk),
+        true => link(packet, &walk.frame, hop),
+    }
+}
+
 /// The link header and the tags for the next hop, whatever stood before the IP header.
 #[inline(always)]
-pub fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), Stop> {
-    let [outer, inner] = hop.vlans;
-    let tags = usize::from(outer != 0) + usize::from(inner != 0);
-    let surplus = frame.network_offset as i32 - (EthernetHeader::LEN + tags * VlanTag::LEN) as i32;
+fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), Stop> {
+    let tags = hop.tags();
+    let surplus = frame.network_offset as i32 - tags.link_len() as i32;
     if surplus != 0 {
         packet.move_start(surplus)?;
     }
-    let tags = Tags {
-        control: [Be16::new(outer), Be16::new(inner)],
-        count: tags as u32,
-    };
     write_link(packet, hop.link, tags, frame.is_v4())
+}
+
+/// The link header and the tags that the frame had, right before its new IP header.
+#[inline(always)]
+pub fn relink<P: Packet>(packet: &mut P, frame: &mut Frame, link: LinkPair) -> Result<(), Stop> {
+    let tags = frame.tags();
+    packet.move_start(frame.network_offset as i32 - tags.link_len() as i32)?;
+    frame.transport_offset = frame.transport_offset + tags.link_len() as u32 - frame.network_offset;
+    frame.network_offset = tags.link_len() as u32;
+    write_link(packet, link, tags, frame.is_v4())
 }
 
 /// VLAN tags of a frame.
@@ -191,6 +228,32 @@ pub struct Tags {
     /// The outer one first.
     pub control: [Be16; 2],
     pub count: u32,
+}
+
+impl Tags {
+    /// A frame without.
+    pub const NONE: Self = Self {
+        control: [Be16::ZERO; 2],
+        count: 0,
+    };
+
+    /// Length of the link header with them, in bytes.
+    #[inline(always)]
+    pub const fn link_len(&self) -> usize {
+        EthernetHeader::LEN + self.count as usize * VlanTag::LEN
+    }
+}
+
+impl NextHop {
+    /// The tags that frames leave with.
+    #[inline(always)]
+    pub const fn tags(&self) -> Tags {
+        let [outer, inner] = self.vlans;
+        Tags {
+            control: [Be16::new(outer), Be16::new(inner)],
+            count: (outer != 0) as u32 + (inner != 0) as u32,
+        }
+    }
 }
 
 /// Writes the link header and the tags, for which there is room before the IP header.

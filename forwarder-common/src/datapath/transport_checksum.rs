@@ -14,7 +14,7 @@
 //!
 //! The test is off unless `flag::PARTIAL_CHECKSUMS` is set: frames of a physical NIC are never partial.
 
-use super::{ChecksumOffload, Packet, Stop, parse::Frame};
+use super::{ChecksumOffload, Packet, Stop, fragment::part, parse::Frame};
 use crate::{
     abi::settings::{Settings, flag},
     wire::{
@@ -61,7 +61,8 @@ pub fn state<P: Packet>(packet: &mut P, frame: &Frame, settings: &Settings) -> R
     if let ChecksumOffload::Kernel = P::CHECKSUM_OFFLOAD {
         return Ok(State::Complete);
     }
-    if settings.flags & flag::PARTIAL_CHECKSUMS == 0 {
+    // A sender computes the checksum itself before it fragments.
+    if settings.flags & flag::PARTIAL_CHECKSUMS == 0 || frame.fragment != part::WHOLE {
         return Ok(State::Complete);
     }
     let field = packet.header::<Field16>(field_offset(frame))?.value.raw();

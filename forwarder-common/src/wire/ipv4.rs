@@ -12,8 +12,6 @@ pub const PROTOCOL_TCP: u8 = IpProto::Tcp as u8;
 /// Protocol number of UDP.
 pub const PROTOCOL_UDP: u8 = IpProto::Udp as u8;
 
-/// RFC 791 §3.1: do not fragment.
-const DONT_FRAGMENT: u16 = 0x4000;
 /// RFC 791 §3.1: more fragments follow.
 const MORE_FRAGMENTS: u16 = 0x2000;
 /// RFC 791 §3.1: offset in units of 8 bytes.
@@ -41,6 +39,9 @@ pub struct Ipv4Header {
 impl WireHeader for Ipv4Header {}
 
 impl Ipv4Header {
+    /// RFC 791 §3.1: do not fragment.
+    pub const DONT_FRAGMENT: Be16 = Be16::new(0x4000);
+
     /// The header of a packet of our own, without options and with a checksum of zero. `total_len` in bytes.
     #[inline(always)]
     pub const fn fresh(
@@ -56,7 +57,7 @@ impl Ipv4Header {
             total_len: Be16::new(total_len),
             // RFC 6864 §4.1: without a meaning in a packet that is not to be fragmented.
             identification: Be16::new(0),
-            fragment: Be16::new(DONT_FRAGMENT),
+            fragment: Self::DONT_FRAGMENT,
             ttl,
             protocol,
             checksum: Be16::new(0),
@@ -92,7 +93,13 @@ impl Ipv4Header {
     /// May no router fragment it (RFC 791 §2.3)?
     #[inline(always)]
     pub const fn dont_fragment(&self) -> bool {
-        self.fragment.get() & DONT_FRAGMENT != 0
+        self.fragment.raw() & Self::DONT_FRAGMENT.raw() != 0
+    }
+
+    /// Version, header length and type of service as the 16-bit word that the header checksum covers, in machine order.
+    #[inline(always)]
+    pub const fn tos_word(&self) -> u16 {
+        u16::from_ne_bytes([self.version_ihl, self.tos])
     }
 
     /// TTL and protocol as the 16-bit word that the header checksum covers, in machine order.

@@ -40,6 +40,9 @@ pub struct Ipv6Header {
 impl WireHeader for Ipv6Header {}
 
 impl Ipv6Header {
+    /// The flow label in the first word.
+    const FLOW_LABEL: u32 = 0x000f_ffff;
+
     /// The header of a packet of our own. `payload_len` in bytes.
     #[inline(always)]
     pub const fn fresh(
@@ -106,6 +109,18 @@ impl Ipv6Header {
         (self.version_class_flow.get() >> 28) as u8
     }
 
+    /// Version, traffic class and flow label as one word; of the label the low 20 bits count (RFC 6437 §2).
+    #[inline(always)]
+    pub const fn first_word(traffic_class: u8, flow_label: u32) -> Be32 {
+        Be32::new(6 << 28 | (traffic_class as u32) << 20 | flow_label & Self::FLOW_LABEL)
+    }
+
+    /// RFC 6437.
+    #[inline(always)]
+    pub const fn flow_label(&self) -> u32 {
+        self.version_class_flow.get() & Self::FLOW_LABEL
+    }
+
     /// What IPv4 calls TOS.
     #[inline(always)]
     pub const fn traffic_class(&self) -> u8 {
@@ -133,6 +148,47 @@ impl ExtensionHeader {
     }
 }
 
+/// A destination options header with one option: how many tunnels may be nested (RFC 2473 §4.1.1). Linux puts it in front of
+/// what an IPv6 tunnel carries.
+#[repr(C, packed)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct TunnelLimit {
+    pub next_header: u8,
+    /// In units of 8 bytes, without the first 8.
+    pub len: u8,
+    pub option: u8,
+    pub option_len: u8,
+    pub limit: u8,
+    /// PadN of three bytes.
+    pub padding: [u8; 3],
+}
+
+impl WireHeader for TunnelLimit {}
+
+impl TunnelLimit {
+    /// RFC 2473 §4.1.1: the option's type.
+    const OPTION: u8 = 4;
+
+    /// In front of this protocol.
+    #[inline(always)]
+    pub const fn new(next_header: u8, limit: u8) -> Self {
+        Self {
+            next_header,
+            len: 0,
+            option: Self::OPTION,
+            option_len: 1,
+            limit,
+            padding: [1, 1, 0],
+        }
+    }
+
+    /// Is the limit the only option?
+    #[inline(always)]
+    pub const fn is_alone(&self) -> bool {
+        self.len == 0 && self.option == Self::OPTION && self.option_len == 1
+    }
+}
+
 /// RFC 8200 §4.5.
 #[repr(C, packed)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
@@ -146,9 +202,32 @@ pub struct FragmentHeader {
 
 impl WireHeader for FragmentHeader {}
 
+impl FragmentHeader {
+    /// Is this another fragment than the first?
+    #[inline(always)]
+    pub const fn is_later(&self) -> bool {
+        self.offset.get() & !7 != 0
+    }
+
+    /// Do more follow?
+    #[inline(always)]
+    pub const fn has_more(&self) -> bool {
+        self.offset.get() & 1 != 0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_word_has_three_fields() {
+        let mut header = Ipv6Header::zeroed();
+        header.version_class_flow = Ipv6Header::first_word(0xab, 0xfff1_2345);
+        let fields = (header.version(), header.traffic_class(), header.flow_label());
+        assert_eq!(fields, (6, 0xab, 0x1_2345));
+        assert_eq!(bytemuck::bytes_of(&header)[..4], [0x6a, 0xb1, 0x23, 0x45]);
+    }
 
     /// An echo request as seen on a veth pair.
     const ECHO: [u8; 40] = [

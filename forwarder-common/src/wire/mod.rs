@@ -21,6 +21,7 @@ pub mod icmp;
 pub mod ipv4;
 pub mod ipv6;
 pub mod tcp;
+pub mod tunnel;
 pub mod udp;
 
 /// A header that can be overlaid on packet bytes; see the module text for the contract.
@@ -44,6 +45,8 @@ impl WireHeader for Field16 {}
 pub struct Be16(u16);
 
 impl Be16 {
+    pub const ZERO: Self = Self(0);
+
     /// From host byte order.
     #[inline(always)]
     pub const fn new(value: u16) -> Self {

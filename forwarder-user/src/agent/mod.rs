@@ -45,6 +45,7 @@ use crate::{
 
 mod change;
 mod drain;
+mod native;
 mod passive;
 mod policy;
 mod slow_start;
@@ -242,6 +243,9 @@ struct Agent {
     notes: BTreeMap<BackendName, BackendNotes>,
     tables: Tables,
     tunnels: tunnels::Tunnels,
+    native: native::Verdicts,
+    /// Entries that each table of tunnels has room for.
+    tunnel_room: usize,
     sample: Sample,
     listener_rates: HashMap<ListenerId, Rates>,
     backend_rates: HashMap<BackendId, Rates>,
@@ -375,6 +379,8 @@ impl Agent {
             error!("{error}");
         }
         self.watch(health, unheard);
+        self.survey_tunnels().await?;
+        self.reconcile()?;
         if self.tunnels_changed(tunnels, health) {
             self.reconcile()?;
         }

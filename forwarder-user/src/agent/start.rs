@@ -110,6 +110,7 @@ impl Agent {
             overrides: overrides::named(&before.desired.overrides, &applied.ids),
             interfaces: with_vlans(&network, &attachments).await?,
             ejected: HashSet::new(),
+            tunnels: before.desired.tunnels.clone(),
             // Flows ask for their routes anew: the programs or the interfaces may be others.
             route_generation: before.desired.settings.route_generation.wrapping_add(1),
             flags: attachments
@@ -155,6 +156,8 @@ impl Agent {
             left_at_sweep: 0,
             tables: Tables::new(),
             tunnels: super::tunnels::Tunnels::default(),
+            native: super::native::Verdicts::new(),
+            tunnel_room: sizes.tunnel_peers as usize,
             sample: Sample {
                 taken_at: started_at,
                 listeners: HashMap::new(),
@@ -171,6 +174,7 @@ impl Agent {
             is_ready: false,
         };
         agent.look_for_trouble().await?;
+        agent.survey_tunnels().await?;
         let mut tables = agent.tables.cache.now();
         let desired = Desired::with_tables(&agent.config, &applied.ids, &agent.observed, &mut tables);
         let tables = tables.finish();
@@ -326,6 +330,8 @@ pub(crate) fn sizes(config: &Config) -> Sizes {
         sources: at_least_one(sources),
         vips: config.vips().len() as u32,
         interfaces: (config.interfaces.len() + config.tunnels.len()) as u32,
+        // How many neighbours there are on a tunnel's device is found out later.
+        tunnel_peers: at_least_one(config.tunnels.len()),
         persistence: config.agent.max_persistent_clients,
     }
 }

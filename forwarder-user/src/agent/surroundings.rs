@@ -91,6 +91,7 @@ impl Agent {
         if changes.overrun || !changes.links.is_empty() {
             self.observed.interfaces = with_vlans(&self.network, &self.attachments).await?;
         }
+        self.survey_tunnels().await?;
         self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
         self.reconcile()?;
         if changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty() {

@@ -172,8 +172,16 @@ impl Agent {
             };
             let failure = notes.and_then(|notes| notes.failure.as_ref());
             let diagnosis = notes.and_then(|notes| notes.diagnosis.as_ref());
+            let verdict = self.native.get(name);
             tunnels.push(TunnelStatus {
                 name: name.clone(),
+                mode: if verdict == Some(&None) {
+                    "native"
+                } else {
+                    "kernel"
+                }
+                .to_owned(),
+                why_kernel: verdict.cloned().flatten(),
                 is_up: !self.links_down.contains(name),
                 address: tunnel.health.as_ref().map(|check| check.address),
                 health: health.to_owned(),

@@ -257,6 +257,7 @@ fn pool(pool: PoolStatus) -> Vec<String> {
 fn tunnels(status: &Status) -> Vec<String> {
     let columns = [
         ("TUNNEL", Align::Left),
+        ("MODE", Align::Left),
         ("LINK", Align::Left),
         ("FAR SIDE", Align::Left),
         ("HEALTH", Align::Left),
@@ -265,6 +266,7 @@ fn tunnels(status: &Status) -> Vec<String> {
     let row = |tunnel: &TunnelStatus| {
         [
             tunnel.name.clone(),
+            tunnel.mode.clone(),
             if tunnel.is_up { "up" } else { "down" }.to_owned(),
             tunnel
                 .address
@@ -281,6 +283,12 @@ fn tunnels(status: &Status) -> Vec<String> {
         .collect();
     for (line, tunnel) in table.zip(&status.tunnels) {
         text.push(line);
+        text.extend(
+            tunnel
+                .why_kernel
+                .as_ref()
+                .map(|why| format!("  kernel mode: {why}")),
+        );
         text.extend(explanation(tunnel.diagnosis.as_ref(), tunnel.failure.as_deref()));
     }
     text

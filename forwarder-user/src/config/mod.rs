@@ -82,6 +82,8 @@ pub struct Agent {
     pub pin_directory: PathBuf,
     /// What remains when the agent is told to stop.
     pub on_stop: OnStop,
+    /// Lower the segment size that TCP connections announce to what the interfaces they pass carry; default true.
+    pub mss_clamp: bool,
 }
 
 /// What remains when the agent is told to stop.
@@ -127,6 +129,10 @@ pub struct Tunnel {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TunnelMode {
+    /// Native if the device does nothing that XDP cannot do for it.
+    Auto,
+    /// XDP pushes and strips the outer headers on the interface that carries the tunnel.
+    Native,
     /// The stack encapsulates; a tcx program on the device takes the replies.
     Kernel,
 }

@@ -95,6 +95,7 @@ const AGENT: Shape = Shape {
         "max_persistent_clients",
         "pin_directory",
         "on_stop",
+        "mss_clamp",
         "allowed_backend_ranges",
     ],
 };
@@ -203,6 +204,7 @@ pub struct Agent {
     pub max_persistent_clients: OptionalField<u32>,
     pub pin_directory: OptionalField<PathBuf>,
     pub on_stop: OptionalField<OnStop>,
+    pub mss_clamp: OptionalField<bool>,
     pub allowed_backend_ranges: OptionalField<Vec<Field<IpNet>>>,
 }
 
@@ -310,6 +312,7 @@ impl Document {
                     "on_stop",
                     one_of(&[("detach", OnStop::Detach), ("keep", OnStop::Keep)]),
                 ),
+                mss_clamp: table.optional("mss_clamp", boolean),
                 allowed_backend_ranges: table.optional_list("allowed_backend_ranges", CIDRS, prefix),
             }),
             snat: file.required_table("snat", &SNAT, |table| Snat {
@@ -573,10 +576,11 @@ fn pin_directory(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
 }
 
 fn tunnel_mode(value: &DeValue<'_>) -> Result<TunnelMode, Wrong> {
-    if value.as_str() == Some("native") {
-        return Err(Wrong::must_be("\"kernel\"").hint("native mode is not supported yet"));
-    }
-    one_of(&[("kernel", TunnelMode::Kernel)])(value)
+    one_of(&[
+        ("auto", TunnelMode::Auto),
+        ("native", TunnelMode::Native),
+        ("kernel", TunnelMode::Kernel),
+    ])(value)
 }
 
 /// Units of durations with their milliseconds, the longest first.

@@ -408,6 +408,7 @@ impl<'d> Check<'d> {
             max_persistent_clients: or(&agent.max_persistent_clients, DEFAULT_MAX_PERSISTENT_CLIENTS)?,
             pin_directory: or(&agent.pin_directory, PathBuf::from(DEFAULT_PIN_DIRECTORY))?,
             on_stop: or(&agent.on_stop, OnStop::Detach)?,
+            mss_clamp: or(&agent.mss_clamp, true)?,
         })
     }
 
@@ -618,7 +619,7 @@ impl<'d> Check<'d> {
             None => None,
         };
         Ok(Tunnel {
-            mode: or(&tunnel.mode, TunnelMode::Kernel)?,
+            mode: or(&tunnel.mode, TunnelMode::Auto)?,
             health,
         })
     }
@@ -1233,6 +1234,7 @@ mod tests {
                 max_persistent_clients: 65_536,
                 pin_directory: "/sys/fs/bpf/forwarder".into(),
                 on_stop: OnStop::Detach,
+                mss_clamp: true,
             }
         );
         assert_eq!(

@@ -12,6 +12,7 @@ use forwarder_common::abi::{
     listener::{Listener, ListenerKey, Source, Vip, VipKey},
     map_name,
     settings::Settings,
+    tunnel::{TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort},
 };
 
 use super::{
@@ -36,6 +37,10 @@ pub struct ControlMaps {
     pub names: Hash<NameKey, NameRecord>,
     pub settings: Table<Settings>,
     pub interfaces: Hash<InterfaceKey, Interface>,
+    pub tunnel_ports: Table<TunnelPort>,
+    pub tunnel_endpoints: Hash<TunnelEndpointKey, TunnelEndpoint>,
+    pub tunnel_hops: Hash<TunnelHopKey, TunnelHop>,
+    pub tunnel_peers: Table<TunnelPeer>,
     pub vips: Hash<VipKey, Vip>,
     pub listeners: Hash<ListenerKey, Listener>,
     pub listener_ranges: Trie<Listener>,
@@ -119,6 +124,10 @@ pub fn take(
         names: names(sizes, pins)?,
         settings: typed(ebpf, map_name::SETTINGS)?,
         interfaces: typed(ebpf, map_name::INTERFACES)?,
+        tunnel_ports: typed(ebpf, map_name::TUNNEL_PORTS)?,
+        tunnel_endpoints: typed(ebpf, map_name::TUNNEL_ENDPOINTS)?,
+        tunnel_hops: typed(ebpf, map_name::TUNNEL_HOPS)?,
+        tunnel_peers: typed(ebpf, map_name::TUNNEL_PEERS)?,
         vips: typed(ebpf, map_name::VIPS)?,
         listeners: typed(ebpf, map_name::LISTENERS)?,
         listener_ranges: typed(ebpf, map_name::LISTENER_RANGES)?,

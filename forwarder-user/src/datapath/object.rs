@@ -33,13 +33,15 @@ pub struct Sizes {
     pub sources: u32,
     pub vips: u32,
     pub interfaces: u32,
+    /// Far ends of tunnels that the programs handle, and as many ways in and next hops.
+    pub tunnel_peers: u32,
     /// Clients whose backend is kept, of all groups with persistence.
     pub persistence: u32,
 }
 
 impl Sizes {
     /// Each size with the maps that have it.
-    fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 12] {
+    fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 13] {
         [
             (&mut self.flows, &[map_name::FLOWS, map_name::FREE_FLOWS]),
             (&mut self.flow_keys, &[map_name::FLOW_INDEX]),
@@ -66,6 +68,14 @@ impl Sizes {
             (&mut self.sources, &[map_name::SOURCES]),
             (&mut self.vips, &[map_name::VIPS]),
             (&mut self.interfaces, &[map_name::INTERFACES]),
+            (
+                &mut self.tunnel_peers,
+                &[
+                    map_name::TUNNEL_PEERS,
+                    map_name::TUNNEL_HOPS,
+                    map_name::TUNNEL_ENDPOINTS,
+                ],
+            ),
             (&mut self.persistence, &[map_name::PERSISTENCE]),
         ]
     }
@@ -82,6 +92,7 @@ impl Sizes {
             (&mut self.sources, 131_072),
             (&mut self.vips, 1024),
             (&mut self.interfaces, 64),
+            (&mut self.tunnel_peers, 4096),
         ] {
             *size = size.saturating_mul(2).max(at_least);
         }

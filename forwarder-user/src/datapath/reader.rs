@@ -19,6 +19,7 @@ use crate::{
         placement::Placement,
         plan::Applied,
         tables::Slots,
+        tunnels::TunnelTables,
     },
 };
 
@@ -38,6 +39,7 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
     for (key, value) in entries(&maps.interfaces)? {
         desired.interfaces.insert(key.ifindex, value);
     }
+    desired.tunnels = tunnels(maps)?;
     for (key, value) in entries(&maps.vips)? {
         desired.vips.insert(key.address.octets(), value);
     }
@@ -98,6 +100,23 @@ pub fn read(maps: &ControlMaps) -> Result<Applied, Error> {
         placement,
         desired,
     })
+}
+
+/// The tunnels' tables. What UDP ports mean follows from the endpoints: the table of ports is too large to be read.
+fn tunnels(maps: &ControlMaps) -> Result<TunnelTables, Error> {
+    let mut tunnels = TunnelTables::default();
+    for (key, value) in entries(&maps.tunnel_endpoints)? {
+        tunnels.add_endpoint(key, value);
+    }
+    for (key, value) in entries(&maps.tunnel_hops)? {
+        tunnels.hops.insert(bytemuck::cast(key), (key, value));
+        let AsPod(peer) = maps
+            .tunnel_peers
+            .get(&u32::from(value.peer.0), 0)
+            .map_err(|error| kernel_error("read the tables", &error))?;
+        tunnels.peers.insert(value.peer, peer);
+    }
+    Ok(tunnels)
 }
 
 /// The other way round from `writer::trie_key`.

@@ -28,14 +28,18 @@ use forwarder_common::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::IcmpBudget,
         flow::{FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
+        fragment::{FragmentFlow, FragmentKey, HELD_BYTES},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         map_name,
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
         settings::Settings,
+        tunnel::{
+            PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
+        },
     },
-    datapath::{Env, Gauge, Hook, Outcome, Route, Tables, TrafficEvent, inquiry::Inquiry},
+    datapath::{Env, Gauge, Hook, Outcome, Packet, Route, Tables, TrafficEvent, inquiry::Inquiry},
 };
 
 use super::{
@@ -62,9 +66,14 @@ pub struct LiveMaps {
     group_turns: Table<u64>,
     persistence: Hash<PersistenceKey, Persistence>,
     interfaces: Hash<InterfaceKey, Interface>,
+    tunnel_ports: Table<TunnelPort>,
+    tunnel_endpoints: Hash<TunnelEndpointKey, TunnelEndpoint>,
+    tunnel_hops: Hash<TunnelHopKey, TunnelHop>,
+    tunnel_peers: Table<TunnelPeer>,
     listeners_live: Table<u64>,
     backends_live: Table<u64>,
     flow_index: FlowIndex,
+    fragments: Hash<FragmentKey, FragmentFlow>,
     /// How many keys the flow index has room for.
     flow_keys: u32,
     flows: FlowMemory,
@@ -89,7 +98,12 @@ impl LiveMaps {
             backends: again(ebpf, map_name::BACKENDS)?,
             group_turns: again(ebpf, map_name::GROUP_TURNS)?,
             persistence: again(ebpf, map_name::PERSISTENCE)?,
+            fragments: again(ebpf, map_name::FRAGMENTS)?,
             interfaces: again(ebpf, map_name::INTERFACES)?,
+            tunnel_ports: again(ebpf, map_name::TUNNEL_PORTS)?,
+            tunnel_endpoints: again(ebpf, map_name::TUNNEL_ENDPOINTS)?,
+            tunnel_hops: again(ebpf, map_name::TUNNEL_HOPS)?,
+            tunnel_peers: again(ebpf, map_name::TUNNEL_PEERS)?,
             listeners_live: again(ebpf, map_name::LISTENER_LIVE)?,
             backends_live: again(ebpf, map_name::BACKEND_LIVE)?,
             flow_index: FlowIndex {
@@ -286,6 +300,10 @@ struct Reads {
     groups: Seen<GroupId, BackendGroup>,
     backends: Seen<BackendId, Backend>,
     interfaces: Seen<InterfaceKey, Interface>,
+    flow_index: Seen<FlowKey, FlowReference>,
+    fragments: Seen<FragmentKey, FragmentFlow>,
+    tunnel_endpoints: Seen<TunnelEndpointKey, TunnelEndpoint>,
+    tunnel_peers: Seen<PeerId, TunnelPeer>,
 }
 
 /// What the walk would have written.
@@ -458,10 +476,39 @@ impl Tables for LiveView<'_> {
         })
     }
 
-    fn flow_reference(&self, key: &FlowKey) -> Option<FlowReference> {
+    fn tunnel_port(&self, port: u16) -> Option<TunnelPort> {
+        self.found(
+            map_name::TUNNEL_PORTS,
+            self.maps.tunnel_ports.get(&u32::from(port), 0),
+        )
+    }
+
+    fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint> {
+        self.read(
+            map_name::TUNNEL_ENDPOINTS,
+            &self.reads.tunnel_endpoints,
+            *key,
+            || self.maps.tunnel_endpoints.get(&AsPod(*key), 0),
+        )
+    }
+
+    fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId> {
+        let found = self.found(map_name::TUNNEL_HOPS, self.maps.tunnel_hops.get(&AsPod(*key), 0));
+        found.map(|hop| hop.peer)
+    }
+
+    fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer> {
+        self.read(map_name::TUNNEL_PEERS, &self.reads.tunnel_peers, id, || {
+            self.maps.tunnel_peers.get(&u32::from(id.0), 0)
+        })
+    }
+
+    fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference> {
         match self.changes.flow_index.get(key) {
-            Some(changed) => *changed,
-            None => self.found(map_name::FLOW_INDEX, self.maps.flow_index.get(key)),
+            Some(changed) => changed.as_ref(),
+            None => self.read(map_name::FLOW_INDEX, &self.reads.flow_index, *key, || {
+                self.maps.flow_index.get(key)
+            }),
         }
     }
 
@@ -519,6 +566,15 @@ impl Tables for LiveView<'_> {
         Some(self.changes.backends_live.entry(id).or_insert(LiveCount(live)))
     }
 
+    fn fragment(&self, key: &FragmentKey) -> Option<&FragmentFlow> {
+        self.read(map_name::FRAGMENTS, &self.reads.fragments, *key, || {
+            self.maps.fragments.get(&AsPod(*key), 0)
+        })
+    }
+
+    // Whoever asks about a packet asks about one.
+    fn keep_fragment(&mut self, _key: &FragmentKey, _flow: FragmentFlow) {}
+
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
         Some(&mut self.changes.icmp_budget)
     }
@@ -551,6 +607,10 @@ impl Env for LiveEnv<'_> {
 
     fn ingress_ifindex(&self) -> u32 {
         self.ingress_ifindex
+    }
+
+    fn hold<P: Packet>(&mut self, _packet: &mut P, walk: &forwarder_common::datapath::Walk) -> bool {
+        walk.frame.total_len as usize <= HELD_BYTES
     }
 
     fn route(&mut self, key: &FlowKey) -> Route {

@@ -9,6 +9,7 @@ use forwarder_common::abi::{
     backend::{Backend, BackendGroup},
     counter::TrafficCounters,
     listener::Source,
+    tunnel::{TunnelPeer, TunnelPort},
 };
 
 use super::{
@@ -38,6 +39,22 @@ impl Store for KernelTables<'_> {
             }
             MapWrite::Interface(key, value) => exchange(&mut control.interfaces, key, value.as_ref())
                 .map(|old| Some(MapWrite::Interface(*key, old))),
+            MapWrite::TunnelPort(port, value) => {
+                let value = value.unwrap_or(TunnelPort::default());
+                replace(&mut control.tunnel_ports, u32::from(*port), value)
+                    .map(|old| Some(MapWrite::TunnelPort(*port, Some(old))))
+            }
+            MapWrite::TunnelEndpoint(key, value) => {
+                exchange(&mut control.tunnel_endpoints, &**key, value.as_ref())
+                    .map(|old| Some(MapWrite::TunnelEndpoint(key.clone(), old)))
+            }
+            MapWrite::TunnelHop(key, value) => exchange(&mut control.tunnel_hops, key, value.as_ref())
+                .map(|old| Some(MapWrite::TunnelHop(*key, old))),
+            MapWrite::TunnelPeer(id, value) => {
+                let value = value.as_deref().copied().unwrap_or(TunnelPeer::zeroed());
+                replace(&mut control.tunnel_peers, u32::from(id.0), value)
+                    .map(|old| Some(MapWrite::TunnelPeer(*id, Some(Box::new(old)))))
+            }
             MapWrite::Backend(id, value) => {
                 replace(&mut control.backends, id.0, value.unwrap_or(Backend::zeroed()))
                     .map(|old| Some(MapWrite::Backend(*id, Some(old))))

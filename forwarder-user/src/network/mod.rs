@@ -30,6 +30,7 @@ mod rule;
 mod sysctl;
 #[cfg(test)]
 mod testing;
+mod tunnel;
 mod watch;
 mod xdp_features;
 
@@ -41,6 +42,7 @@ pub use packet_socket::PacketSocket;
 pub use route::{Route, RouteError};
 pub use rule::{MAIN_TABLE, PolicyRule, RULE_PRIORITY, Selector};
 pub use sysctl::RpFilter;
+pub use tunnel::{FarEnd, TunnelDevice};
 pub use watch::{Changes, LinkChange, LinkState, Watch};
 pub use xdp_features::{runs_programs, takes_redirects};
 

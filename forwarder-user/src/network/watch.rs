@@ -18,7 +18,7 @@ use rtnetlink::{
     packet_route::{AddressFamily, RouteNetlinkMessage, neighbour::NeighbourMessage},
 };
 
-use super::{AbortOnDrop, Interface, Neighbour, NeighbourState, Network};
+use super::{AbortOnDrop, Interface, Neighbour, NeighbourState, Network, TunnelDevice};
 use crate::error::Error;
 
 /// What happened since the last time. At least one field says something.
@@ -32,6 +32,8 @@ pub struct Changes {
     pub addresses: bool,
     /// Neighbours became usable or unusable, or moved to another MAC address.
     pub neighbours: bool,
+    /// Tunnel devices were changed, or where they send to.
+    pub tunnels: bool,
     /// The kernel dropped notifications as they came too fast: anything may have changed, links too.
     pub overrun: bool,
 }
@@ -92,6 +94,9 @@ impl Network {
         let connection = AbortOnDrop(tokio::spawn(connection).abort_handle());
         // Subscribed first, listed second: a change between the two is seen twice rather than never.
         let mut seen = Seen::default();
+        for device in self.tunnel_devices().await? {
+            seen.devices.insert(device.index, device);
+        }
         for interface in self.interfaces().await? {
             seen.links
                 .insert(interface.index, (interface.name.clone(), interface.is_running()));
@@ -131,6 +136,8 @@ impl Watch {
 struct Seen {
     /// Name and whether it carries traffic, by interface number.
     links: HashMap<u32, (String, bool)>,
+    /// Tunnel devices as they are now, by interface number.
+    devices: HashMap<u32, TunnelDevice>,
     /// Neighbours by interface number and address. The kernel bounds its table, and thereby this one.
     neighbours: HashMap<(u32, IpAddr), Reach>,
 }
@@ -157,9 +164,20 @@ impl Seen {
             // The bridge code sends its own kind of link messages under its own family.
             RouteNetlinkMessage::NewLink(link) if link.header.interface_family == AddressFamily::Unspec => {
                 self.note_link(&Interface::from_message(link), changes);
+                if let Some(device) = TunnelDevice::from_message(link) {
+                    let before = self.devices.insert(device.index, device);
+                    changes.tunnels |= before.as_ref() != self.devices.get(&link.header.index);
+                }
             }
             RouteNetlinkMessage::DelLink(link) if link.header.interface_family == AddressFamily::Unspec => {
                 self.note_link_gone(link.header.index, changes);
+                changes.tunnels |= self.devices.remove(&link.header.index).is_some();
+            }
+            // Forwarding entries: the kernel reports those that are new, moved or gone.
+            RouteNetlinkMessage::NewNeighbour(entry) | RouteNetlinkMessage::DelNeighbour(entry)
+                if entry.header.family == AddressFamily::Bridge =>
+            {
+                changes.tunnels |= self.devices.contains_key(&entry.header.ifindex);
             }
             RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_) => {
                 changes.addresses = true;

@@ -27,6 +27,7 @@ use super::{
     overrides::{Override, Overrides},
     tables::{Fresh, Place, Slots, TableInputs, TableSource},
     tiers::{self, Candidate},
+    tunnels::TunnelTables,
 };
 use crate::{
     config::{self, Config, Protocol, TableSizes},
@@ -51,6 +52,8 @@ pub struct Observations {
     pub now: Duration,
     /// By interface index.
     pub interfaces: BTreeMap<u32, Interface>,
+    /// Tunnels that the programs handle.
+    pub tunnels: TunnelTables,
     pub route_generation: u32,
     /// Bits of `settings::flag`.
     pub flags: u32,
@@ -99,6 +102,7 @@ pub struct GroupTable {
 pub struct Desired {
     pub settings: Settings,
     pub interfaces: BTreeMap<u32, Interface>,
+    pub tunnels: TunnelTables,
     pub backends: BTreeMap<BackendId, Backend>,
     /// Operators' orders; they stand beside the tables, in the records of names.
     pub overrides: BTreeMap<BackendId, Override>,
@@ -129,6 +133,7 @@ impl Desired {
         Self {
             settings: Settings::default(),
             interfaces: BTreeMap::new(),
+            tunnels: TunnelTables::default(),
             backends: BTreeMap::new(),
             overrides: BTreeMap::new(),
             groups: BTreeMap::new(),
@@ -156,10 +161,11 @@ impl Desired {
             abi_version: ABI_VERSION,
             route_generation: observed.route_generation,
             hash_seed: HASH_SEED,
-            flags: observed.flags | pool_flag(config),
+            flags: observed.flags | configured_flags(config) | tunnels_flag(&observed.tunnels),
             pool: pool(&config.snat),
         };
         desired.interfaces.clone_from(&observed.interfaces);
+        desired.tunnels.clone_from(&observed.tunnels);
         for name in config.groups.keys() {
             desired.add_group(name, config, ids, observed, tables);
         }
@@ -371,12 +377,25 @@ fn whole_secs(time: Duration) -> u32 {
     (time.as_secs() + u64::from(time.subsec_nanos() > 0)) as u32
 }
 
-/// Whether the pool runs out before the flow table does.
-fn pool_flag(config: &Config) -> u32 {
-    if u64::from(config.agent.max_flows) >= config.snat.bindings() {
-        flag::POOL_IS_SMALLER
-    } else {
+/// What the configuration says about flags of the settings.
+fn configured_flags(config: &Config) -> u32 {
+    // Does the pool run out before the flow table does?
+    let pool = u64::from(config.agent.max_flows) >= config.snat.bindings();
+    [
+        (pool, flag::POOL_IS_SMALLER),
+        (!config.agent.mss_clamp, flag::KEEP_SEGMENT_SIZE),
+    ]
+    .iter()
+    .filter(|(is_set, _)| *is_set)
+    .fold(0, |flags, (_, flag)| flags | flag)
+}
+
+/// Whether the programs handle a tunnel.
+fn tunnels_flag(tunnels: &TunnelTables) -> u32 {
+    if tunnels.endpoints.is_empty() {
         0
+    } else {
+        flag::TUNNELS
     }
 }
 

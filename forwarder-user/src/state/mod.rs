@@ -18,5 +18,6 @@ pub mod placement;
 pub mod plan;
 pub mod tables;
 pub mod tiers;
+pub mod tunnels;
 pub mod turns;
 pub mod vlans;

@@ -13,6 +13,9 @@ use forwarder_common::{
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         settings::Settings,
+        tunnel::{
+            PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
+        },
     },
     wire::IpAddress,
 };
@@ -30,6 +33,10 @@ pub enum MapWrite {
     Name(NameKey, Option<Box<NameRecord>>),
     Settings(Box<Settings>),
     Interface(InterfaceKey, Option<Interface>),
+    TunnelPort(u16, Option<TunnelPort>),
+    TunnelEndpoint(Box<TunnelEndpointKey>, Option<TunnelEndpoint>),
+    TunnelHop(TunnelHopKey, Option<TunnelHop>),
+    TunnelPeer(PeerId, Option<Box<TunnelPeer>>),
     Backend(BackendId, Option<Backend>),
     Slots {
         first: u32,
@@ -104,6 +111,20 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
     writes.extend(came(&before.interfaces, &after.interfaces, |ifindex, value| {
         MapWrite::Interface(interface(ifindex), Some(*value))
     }));
+    let (tunnels, next) = (&before.tunnels, &after.tunnels);
+    writes.extend(came(&tunnels.peers, &next.peers, |id, value| {
+        MapWrite::TunnelPeer(*id, Some(Box::new(*value)))
+    }));
+    writes.extend(came(&tunnels.hops, &next.hops, |_, (key, value)| {
+        MapWrite::TunnelHop(*key, Some(*value))
+    }));
+    writes.extend(came(&tunnels.endpoints, &next.endpoints, |_, (key, value)| {
+        MapWrite::TunnelEndpoint(Box::new(*key), Some(*value))
+    }));
+    writes.extend(came(&tunnels.ports, &next.ports, |port, value| {
+        MapWrite::TunnelPort(*port, Some(*value))
+    }));
+    // With them, or behind them: a new route generation makes flows look for their next hops again.
     if before.settings != after.settings {
         writes.push(MapWrite::Settings(Box::new(after.settings)));
     }
@@ -178,6 +199,18 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
     }));
     writes.extend(went(&before.backends, &after.backends, |id, _| {
         MapWrite::Backend(*id, None)
+    }));
+    writes.extend(went(&tunnels.ports, &next.ports, |port, _| {
+        MapWrite::TunnelPort(*port, None)
+    }));
+    writes.extend(went(&tunnels.endpoints, &next.endpoints, |_, (key, _)| {
+        MapWrite::TunnelEndpoint(Box::new(*key), None)
+    }));
+    writes.extend(went(&tunnels.hops, &next.hops, |_, (key, _)| {
+        MapWrite::TunnelHop(*key, None)
+    }));
+    writes.extend(went(&tunnels.peers, &next.peers, |id, _| {
+        MapWrite::TunnelPeer(*id, None)
     }));
     writes.extend(went(&before.interfaces, &after.interfaces, |ifindex, _| {
         MapWrite::Interface(interface(ifindex), None)
@@ -255,6 +288,32 @@ impl fmt::Display for MapWrite {
             Self::Settings(settings) => write!(f, "settings: route generation {}", settings.route_generation),
             Self::Interface(key, Some(value)) => write!(f, "interface {}: {:?}", key.ifindex, value.mac),
             Self::Interface(key, None) => write!(f, "remove interface {}", key.ifindex),
+            Self::TunnelPort(port, Some(_)) => write!(f, "tunnel port {port}"),
+            Self::TunnelPort(port, None) => write!(f, "remove tunnel port {port}"),
+            Self::TunnelEndpoint(key, Some(value)) => write!(
+                f,
+                "tunnel endpoint {:?} from {:?}: interface {}",
+                key.local, key.remote, value.ifindex
+            ),
+            Self::TunnelEndpoint(key, None) => {
+                write!(f, "remove tunnel endpoint {:?} from {:?}", key.local, key.remote)
+            }
+            Self::TunnelHop(key, Some(value)) => write!(
+                f,
+                "tunnel next hop {:?} on interface {}: peer {}",
+                key.mac, key.ifindex, value.peer.0
+            ),
+            Self::TunnelHop(key, None) => {
+                write!(
+                    f,
+                    "remove tunnel next hop {:?} on interface {}",
+                    key.mac, key.ifindex
+                )
+            }
+            Self::TunnelPeer(id, Some(peer)) => {
+                write!(f, "tunnel peer {}: {:?} -> {:?}", id.0, peer.local, peer.remote)
+            }
+            Self::TunnelPeer(id, None) => write!(f, "remove tunnel peer {}", id.0),
             Self::Backend(id, Some(backend)) => {
                 let state = match backend.state {
                     BackendState::HEALTHY => "healthy",

@@ -165,10 +165,6 @@ fn headers() -> Vec<Case> {
             three.clone().extension(60, padding(0)).build(),
             Reason::EXTENSION_HEADER,
         )),
-        Case::new("A fragment of IPv6 passes", world()).then(Step::passed(
-            syn_v6(WEB).extension(44, vec![0, 0, 0, 1, 1, 2, 3, 4]).build(),
-            Reason::FRAGMENT,
-        )),
         Case::new(
             "An extension header that is longer than the packet passes",
             world(),

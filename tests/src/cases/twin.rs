@@ -24,9 +24,11 @@ impl Case {
     }
 
     /// The same case with generic XDP instead of native; `None` where the two differ, which is in partial
-    /// checksums, or where that would show nothing.
+    /// checksums and in tunnels, or where that would show nothing.
     fn in_generic_mode(&self) -> Option<Self> {
-        if self.library_only.is_some() || self.world.settings.flags & flag::PARTIAL_CHECKSUMS != 0 {
+        if self.library_only.is_some()
+            || self.world.settings.flags & (flag::PARTIAL_CHECKSUMS | flag::TUNNELS) != 0
+        {
             return None;
         }
         let mut case = self.clone();

@@ -5,7 +5,7 @@
 use std::{
     fmt, fs,
     net::{Ipv4Addr, SocketAddrV4},
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -124,46 +124,47 @@ impl fmt::Display for Transferred {
     }
 }
 
-/// Downloads `length_bytes` from the VIP, where `server` answers, and uploads them again; both have to arrive as
-/// they were, by their SHA-256.
+/// [`download`] and [`upload`].
 pub fn transfer(site: &Site, client: &Namespace, server: &Server, length_bytes: u32) -> Result<Transferred> {
-    let directory = site.lab.directory();
-    let (original, received) = (directory.join("original"), directory.join("received"));
-    let content = pattern(length_bytes);
-    fs::write(&original, &content)?;
-    server.nginx.serve_large(&content)?;
-    let expected = digest(&original)?;
-
-    let start = Instant::now();
-    curl(
-        client,
-        &["--output", text(&received)?],
-        &format!("http://{}:{PORT}/large", site.vip),
-    )
-    .context("download")?;
-    let download = start.elapsed();
-    ensure!(
-        digest(&received)? == expected,
-        "the download differs from the original"
-    );
-
-    let start = Instant::now();
-    curl(
-        client,
-        &["--upload-file", text(&original)?],
-        &format!("http://{}:{PORT}/taken/upload", site.vip),
-    )
-    .context("upload")?;
-    let upload = start.elapsed();
-    ensure!(
-        digest(&server.nginx.taken("upload"))? == expected,
-        "the upload differs from the original"
-    );
     Ok(Transferred {
         length_bytes,
-        download,
-        upload,
+        download: download(site, client, server, length_bytes)?,
+        upload: upload(site, client, server, length_bytes)?,
     })
+}
+
+/// Downloads `length_bytes` from the VIP, where `server` answers; they have to arrive as they were, by their SHA-256.
+/// How long that took.
+pub fn download(site: &Site, client: &Namespace, server: &Server, length_bytes: u32) -> Result<Duration> {
+    let content = pattern(length_bytes);
+    let (original, received) = (original(site, &content)?, site.lab.directory().join("received"));
+    server.nginx.serve_large(&content)?;
+    let url = format!("http://{}:{PORT}/large", site.vip);
+    let took = curl(client, &["--output", text(&received)?], &url).context("download")?;
+    ensure!(
+        digest(&received)? == digest(&original)?,
+        "the download differs from the original"
+    );
+    Ok(took)
+}
+
+/// The other way round.
+pub fn upload(site: &Site, client: &Namespace, server: &Server, length_bytes: u32) -> Result<Duration> {
+    let original = original(site, &pattern(length_bytes))?;
+    let url = format!("http://{}:{PORT}/taken/upload", site.vip);
+    let took = curl(client, &["--upload-file", text(&original)?], &url).context("upload")?;
+    ensure!(
+        digest(&server.nginx.taken("upload"))? == digest(&original)?,
+        "the upload differs from the original"
+    );
+    Ok(took)
+}
+
+/// A file of this content.
+fn original(site: &Site, content: &[u8]) -> Result<PathBuf> {
+    let file = site.lab.directory().join("original");
+    fs::write(&file, content)?;
+    Ok(file)
 }
 
 /// Asks the echo server `server` through the VIP by datagrams, from the smallest to the largest of `lengths_bytes`.
@@ -190,7 +191,9 @@ fn echo_requests(site: &Site) -> Result<()> {
     Ok(())
 }
 
-fn curl(client: &Namespace, arguments: &[&str], url: &str) -> Result<()> {
+/// One request that succeeds; how long it took.
+fn curl(client: &Namespace, arguments: &[&str], url: &str) -> Result<Duration> {
+    let start = Instant::now();
     let deadline = TRANSFER_DEADLINE.as_secs().to_string();
     let mut all = vec!["--silent", "--show-error", "--fail", "--max-time", &deadline];
     all.extend(arguments);
@@ -201,7 +204,7 @@ fn curl(client: &Namespace, arguments: &[&str], url: &str) -> Result<()> {
         "{}",
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    Ok(())
+    Ok(start.elapsed())
 }
 
 /// SHA-256 of a file, in hexadecimal digits.

@@ -56,6 +56,8 @@ pub struct Site {
     pub gateway: Namespace,
     /// The router at the far end of the tunnel.
     pub far_router: Namespace,
+    /// The router between the tunnel's ends, where there is one.
+    pub carrier: Option<Namespace>,
     /// A host without a server in the remote network, where there is one.
     pub remote_client: Option<Namespace>,
     pub servers: Vec<Server>,
@@ -252,6 +254,7 @@ impl Site {
             clients: vec![client],
             gateway,
             far_router: transit,
+            carrier: None,
             remote_client: None,
             servers: vec![Server {
                 name: "ecs-test",
@@ -376,6 +379,7 @@ impl Site {
             clients,
             gateway,
             far_router: hangzhou,
+            carrier: Some(chengdu),
             remote_client,
             servers,
             vip: Ipv4Addr::new(172, 16, 0, 100),

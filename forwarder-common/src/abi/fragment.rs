@@ -1,0 +1,42 @@
+//! Fragments: which flow those without a transport header belong to, and those that came before one could know.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::flow::{Direction, FlowId};
+use crate::wire::{Be32, IpAddress};
+
+/// Key of the fragment table: what the fragments of one packet share (RFC 791 §3.2, RFC 8200 §4.5).
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Pod, Zeroable)]
+pub struct FragmentKey {
+    pub source: IpAddress,
+    pub destination: IpAddress,
+    /// Of IPv4 in the low 16 bits.
+    pub identification: Be32,
+    /// IP protocol number.
+    pub protocol: u32,
+}
+
+/// Value of the fragment table: the flow of the first fragment.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct FragmentFlow {
+    pub id: FlowId,
+    pub direction: Direction,
+    /// When the first fragment passed, in seconds of CLOCK_MONOTONIC.
+    pub seen_secs: u32,
+}
+
+/// Bytes of a packet that is held at most: what an Ethernet frame takes, and a power of two, as the verifier wants a mask.
+pub const HELD_BYTES: usize = 2048;
+
+/// A fragment that came before its packet's first: the agent sends it on when that has passed.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct HeldFragment {
+    pub key: FragmentKey,
+    pub ingress_ifindex: u32,
+    /// Of `packet`, which begins with its IP header.
+    pub len: u32,
+    pub packet: [u8; HELD_BYTES],
+}
