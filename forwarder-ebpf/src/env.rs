@@ -85,6 +85,20 @@ impl Env for KernelEnv {
     }
 
     #[inline(always)]
+    fn find_next_hop<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop> {
+        if self.hook == Hook::Tcx || self.is_nested {
+            return next_hop::find(tables, self, settings, walk);
+        }
+        maps::lend(walk);
+        functions::next_hop(self)
+    }
+
+    #[inline(always)]
     fn hold<P: Packet>(&mut self, _: &mut P, walk: &Walk) -> bool {
         let frame = &walk.frame;
         if frame.total_len as usize > HELD_BYTES {
@@ -111,20 +125,6 @@ impl Env for KernelEnv {
         }
         entry.submit(0);
         true
-    }
-
-    #[inline(always)]
-    fn find_next_hop<T: Tables>(
-        &mut self,
-        tables: &mut T,
-        settings: &Settings,
-        walk: &mut Walk,
-    ) -> Result<(), Stop> {
-        if self.hook == Hook::Tcx || self.is_nested {
-            return next_hop::find(tables, self, settings, walk);
-        }
-        maps::lend(walk);
-        functions::next_hop(self)
     }
 
     #[inline(always)]

@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::reason::Reason,
-    datapath::{Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse, translate},
+    datapath::{Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse, rewrite, translate},
 };
 
 use crate::{
@@ -192,22 +192,27 @@ extern "C" fn forwarder_inside(ctx: *mut xdp_md) -> i64 {
     DONE
 }
 
-/// `datapath::overlay::encapsulate` for a frame in native XDP.
+/// `datapath::rewrite::leave` for a frame in XDP.
 #[inline(always)]
-pub(crate) fn encapsulate(ctx: *mut xdp_md) -> Result<(), Stop> {
-    outcome(forwarder_outer(ctx))
+pub(crate) fn leave(ctx: *mut xdp_md, hook: Hook) -> Result<(), Stop> {
+    outcome(forwarder_leave(ctx, u32::from(hook == Hook::Xdp)))
 }
 
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn forwarder_outer(ctx: *mut xdp_md) -> i64 {
+extern "C" fn forwarder_leave(ctx: *mut xdp_md, is_native: u32) -> i64 {
     let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
         return i64::from(Reason::INTERNAL.0);
     };
     let mut packet = XdpPacket::<false> {
         ctx: XdpContext::new(ctx),
     };
-    number(overlay::encapsulate(&mut packet, &KernelTables, settings, walk))
+    let hook = if is_native != 0 {
+        Hook::Xdp
+    } else {
+        Hook::XdpGeneric
+    };
+    number(rewrite::leave(&mut packet, &KernelTables, hook, settings, walk))
 }
 
 /// `datapath::translate::header` for a frame in XDP.

@@ -114,7 +114,14 @@ pub(crate) fn scratch() -> Option<*mut [u64; SCRATCH_WORDS]> {
 /// its map, where the compiler does not see it look.
 #[inline(always)]
 pub(crate) fn lend(walk: &Walk) {
-    core::hint::black_box(core::ptr::from_ref(walk));
+    // SAFETY: moves a register onto itself. `black_box` would do, but takes eight bytes of stack each time.
+    unsafe {
+        core::arch::asm!(
+            "{walk} = {walk}",
+            walk = inlateout(reg) core::ptr::from_ref(walk) => _,
+            options(nostack)
+        );
+    }
 }
 
 /// A trie's key in the form that aya names.

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Packet, Stop, Tables, Walk, parse::Frame, translate},
+    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, parse::Frame, translate},
     wire::{
         LinkPair, WireHeader,
         checksum::{Delta, fold},
@@ -237,9 +237,15 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
-    fn encapsulate<T: Tables>(&mut self, _tables: &T, _settings: &Settings, walk: &Walk) -> Result<(), Stop> {
+    fn leave<T: Tables>(
+        &mut self,
+        _tables: &T,
+        hook: Hook,
+        _settings: &Settings,
+        walk: &Walk,
+    ) -> Result<(), Stop> {
         maps::lend(walk);
-        functions::encapsulate(self.ctx.ctx)
+        functions::leave(self.ctx.ctx, hook)
     }
 }
 

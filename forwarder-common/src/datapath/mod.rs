@@ -255,13 +255,19 @@ pub trait Packet {
         translate::header(self, walk)
     }
 
-    /// [`overlay::encapsulate`], wherever it runs.
+    /// [`rewrite::leave`], wherever it runs.
     #[inline(always)]
-    fn encapsulate<T: Tables>(&mut self, tables: &T, settings: &Settings, walk: &Walk) -> Result<(), Stop>
+    fn leave<T: Tables>(
+        &mut self,
+        tables: &T,
+        hook: Hook,
+        settings: &Settings,
+        walk: &Walk,
+    ) -> Result<(), Stop>
     where
         Self: Sized,
     {
-        overlay::encapsulate(self, tables, settings, walk)
+        rewrite::leave(self, tables, hook, settings, walk)
     }
 }
 
@@ -470,9 +476,6 @@ pub trait Env {
     /// The kernel's route for a packet with this 5-tuple.
     fn route(&mut self, key: &FlowKey) -> Route;
 
-    /// Hands a later fragment that came too early to the agent, which sends it on; `false`: it cannot.
-    fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk) -> bool;
-
     /// [`next_hop::find`], wherever it runs.
     #[inline(always)]
     fn find_next_hop<T: Tables>(
@@ -486,6 +489,9 @@ pub trait Env {
     {
         next_hop::find(tables, self, settings, walk)
     }
+
+    /// Hands a later fragment that came too early to the agent, which sends it on; `false`: it cannot.
+    fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk) -> bool;
 
     /// [`icmp::find`], wherever it runs; `walk` is the one of this packet.
     ///

@@ -15,7 +15,9 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    Packet, Stop, Tables, Walk, hash, parse,
+    Packet, Stop, Tables, Walk,
+    fragment::part,
+    hash, parse,
     rewrite::{Tags, write_link},
 };
 use crate::{
@@ -396,7 +398,8 @@ impl Carrier {
                 ttl: ip.ttl,
                 dont_fragment: u8::from(ip.dont_fragment()),
                 version: 4,
-                identification: ip.identification.raw(),
+                // The fragments of one packet share a number.
+                identification: ip.identification.raw() ^ ip.fragment.raw().rotate_left(5),
             });
         }
         let ip = packet.header::<Ipv6Header>(network_offset)?;
@@ -454,7 +457,7 @@ pub fn encapsulate<P: Packet, T: Tables>(
         transport_offset: frame.transport_offset as usize,
         total_len: frame.total_len as u16,
         protocol: frame.key.protocol as u8,
-        is_fragment: false,
+        is_fragment: frame.fragment != part::WHOLE,
         hash: hash::flow_hash(&frame.key, settings.hash_seed),
     };
     push(packet, peer, hop.link, hop.tags(), &inner)
@@ -567,6 +570,9 @@ pub fn strip<P: Packet>(packet: &mut P, inside: &Inside) -> Result<(), Stop> {
 /// A word that differs between packets of a flow: their transport checksum, which covers sequence numbers and payload.
 #[inline(always)]
 fn distinct_word<P: Packet>(packet: &mut P, inner: &Inner) -> Result<u16, Stop> {
+    if inner.is_fragment {
+        return Ok(0);
+    }
     let offset = match inner.protocol {
         PROTOCOL_TCP => TcpHeader::CHECKSUM_OFFSET,
         PROTOCOL_UDP => UdpHeader::CHECKSUM_OFFSET,

@@ -51,19 +51,19 @@ fn stages<P: Packet, T: Tables, E: Env>(
     walk: &mut Walk,
 ) -> Result<Outcome, Stop> {
     // Only native XDP can take headers off and put them on: elsewhere the stack holds on to what it knows of them.
-    let has_tunnels = env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0;
     walk.inside.network_offset = 0;
     walk.quote = Quote::NONE;
-    if has_tunnels {
+    if env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0 {
         packet.recognise(tables, walk);
     }
     match parse::frame(packet, walk)? {
         Kind::Flow => find_or_open(tables, settings, walk)?,
-        _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
         Kind::Fragment => match tables.follow(settings, walk) {
             fragment::FOUND => {}
+            _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
             reason => return Err(fragment::stop(packet, env, walk, Reason(reason as u32))),
         },
+        _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
         Kind::Icmp => env.icmp(packet, tables, settings, walk)?,
         Kind::Neighbour => {
@@ -96,7 +96,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     if translate::is_due(&walk.frame, &walk.hit.rewrite) {
         packet.translate(walk)?;
     }
-    rewrite::leave(packet, tables, env.hook(), settings, walk)?;
+    packet.leave(tables, env.hook(), settings, walk)?;
     let verdict = next_hop::verdict(env, &walk.hit.hop);
     if walk.quote.is_some() {
         return Ok(sent(verdict, Reason::ICMP_FORWARDED, Reason::ICMP_TO_STACK));

@@ -195,7 +195,7 @@ pub fn leave<P: Packet, T: Tables>(
     }
     match is_sent {
         false => Ok(()),
-        true if hook == Hook::Xdp && hop.peer != 0 => packet.encapsulate(tables, settings, walk),
+        true if hook == Hook::Xdp && hop.peer != 0 => overlay::encapsulate(packet, tables, settings, walk),
         true => link(packet, &walk.frame, hop),
     }
 }

@@ -300,10 +300,10 @@ struct Reads {
     groups: Seen<GroupId, BackendGroup>,
     backends: Seen<BackendId, Backend>,
     interfaces: Seen<InterfaceKey, Interface>,
-    flow_index: Seen<FlowKey, FlowReference>,
-    fragments: Seen<FragmentKey, FragmentFlow>,
     tunnel_endpoints: Seen<TunnelEndpointKey, TunnelEndpoint>,
     tunnel_peers: Seen<PeerId, TunnelPeer>,
+    flow_index: Seen<FlowKey, FlowReference>,
+    fragments: Seen<FragmentKey, FragmentFlow>,
 }
 
 /// What the walk would have written.
