@@ -751,6 +751,7 @@ mod tests {
             kind,
             controller: None,
             remote: None,
+            alias: None,
             driver: None,
         }
     }

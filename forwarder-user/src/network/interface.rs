@@ -34,6 +34,8 @@ pub struct Interface {
     pub controller: Option<u32>,
     /// The far end of a tunnel, in the network that carries it; `None` where it has none or several.
     pub remote: Option<Ipv4Addr>,
+    /// What somebody has noted on it (`ip link set alias`).
+    pub alias: Option<String>,
     /// The kernel driver of a physical interface; `None` where sysfs does not tell.
     pub driver: Option<String>,
 }
@@ -65,11 +67,13 @@ impl Interface {
             },
             controller: None,
             remote: None,
+            alias: None,
             driver: None,
         };
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => interface.name.clone_from(name),
+                LinkAttribute::IfAlias(alias) => interface.alias = Some(alias.clone()),
                 LinkAttribute::Mtu(mtu_bytes) => interface.mtu_bytes = *mtu_bytes,
                 LinkAttribute::Address(mac) if is_ethernet => {
                     interface.mac = mac.as_slice().try_into().ok();

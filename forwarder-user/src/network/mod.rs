@@ -24,6 +24,7 @@ mod ethtool;
 mod fib;
 mod genetlink;
 mod interface;
+mod making;
 mod neighbour;
 mod route;
 mod rule;

@@ -65,6 +65,7 @@ pub(in crate::doctor) fn device(name: &str, index: u32, kind: InterfaceKind, add
             kind,
             controller: None,
             remote: None,
+            alias: None,
             driver: None,
         },
     }
