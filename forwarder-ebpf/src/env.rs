@@ -134,9 +134,9 @@ impl Env for KernelEnv {
         _: &mut T,
         _: &Settings,
         walk: &mut Walk,
-    ) -> Result<Outcome, Stop> {
+    ) -> Result<(), Stop> {
         maps::lend(walk);
-        Ok(functions::icmp(self))
+        functions::icmp(self)
     }
 
     #[inline(always)]

@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::reason::Reason,
-    datapath::{Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse, rewrite},
+    datapath::{Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse, rewrite, translate},
 };
 
 use crate::{
@@ -50,14 +50,72 @@ fn unpack(number: u64) -> Outcome {
     }
 }
 
-/// `datapath::icmp` for the packet under way.
+/// In place of an outcome: the walk goes on.
+const FOUND: u64 = u64::MAX;
+
+/// `datapath::icmp::find` for the packet under way.
 #[inline(always)]
-pub(crate) fn icmp(env: &KernelEnv) -> Outcome {
-    unpack(match env.hook {
-        Hook::Xdp => forwarder_icmp_xdp(env.ctx.cast(), env.ingress_ifindex),
-        Hook::XdpGeneric => forwarder_icmp_skb(env.ctx.cast(), env.ingress_ifindex),
-        Hook::Tcx => forwarder_icmp_tcx(env.ctx.cast(), env.ingress_ifindex),
-    })
+pub(crate) fn icmp(env: &KernelEnv) -> Result<(), Stop> {
+    let found = match env.hook {
+        Hook::Xdp | Hook::XdpGeneric => forwarder_icmp_xdp(env.ctx.cast()),
+        Hook::Tcx => forwarder_icmp_tcx(env.ctx.cast()),
+    };
+    if found == FOUND {
+        Ok(())
+    } else {
+        Err(Stop(unpack(found)))
+    }
+}
+
+/// Functions for which native and generic XDP are the same: their names, the context's type, and how a packet is made of
+/// it.
+macro_rules! of_context {
+    ($icmp:ident $error:ident $translate:ident $context:ty, $packet:expr) => {
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        extern "C" fn $icmp(ctx: *mut $context) -> u64 {
+            let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+                return pack(Stop::pass(Reason::INTERNAL).0);
+            };
+            match icmp::find(&mut $packet(ctx), &mut KernelTables, settings, walk) {
+                Ok(()) => FOUND,
+                Err(Stop(outcome)) => pack(outcome),
+            }
+        }
+
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        extern "C" fn $error(ctx: *mut $context) -> i64 {
+            let Some(walk) = KernelTables::walk() else {
+                return i64::from(Reason::INTERNAL.0);
+            };
+            number(icmp::rewrite(&mut $packet(ctx), walk))
+        }
+
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        extern "C" fn $translate(ctx: *mut $context) -> i64 {
+            let Some(walk) = KernelTables::walk() else {
+                return i64::from(Reason::INTERNAL.0);
+            };
+            number(translate::header(&mut $packet(ctx), walk))
+        }
+    };
+}
+
+of_context!(forwarder_icmp_xdp forwarder_error_xdp forwarder_translate_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
+of_context!(forwarder_icmp_tcx forwarder_error_tcx forwarder_translate_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
+
+/// `datapath::icmp::rewrite` for a frame in XDP.
+#[inline(always)]
+pub(crate) fn error_xdp(ctx: *mut xdp_md) -> Result<(), Stop> {
+    outcome(forwarder_error_xdp(ctx))
+}
+
+/// `datapath::icmp::rewrite` for a packet in tcx.
+#[inline(always)]
+pub(crate) fn error_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
+    outcome(forwarder_error_tcx(ctx))
 }
 
 /// `datapath::refuse` for the packet under way.
@@ -157,31 +215,21 @@ extern "C" fn forwarder_leave(ctx: *mut xdp_md, is_native: u32) -> i64 {
     number(rewrite::leave(&mut packet, &KernelTables, hook, settings, walk))
 }
 
-/// Both functions of a hook: their names, the context's type, and how a packet is made of it.
-macro_rules! of_hook {
-    ($icmp:ident $refuse:ident $context:ty, $hook:expr, $packet:expr) => {
-        #[inline(never)]
-        #[unsafe(no_mangle)]
-        extern "C" fn $icmp(ctx: *mut $context, ingress_ifindex: u32) -> u64 {
-            let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
-                return pack(Stop::pass(Reason::INTERNAL).0);
-            };
-            let mut env = KernelEnv {
-                ctx: ctx.cast(),
-                hook: $hook,
-                ingress_ifindex,
-                is_nested: true,
-            };
-            let (Ok(outcome) | Err(Stop(outcome))) = icmp::forward(
-                &mut $packet(ctx),
-                &mut KernelTables,
-                &mut env,
-                settings,
-                walk,
-            );
-            pack(outcome)
-        }
+/// `datapath::translate::header` for a frame in XDP.
+#[inline(always)]
+pub(crate) fn translate_xdp(ctx: *mut xdp_md) -> Result<(), Stop> {
+    outcome(forwarder_translate_xdp(ctx))
+}
 
+/// `datapath::translate::header` for a packet in tcx.
+#[inline(always)]
+pub(crate) fn translate_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
+    outcome(forwarder_translate_tcx(ctx))
+}
+
+/// The function of a hook: its name, the context's type, and how a packet is made of it.
+macro_rules! of_hook {
+    ($refuse:ident $context:ty, $packet:expr) => {
         #[inline(never)]
         #[unsafe(no_mangle)]
         extern "C" fn $refuse(ctx: *mut $context, reason: u32) -> u64 {
@@ -200,6 +248,6 @@ macro_rules! of_hook {
     };
 }
 
-of_hook!(forwarder_icmp_xdp forwarder_refuse_xdp xdp_md, Hook::Xdp, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
-of_hook!(forwarder_icmp_skb forwarder_refuse_skb xdp_md, Hook::XdpGeneric, |ctx| XdpPacket::<true> { ctx: XdpContext::new(ctx) });
-of_hook!(forwarder_icmp_tcx forwarder_refuse_tcx __sk_buff, Hook::Tcx, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
+of_hook!(forwarder_refuse_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
+of_hook!(forwarder_refuse_skb xdp_md, |ctx| XdpPacket::<true> { ctx: XdpContext::new(ctx) });
+of_hook!(forwarder_refuse_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });

@@ -9,19 +9,21 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, BPF_F_PSEUDO_HDR, bpf_hdr_start_off::BPF_HDR_START_NET, xdp_md},
     helpers::generated::{
-        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_load_bytes_relative,
-        bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
-        bpf_xdp_load_bytes,
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_proto,
+        bpf_skb_load_bytes_relative, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+        bpf_xdp_get_buff_len, bpf_xdp_load_bytes,
     },
     programs::{TcContext, XdpContext},
 };
 use forwarder_common::{
     abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk},
+    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, parse::Frame, translate},
     wire::{
         LinkPair, WireHeader,
         checksum::{Delta, fold},
         ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
+        ipv4::Ipv4Header,
+        ipv6::Ipv6Header,
     },
 };
 
@@ -198,6 +200,27 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn resize_network(&mut self, frame: &Frame, to_v4: bool) -> Result<u32, Stop> {
+        if to_v4 {
+            return Ok(frame.transport_offset);
+        }
+        self.move_start(-(translate::DIFFERENCE as i32))?;
+        Ok(frame.transport_offset + translate::DIFFERENCE)
+    }
+
+    #[inline(always)]
+    fn rewrite_error(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::error_xdp(self.ctx.ctx)
+    }
+
+    #[inline(always)]
+    fn translate(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::translate_xdp(self.ctx.ctx)
+    }
+
+    #[inline(always)]
     fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
         let ctx = self.ctx.ctx;
         let cut = len as i32 - self.frame_len() as i32;
@@ -333,6 +356,36 @@ impl Packet for SkbPacket {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn resize_network(&mut self, frame: &Frame, to_v4: bool) -> Result<u32, Stop> {
+        let (old, new, ethertype) = if to_v4 {
+            (Ipv6Header::LEN, Ipv4Header::LEN, ETHERTYPE_IPV4)
+        } else {
+            (Ipv4Header::LEN, Ipv6Header::LEN, ETHERTYPE_IPV6)
+        };
+        // The kernel knows headers without options only.
+        if frame.transport_offset - frame.network_offset != old as u32 {
+            return Err(Stop::drop(Reason::UNTRANSLATABLE));
+        }
+        // SAFETY: the context is the one the kernel passed in.
+        if unsafe { bpf_skb_change_proto(self.ctx.skb.skb, ethertype.raw(), 0) } < 0 {
+            return Err(Stop::drop(Reason::UNTRANSLATABLE));
+        }
+        Ok(frame.network_offset + new as u32)
+    }
+
+    #[inline(always)]
+    fn rewrite_error(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::error_tcx(self.ctx.skb.skb)
+    }
+
+    #[inline(always)]
+    fn translate(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::translate_tcx(self.ctx.skb.skb)
     }
 
     #[inline(always)]

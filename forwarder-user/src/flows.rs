@@ -2,7 +2,11 @@
 //!
 //! The names of [`FlowStatus`]' fields are the names in the JSON, which scripts rely on: add some, but rename none.
 
-use std::{fmt, net::SocketAddr, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+};
 
 use forwarder_common::{
     abi::{
@@ -138,19 +142,26 @@ impl FromStr for Endpoints {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (addresses, port) = match text.split_once(':') {
-            Some((addresses, port)) => (addresses, Some(port)),
-            None => (text, None),
-        };
         let wrong = || {
             format!(
-                "\"{text}\" is not ADDRESS, ADDRESS/LENGTH or one of them with :PORT, such as 192.0.2.0/24:443"
+                "\"{text}\" is not ADDRESS, ADDRESS/LENGTH or one of them with :PORT, such as 192.0.2.0/24:443 or \
+                 [2001:db8::/32]:443"
             )
+        };
+        // An IPv6 address has colons of its own, so with a port it stands in brackets (RFC 3986 §3.2.2).
+        let (addresses, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+            Some((addresses, "")) => (addresses, None),
+            Some((addresses, rest)) => (addresses, Some(rest.strip_prefix(':').ok_or_else(wrong)?)),
+            None if text.matches(':').count() > 1 => (text, None),
+            None => match text.split_once(':') {
+                Some((addresses, port)) => (addresses, Some(port)),
+                None => (text, None),
+            },
         };
         let addresses = if addresses.contains('/') {
             addresses.parse().map_err(|_| wrong())?
         } else {
-            IpNet::from(addresses.parse::<std::net::IpAddr>().map_err(|_| wrong())?)
+            IpNet::from(addresses.parse::<IpAddr>().map_err(|_| wrong())?)
         };
         let port = port.map(str::parse).transpose().map_err(|_| wrong())?;
         Ok(Self { addresses, port })
@@ -173,14 +184,15 @@ impl From<Endpoints> for String {
 
 impl fmt::Display for Endpoints {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.addresses.prefix_len() == self.addresses.max_prefix_len() {
-            write!(f, "{}", self.addresses.addr())?;
+        let addresses = if self.addresses.prefix_len() == self.addresses.max_prefix_len() {
+            self.addresses.addr().to_string()
         } else {
-            write!(f, "{}", self.addresses)?;
-        }
-        match self.port {
-            Some(port) => write!(f, ":{port}"),
-            None => Ok(()),
+            self.addresses.to_string()
+        };
+        match (self.port, self.addresses) {
+            (Some(port), IpNet::V6(_)) => write!(f, "[{addresses}]:{port}"),
+            (Some(port), IpNet::V4(_)) => write!(f, "{addresses}:{port}"),
+            (None, _) => f.write_str(&addresses),
         }
     }
 }
@@ -403,7 +415,6 @@ impl FlowTable<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
 
     use bytemuck::Zeroable as _;
     use forwarder_common::abi::flow::TcpEvents;
@@ -414,9 +425,9 @@ mod tests {
         let mut entry = FlowEntry::zeroed();
         entry.state = FlowState::LIVE;
         entry.binding.protocol = u32::from(PROTOCOL_TCP);
-        entry.binding.client = Ipv4Addr::new(192, 0, 2, 7).into();
+        entry.binding.client = IpAddr::from([192, 0, 2, 7]).into();
         entry.binding.client_port = Be16::new(51000);
-        entry.binding.backend = Ipv4Addr::new(10, 20, 0, 5).into();
+        entry.binding.backend = IpAddr::from([10, 20, 0, 5]).into();
         entry.binding.backend_port = Be16::new(8443);
         entry.tcp = TcpEvents::OPENED;
         entry
@@ -432,10 +443,28 @@ mod tests {
 
     #[test]
     fn endpoints_are_read_and_written() {
-        for text in ["192.0.2.7", "192.0.2.0/24", "192.0.2.7:51000", "192.0.2.0/24:443"] {
+        for text in [
+            "192.0.2.7",
+            "192.0.2.0/24",
+            "192.0.2.7:51000",
+            "192.0.2.0/24:443",
+            "2001:db8::7",
+            "2001:db8::/32",
+            "[2001:db8::7]:51000",
+            "[2001:db8::/32]:443",
+        ] {
             assert_eq!(text.parse::<Endpoints>().unwrap().to_string(), text);
         }
-        for text in ["", "web", "192.0.2.7:", "192.0.2.7:70000", "192.0.2.0/33", "::1"] {
+        for text in [
+            "",
+            "web",
+            "192.0.2.7:",
+            "192.0.2.7:70000",
+            "192.0.2.0/33",
+            "[::1",
+            "::1]:80",
+            "[::1]80",
+        ] {
             assert!(text.parse::<Endpoints>().is_err(), "{text}");
         }
     }

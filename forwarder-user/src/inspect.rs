@@ -10,7 +10,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    net::Ipv4Addr,
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -128,7 +128,7 @@ impl Inspector {
     }
 
     /// The interface with a program that leads to a host.
-    async fn towards<'a>(&self, names: &'a Names, host: Option<Ipv4Addr>) -> Option<&'a InterfaceName> {
+    async fn towards<'a>(&self, names: &'a Names, host: Option<IpAddr>) -> Option<&'a InterfaceName> {
         let route = self.network.route_to(host?, None).await.ok()?;
         names.interfaces.iter().find(|one| one.ifindex == route.interface)
     }
@@ -150,10 +150,11 @@ impl Inspector {
     }
 }
 
-/// The source of an IPv4 packet in an Ethernet frame.
-fn source(frame: &[u8]) -> Option<Ipv4Addr> {
+/// The source of an IP packet in an Ethernet frame without tags.
+fn source(frame: &[u8]) -> Option<IpAddr> {
     match frame.get(12..14)? {
-        [8, 0] => Some(Ipv4Addr::from(<[u8; 4]>::try_from(frame.get(26..30)?).ok()?)),
+        [0x86, 0xdd] => Some(IpAddr::from(<[u8; 16]>::try_from(frame.get(22..38)?).ok()?)),
+        [8, 0] => Some(IpAddr::from(<[u8; 4]>::try_from(frame.get(26..30)?).ok()?)),
         _ => None,
     }
 }

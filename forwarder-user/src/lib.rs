@@ -5,11 +5,13 @@
 //! cli -> agent -> state -> config        names and wishes become tables; pure
 //!          |  \-> health, passive, network, diagnose   what is going on out there
 //!          \---> datapath                     the kernel's objects; the only place that knows aya
+//! announce                               tells neighbours whose addresses these are
 //! status -> metrics, api                 what is known, for people and programs
 //! explain, flows -> inspect -> api       looks at the data path beside the agent's loop
 //! ```
 
 pub mod agent;
+pub mod announce;
 pub mod api;
 pub mod change;
 pub mod cli;

@@ -12,15 +12,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
 use forwarder_common::abi::snat::PORTS_PER_ADDRESS;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::{
-    config::{Config, NatMode, Ports, Protocol},
+    config::{Config, NatMode, PerFamily, Ports, Protocol},
     datapath::object::{MapLayout, Sizes},
 };
 
@@ -71,10 +71,11 @@ pub struct TableNeeds {
 pub struct NetworkNeeds {
     pub network: String,
     pub tunnel: Option<String>,
-    /// The gateway's own address there: the next hop of the routes; `None`: this host has none (yet).
-    pub gateway: Option<Ipv4Addr>,
+    /// The gateway's own addresses there, one of each family at most: the next hops of the routes. Empty: this host has
+    /// none (yet).
+    pub gateways: Vec<IpAddr>,
     /// Prefixes that have to be routed back to the gateway.
-    pub prefixes: Vec<Ipv4Net>,
+    pub prefixes: Vec<IpNet>,
     /// What the servers' inbound rules have to admit from these prefixes.
     pub admit: Vec<Admit>,
     /// For a router or server with iproute2.
@@ -89,7 +90,7 @@ pub struct NetworkNeeds {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Admit {
     /// The server.
-    pub to: Ipv4Addr,
+    pub to: IpAddr,
     /// `tcp` or `udp`.
     pub protocol: &'static str,
     pub first_port: u16,
@@ -109,7 +110,7 @@ impl Requirements {
         flows_per_backend: Option<u64>,
         sizes: &Sizes,
         layout: &[MapLayout],
-        addresses: &BTreeMap<String, Vec<Ipv4Net>>,
+        addresses: &BTreeMap<String, Vec<IpNet>>,
         cpus: u64,
     ) -> Self {
         let tables: Vec<_> = layout.iter().map(|map| table(map, sizes, cpus)).collect();
@@ -135,14 +136,11 @@ fn pool(config: &Config, flows_per_backend: Option<u64>) -> PoolNeeds {
         None => u64::from(max_flows),
     };
     let addresses = flows.div_ceil(per_address);
-    let addresses_present = config
-        .snat
-        .ranges
-        .iter()
-        .map(|(_, count)| u64::from(*count))
-        .sum();
+    // A prefix of IPv6 has more than enough; what is taken of it follows max_flows.
+    let is_v4 = config.snat.addresses(true) > 0;
+    let addresses_present = config.snat.addresses(is_v4);
     let mut shortages = Vec::new();
-    if addresses > addresses_present {
+    if is_v4 && addresses > addresses_present {
         let missing = addresses - addresses_present;
         shortages.push(format!(
             "snat.prefixes: {missing} more address{} for traffic; a /{} holds {}",
@@ -232,24 +230,22 @@ fn table(map: &MapLayout, sizes: &Sizes, cpus: u64) -> TableNeeds {
     }
 }
 
-fn networks(config: &Config, addresses: &BTreeMap<String, Vec<Ipv4Net>>) -> Vec<NetworkNeeds> {
+fn networks(config: &Config, addresses: &BTreeMap<String, Vec<IpNet>>) -> Vec<NetworkNeeds> {
     config
         .networks
         .iter()
         .map(|(name, network)| {
-            let is_inside = |address: Ipv4Addr| network.cidrs.iter().any(|cidr| cidr.contains(&address));
-            let gateway = match &network.tunnel {
-                Some(tunnel) => addresses
-                    .get(tunnel)
-                    .and_then(|list| list.first())
-                    .map(Ipv4Net::addr),
+            let is_inside = |address: IpAddr| network.cidrs.iter().any(|cidr| cidr.contains(&address));
+            let own: PerFamily = match &network.tunnel {
+                Some(tunnel) => addresses.get(tunnel).into_iter().flatten().map(IpNet::addr).collect(),
                 None => config
                     .interfaces
                     .keys()
                     .filter_map(|interface| addresses.get(interface))
                     .flatten()
-                    .map(Ipv4Net::addr)
-                    .find(|address| is_inside(*address)),
+                    .map(IpNet::addr)
+                    .filter(|address| is_inside(*address))
+                    .collect(),
             };
             let admit = admitted(config, is_inside);
             let has_dnat = config.groups.values().any(|group| {
@@ -263,34 +259,52 @@ fn networks(config: &Config, addresses: &BTreeMap<String, Vec<Ipv4Net>>) -> Vec<
                         .to_owned(),
                 );
             }
-            let prefixes = config.snat.prefixes.clone();
-            let via = gateway.map_or_else(|| UNKNOWN_GATEWAY.to_owned(), |address| address.to_string());
-            if gateway.is_none() {
-                let device = network.tunnel.as_deref().unwrap_or("an interface of the configuration");
-                notes.push(format!(
-                    "write the gateway's address on {device} for {UNKNOWN_GATEWAY}: this host has none there"
-                ));
-            }
-            NetworkNeeds {
+            // Servers of one family only see addresses of that.
+            let has = |prefix: &&IpNet| {
+                let mut cidrs = network.cidrs.iter();
+                cidrs.any(|cidr| cidr.addr().is_ipv4() == prefix.addr().is_ipv4())
+            };
+            let prefixes: Vec<_> = config.snat.prefixes.iter().filter(has).copied().collect();
+            let mut needs = NetworkNeeds {
                 network: name.clone(),
                 tunnel: network.tunnel.clone(),
-                gateway,
-                iproute2: prefixes
-                    .iter()
-                    .map(|prefix| format!("ip route add {prefix} via {via}"))
-                    .collect(),
+                gateways: own.iter().collect(),
+                iproute2: Vec::new(),
                 nftables: nftables(&prefixes, &admit),
                 iptables: iptables(&prefixes, &admit),
                 prefixes,
                 admit,
                 notes,
+            };
+            let routes = needs.routes().map(|(prefix, gateway)| {
+                let via = gateway.map_or_else(|| UNKNOWN_GATEWAY.to_owned(), |gateway| gateway.to_string());
+                format!("ip route add {prefix} via {via}")
+            });
+            needs.iproute2 = routes.collect();
+            if needs.routes().any(|(_, gateway)| gateway.is_none()) {
+                let device = network.tunnel.as_deref().unwrap_or("an interface of the configuration");
+                needs.notes.push(format!(
+                    "write the gateway's address on {device} for {UNKNOWN_GATEWAY}: this host has none there"
+                ));
             }
+            needs
         })
         .collect()
 }
 
+impl NetworkNeeds {
+    /// The prefixes to be routed, each with the gateway's address of its family.
+    pub fn routes(&self) -> impl Iterator<Item = (IpNet, Option<IpAddr>)> + '_ {
+        self.prefixes.iter().map(|prefix| {
+            let mut gateways = self.gateways.iter();
+            let gateway = gateways.find(|gateway| gateway.is_ipv4() == prefix.addr().is_ipv4());
+            (*prefix, gateway.copied())
+        })
+    }
+}
+
 /// What the servers inside a network have to let in.
-fn admitted(config: &Config, is_inside: impl Fn(Ipv4Addr) -> bool) -> Vec<Admit> {
+fn admitted(config: &Config, is_inside: impl Fn(IpAddr) -> bool) -> Vec<Admit> {
     let mut admit = BTreeSet::new();
     for (name, group) in &config.groups {
         let protocols: BTreeSet<_> = config
@@ -345,10 +359,10 @@ fn admitted(config: &Config, is_inside: impl Fn(Ipv4Addr) -> bool) -> Vec<Admit>
     admit.into_iter().collect()
 }
 
-/// Ports by protocol: rules go to every server of the network alike.
-fn ports(admit: &[Admit]) -> BTreeMap<&'static str, BTreeSet<Ports>> {
+/// Ports by protocol: rules go to every server of a family of the network alike.
+fn ports(admit: &[Admit], is_v4: bool) -> BTreeMap<&'static str, BTreeSet<Ports>> {
     let mut ports: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
-    for one in admit {
+    for one in admit.iter().filter(|one| one.to.is_ipv4() == is_v4) {
         ports.entry(one.protocol).or_default().insert(Ports {
             first: one.first_port,
             last: one.last_port,
@@ -357,27 +371,31 @@ fn ports(admit: &[Admit]) -> BTreeMap<&'static str, BTreeSet<Ports>> {
     ports
 }
 
-fn nftables(prefixes: &[Ipv4Net], admit: &[Admit]) -> Vec<String> {
-    let sources = join(prefixes);
-    ports(admit)
-        .into_iter()
-        .map(|(protocol, ports)| {
+fn nftables(prefixes: &[IpNet], admit: &[Admit]) -> Vec<String> {
+    let mut rules = Vec::new();
+    for (is_v4, ip) in [(true, "ip"), (false, "ip6")] {
+        let family = prefixes.iter().filter(|prefix| prefix.addr().is_ipv4() == is_v4);
+        let sources = join(&family.collect::<Vec<_>>());
+        rules.extend(ports(admit, is_v4).into_iter().map(|(protocol, ports)| {
             let ports: Vec<_> = ports.into_iter().map(|ports| between(ports, "-")).collect();
             format!(
-                "nft insert rule inet filter input ip saddr {{ {sources} }} {protocol} dport {{ {} }} accept",
+                "nft insert rule inet filter input {ip} saddr {{ {sources} }} {protocol} dport {{ {} }} accept",
                 join(&ports)
             )
-        })
-        .collect()
+        }));
+    }
+    rules
 }
 
-fn iptables(prefixes: &[Ipv4Net], admit: &[Admit]) -> Vec<String> {
+fn iptables(prefixes: &[IpNet], admit: &[Admit]) -> Vec<String> {
     let mut rules = Vec::new();
     for prefix in prefixes {
-        for (protocol, ports) in ports(admit) {
+        let is_v4 = prefix.addr().is_ipv4();
+        let command = if is_v4 { "iptables" } else { "ip6tables" };
+        for (protocol, ports) in ports(admit, is_v4) {
             for port in ports {
                 rules.push(format!(
-                    "iptables -I INPUT -s {prefix} -p {protocol} --dport {} -j ACCEPT",
+                    "{command} -I INPUT -s {prefix} -p {protocol} --dport {} -j ACCEPT",
                     between(port, ":")
                 ));
             }
@@ -493,7 +511,7 @@ mod tests {
             .unwrap();
         assert_eq!(
             (flows.entries, flows.entry_bytes, flows.memory_bytes),
-            (64_512, 128, 64_512 * 128)
+            (64_512, 192, 64_512 * 192)
         );
         let names: Vec<_> = requirements
             .tables

@@ -152,7 +152,7 @@ fn reset(
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use bytemuck::Zeroable;
 
@@ -162,10 +162,10 @@ mod tests {
     fn each_end_gets_the_sequence_number_it_expects_from_the_address_it_knows() {
         let mut entry = FlowEntry::zeroed();
         entry.binding = FlowBinding {
-            client: Ipv4Addr::new(192, 0, 2, 7).into(),
-            vip: Ipv4Addr::new(198, 51, 100, 10).into(),
-            snat: Ipv4Addr::new(100, 64, 0, 2).into(),
-            backend: Ipv4Addr::new(10, 0, 0, 5).into(),
+            client: IpAddr::from([192, 0, 2, 7]).into(),
+            vip: IpAddr::from([198, 51, 100, 10]).into(),
+            snat: IpAddr::from([100, 64, 0, 2]).into(),
+            backend: IpAddr::from([10, 0, 0, 5]).into(),
             client_port: Be16::new(51000),
             vip_port: Be16::new(443),
             snat_port: Be16::new(1024),

@@ -6,8 +6,9 @@
 //! The names of its fields are the names in the JSON, which scripts rely on: add some, but rename none.
 //! tests/golden/status/sample.json shows them all. Real numbers must be finite, as JSON knows no others.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
+use crate::config::address::at_port;
 use serde::{Deserialize, Serialize};
 
 /// Everything there is to show.
@@ -51,7 +52,7 @@ pub struct TunnelStatus {
     /// Its device.
     pub is_up: bool,
     /// The address of the far side that is probed; none without a check.
-    pub address: Option<Ipv4Addr>,
+    pub address: Option<IpAddr>,
     /// `healthy`, `unhealthy`, `unknown` before the first probe, or `unchecked`.
     pub health: String,
     /// Backends that are unhealthy because it is.
@@ -129,7 +130,10 @@ pub struct Rates {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ListenerStatus {
     pub name: String,
-    pub vip: Ipv4Addr,
+    /// The first of `vips`.
+    pub vip: IpAddr,
+    /// The addresses it listens on, of either family.
+    pub vips: Vec<IpAddr>,
     /// `80`, `8000-8099` or `any`.
     pub port: String,
     /// `tcp` or `udp`.
@@ -157,7 +161,7 @@ pub struct GroupStatus {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BackendStatus {
     pub name: String,
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// None: the one that the client asked for.
     pub port: Option<u16>,
     /// As configured.
@@ -222,7 +226,7 @@ impl BackendStatus {
     /// Address and port, or the address alone where the port is the one that clients ask for.
     pub fn endpoint(&self) -> String {
         match self.port {
-            Some(port) => format!("{}:{port}", self.address),
+            Some(port) => at_port(self.address, port),
             None => self.address.to_string(),
         }
     }

@@ -15,7 +15,7 @@
 use std::{
     fs::{self, File},
     io::Write as _,
-    net::{Ipv4Addr, SocketAddrV4, TcpListener},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     process::{Command, Stdio},
     thread,
     time::Duration,
@@ -29,8 +29,8 @@ use forwarder_user::{
 use nix::sched::{CloneFlags, setns};
 
 const POOL: &str = "100.64.0.0/26";
-const PROBE: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 1);
-const SERVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(192, 168, 1, 10), 8080);
+const PROBE: IpAddr = IpAddr::V4(Ipv4Addr::new(100, 64, 0, 1));
+const SERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 168, 1, 10)), 8080);
 const TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The inbound rule of a server that admits its own network and the pool's superset, as cloud users write it.

@@ -29,6 +29,7 @@ use crate::{
     },
 };
 
+mod families;
 mod fragments;
 mod icmp_errors;
 mod ipv6;
@@ -523,6 +524,7 @@ pub fn all() -> Vec<Case> {
         checksums(),
         partial_checksums(),
         segment_sizes().into_iter().map(Case::v4_only).collect(),
+        families::all(),
         fragments::all(),
         icmp_errors::all(),
         ipv6::all(),

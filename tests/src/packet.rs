@@ -316,6 +316,20 @@ impl Builder {
         self
     }
 
+    /// Identification of an IPv4 packet.
+    #[must_use]
+    pub fn identification(mut self, identification: u16) -> Self {
+        self.identification = identification;
+        self
+    }
+
+    /// Without any extension header of IPv6.
+    #[must_use]
+    pub fn without_extensions(mut self) -> Self {
+        self.extensions.clear();
+        self
+    }
+
     #[must_use]
     pub fn icmp_kind(mut self, new: u8) -> Self {
         match &mut self.transport {

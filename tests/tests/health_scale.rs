@@ -7,7 +7,7 @@
 
 use std::{
     collections::HashMap,
-    net::{Ipv4Addr, SocketAddrV4, TcpListener},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -47,7 +47,7 @@ fn targets(port: u16) -> Vec<Target> {
         .map(|number| Target {
             group: "web".to_owned(),
             backend: format!("backend-{number}"),
-            address: SocketAddrV4::new(Ipv4Addr::from_bits(first + number), port),
+            address: SocketAddr::from((Ipv4Addr::from_bits(first + number), port)),
             check: check.clone(),
             device: None,
         })
@@ -105,7 +105,7 @@ fn ten_thousand_backends_are_asked_evenly() {
         let _watch = health::start(
             targets(address.port()),
             HashMap::new(),
-            Ipv4Addr::LOCALHOST,
+            IpAddr::V4(Ipv4Addr::LOCALHOST).into(),
             sender,
         );
         let mut outcomes: HashMap<String, (u32, u32)> = HashMap::new();

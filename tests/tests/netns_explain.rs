@@ -5,7 +5,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{Ipv4Addr, SocketAddrV4, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     os::fd::AsRawFd as _,
     path::Path,
     time::Duration,
@@ -27,7 +27,7 @@ use forwarder_user::{
     flows::{FlowList, FlowPhase, FlowStatus},
 };
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
 use serde::de::DeserializeOwned;
 
@@ -80,8 +80,8 @@ fn json<T: DeserializeOwned>(site: &Site, agent: &Agent, arguments: &[&str]) -> 
 fn explain(
     site: &Site,
     agent: &Agent,
-    source: SocketAddrV4,
-    destination: SocketAddrV4,
+    source: SocketAddr,
+    destination: SocketAddr,
     more: &[&str],
 ) -> Result<Explanation> {
     let (source, destination) = (source.to_string(), destination.to_string());
@@ -98,8 +98,8 @@ fn flows(site: &Site, agent: &Agent, filters: &[&str]) -> Result<Vec<FlowStatus>
     Ok(list.flows)
 }
 
-fn vip(site: &Site) -> SocketAddrV4 {
-    SocketAddrV4::new(site.vip, PORT)
+fn vip(site: &Site) -> SocketAddr {
+    SocketAddr::from((site.vip, PORT))
 }
 
 /// A connection of the client's from this port to the VIP.
@@ -116,9 +116,9 @@ fn open(site: &Site, port: u16) -> Result<TcpStream> {
         setsockopt(&socket, sockopt::Linger, &linger)?;
         bind(
             socket.as_raw_fd(),
-            &SockaddrIn::from(SocketAddrV4::new(CLIENT, port)),
+            &SockaddrStorage::from(SocketAddr::from((CLIENT, port))),
         )?;
-        connect(socket.as_raw_fd(), &SockaddrIn::from(to))?;
+        connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
         let stream = TcpStream::from(socket);
         stream.set_read_timeout(Some(Duration::from_millis(500)))?;
         stream.set_write_timeout(Some(Duration::from_millis(500)))?;
@@ -140,7 +140,7 @@ fn what_is_explained_of_new_flows_is_what_they_get() -> Result<()> {
     play(|site, agent| {
         let mut backends = std::collections::HashSet::new();
         for port in 40_001..40_013 {
-            let client = SocketAddrV4::new(CLIENT, port);
+            let client = SocketAddr::from((CLIENT, port));
             let explained = explain(site, agent, client, vip(site), &[])?;
             ensure!(flows(site, agent, &["--client", &client.to_string()])?.is_empty());
             let choice = explained.choice.clone().context("a new flow")?;
@@ -190,7 +190,7 @@ fn what_is_explained_of_new_flows_is_what_they_get() -> Result<()> {
 #[test]
 fn packets_of_a_flow_and_packets_of_none_are_explained() -> Result<()> {
     play(|site, agent| {
-        let client = SocketAddrV4::new(CLIENT, 41_000);
+        let client = SocketAddr::from((CLIENT, 41_000));
         let mut stream = open(site, client.port())?;
         ask(&mut stream)?;
         let of_client = client.to_string();
@@ -222,13 +222,13 @@ fn packets_of_a_flow_and_packets_of_none_are_explained() -> Result<()> {
         );
 
         // A stranger's reply, a segment of no connection, a port without a listener, a destination of others.
-        let stranger = SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 9), 80);
-        let other_port = SocketAddrV4::new(site.vip, 81);
-        let elsewhere = SocketAddrV4::new(Ipv4Addr::new(172, 16, 1, 10), PORT);
+        let stranger = SocketAddr::from((Ipv4Addr::new(203, 0, 113, 9), 80));
+        let other_port = SocketAddr::from((site.vip, 81));
+        let elsewhere = SocketAddr::from((Ipv4Addr::new(172, 16, 1, 10), PORT));
         for (from, to, flags, verdict, reason) in [
             (stranger, flow.binding, "syn,ack", "drop", "no_flow"),
             (
-                SocketAddrV4::new(CLIENT, 41_001),
+                SocketAddr::from((CLIENT, 41_001)),
                 vip(site),
                 "ack",
                 "drop",
@@ -286,7 +286,7 @@ fn write_capture(path: &Path, frames: &[Vec<u8>]) -> Result<()> {
 #[test]
 fn the_packets_of_a_capture_see_each_other_s_effects() -> Result<()> {
     play(|site, agent| {
-        let client = |port| SocketAddrV4::new(CLIENT, port);
+        let client = |port| SocketAddr::from((CLIENT, port));
         let frames = [
             Builder::tcp(segment::ACK, client(42_000), vip(site)).build(),
             Builder::tcp(segment::SYN, client(42_000), vip(site)).build(),

@@ -36,6 +36,7 @@ fn everything() -> Extras {
         remote_client: true,
         security_groups: false,
         eight_servers: false,
+        jumbo_frames: false,
     }
 }
 

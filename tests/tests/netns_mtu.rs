@@ -17,7 +17,7 @@ use forwarder_tests::lab::{
     self, Lifetime, Namespace,
     agent::{self, Agent, ShowLog},
     configuration::{Check, Configuration},
-    crossing::{download, transfer, upload},
+    crossing::{Mode, await_mode, download, in_mode, transfer, upload},
     topology::{PROBE_ADDRESS, Peering, Site},
     udp::{Client, EchoServer},
     wait_until,
@@ -34,36 +34,41 @@ const UDP_PORT: u16 = 5353;
 /// Until a host has taken notice of an ICMP message.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Runs `test` at a site of this kind with the agent running. `uplink_mtu_bytes`: what the gateway's link to the client
-/// takes, of which the client knows nothing.
-fn play(
+/// What is special about a site.
+#[derive(Clone, Copy, Debug)]
+struct Path {
     peering: Peering,
+    mode: Mode,
+    /// What the gateway's link to the client takes, of which the client knows nothing.
     uplink_mtu_bytes: Option<u16>,
-    clamp: bool,
-    test: impl FnOnce(&Site, &Agent) -> Result<()>,
-) -> Result<()> {
+}
+
+/// Runs `test` at a site with the agent running. `clamp`: announced segment sizes are lowered to what is known.
+fn play(path: Path, clamp: bool, test: impl FnOnce(&Site, &Agent) -> Result<()>) -> Result<()> {
     if !lab::can_run_test(Some(agent::binary())) {
         return Ok(());
     }
-    let site = Site::peering_with(Lifetime::Process, peering)?;
-    if let Some(mtu_bytes) = uplink_mtu_bytes {
+    let site = Site::peering_with(Lifetime::Process, path.peering)?;
+    if let Some(mtu_bytes) = path.uplink_mtu_bytes {
         site.gateway.run(&format!("ip link set eth0 mtu {mtu_bytes}"))?;
     }
     let show_log = ShowLog::of(&site.lab);
-    let agent = site.start_agent(&configuration(&site, clamp)?, "web")?;
+    let agent = site.start_agent(&configuration(&site, path.mode, clamp)?, "web")?;
+    await_mode(&agent, path.mode)?;
     test(&site, &agent)?;
     show_log.all_is_well();
     Ok(())
 }
 
-/// A listener for pages and one for datagrams; `clamp`: announced segment sizes are lowered to what is known.
-fn configuration(site: &Site, clamp: bool) -> Result<Configuration> {
+/// A listener for pages and one for datagrams.
+fn configuration(site: &Site, mode: Mode, clamp: bool) -> Result<Configuration> {
     let server = site.servers.first().context("a server")?;
     let configuration = site
         .web_configuration()
         .group("echo", "full", Check::None)
         .backend("echo", server.name, server.address, UDP_PORT, 1)
         .listener("echo", site.vip, UDP_PORT, "udp", "echo");
+    let configuration = in_mode(configuration, mode);
     Ok(if clamp {
         configuration
     } else {
@@ -72,21 +77,24 @@ fn configuration(site: &Site, clamp: bool) -> Result<Configuration> {
 }
 
 /// A narrow link behind the tunnel, jumbo frames at both ends.
-fn narrow() -> Peering {
-    Peering {
-        client_mtu_bytes: JUMBO_BYTES,
-        server_mtu_bytes: JUMBO_BYTES,
-        narrow_mtu_bytes: Some(NARROW_BYTES),
-        ..Peering::default()
+fn narrow(mode: Mode) -> Path {
+    Path {
+        peering: Peering {
+            client_mtu_bytes: JUMBO_BYTES,
+            server_mtu_bytes: JUMBO_BYTES,
+            narrow_mtu_bytes: Some(NARROW_BYTES),
+            ..Peering::default()
+        },
+        mode,
+        uplink_mtu_bytes: None,
     }
 }
 
 /// No link is narrower than the tunnel.
-fn wide() -> Peering {
-    Peering {
-        narrow_mtu_bytes: None,
-        ..narrow()
-    }
+fn wide(mode: Mode) -> Path {
+    let mut path = narrow(mode);
+    path.peering.narrow_mtu_bytes = None;
+    path
 }
 
 /// Transfers in both directions, with packets at their largest.
@@ -112,14 +120,9 @@ enum Direction {
 ///
 /// At a site of its own: a host that has learned of a path announces smaller segments on its next connection, so the
 /// other end would have nothing to learn.
-fn learn_by_transfer(
-    peering: Peering,
-    uplink_mtu_bytes: Option<u16>,
-    direction: Direction,
-    expected_bytes: u16,
-) -> Result<()> {
+fn learn_by_transfer(path: Path, direction: Direction, expected_bytes: u16) -> Result<()> {
     for offload in [true, false] {
-        play(peering, uplink_mtu_bytes, false, |site, _| {
+        play(path, false, |site, _| {
             site.checksum_offload(offload)?;
             let server = site.servers.first().context("a server")?;
             let learned = match direction {
@@ -177,45 +180,83 @@ fn learn_by_datagram(site: &Site, expected_bytes: u16) -> Result<()> {
 
 #[test]
 fn clamped_segments_cross_a_tunnel_between_jumbo_links() -> Result<()> {
-    play(wide(), None, true, |site, _| transfer_all(site))
+    play(wide(Mode::Kernel), true, |site, _| transfer_all(site))
+}
+
+#[test]
+fn clamped_segments_cross_a_native_tunnel_between_jumbo_links() -> Result<()> {
+    play(wide(Mode::Native), true, |site, _| transfer_all(site))
 }
 
 #[test]
 fn clamped_segments_cross_a_narrow_link_behind_the_tunnel() -> Result<()> {
-    play(narrow(), None, true, |site, _| transfer_all(site))
+    play(narrow(Mode::Kernel), true, |site, _| transfer_all(site))
+}
+
+#[test]
+fn clamped_segments_cross_a_narrow_link_behind_a_native_tunnel() -> Result<()> {
+    play(narrow(Mode::Native), true, |site, _| transfer_all(site))
 }
 
 #[test]
 fn requests_shrink_to_the_tunnel_by_icmp_alone() -> Result<()> {
-    learn_by_transfer(wide(), None, Direction::Upload, TUNNEL_BYTES)
+    learn_by_transfer(wide(Mode::Kernel), Direction::Upload, TUNNEL_BYTES)
+}
+
+#[test]
+fn requests_shrink_to_a_native_tunnel_by_icmp_alone() -> Result<()> {
+    learn_by_transfer(wide(Mode::Native), Direction::Upload, TUNNEL_BYTES)
 }
 
 #[test]
 fn requests_shrink_to_a_narrow_link_by_icmp_alone() -> Result<()> {
-    learn_by_transfer(narrow(), None, Direction::Upload, NARROW_BYTES)
+    learn_by_transfer(narrow(Mode::Kernel), Direction::Upload, NARROW_BYTES)
+}
+
+#[test]
+fn requests_shrink_to_a_narrow_link_behind_a_native_tunnel_by_icmp_alone() -> Result<()> {
+    learn_by_transfer(narrow(Mode::Native), Direction::Upload, NARROW_BYTES)
 }
 
 #[test]
 fn replies_shrink_to_a_narrow_link_by_icmp_alone() -> Result<()> {
-    learn_by_transfer(narrow(), None, Direction::Download, NARROW_BYTES)
+    learn_by_transfer(narrow(Mode::Kernel), Direction::Download, NARROW_BYTES)
 }
 
 #[test]
 #[ignore = "needs \"fragmentation needed\" in tcx, which sends what does not fit"]
 fn replies_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
-    learn_by_transfer(wide(), Some(NARROW_BYTES), Direction::Download, NARROW_BYTES)
+    let path = Path {
+        uplink_mtu_bytes: Some(NARROW_BYTES),
+        ..wide(Mode::Kernel)
+    };
+    learn_by_transfer(path, Direction::Download, NARROW_BYTES)
+}
+
+#[test]
+#[ignore = "needs the gateway's own ICMP errors to go back through native tunnels"]
+fn replies_of_a_native_tunnel_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
+    let path = Path {
+        uplink_mtu_bytes: Some(NARROW_BYTES),
+        ..wide(Mode::Native)
+    };
+    learn_by_transfer(path, Direction::Download, NARROW_BYTES)
 }
 
 #[test]
 fn a_datagram_that_does_not_fit_the_tunnel_is_answered_by_the_vip() -> Result<()> {
-    play(wide(), None, true, |site, _| {
-        learn_by_datagram(site, TUNNEL_BYTES)
-    })
+    for mode in [Mode::Kernel, Mode::Native] {
+        play(wide(mode), true, |site, _| learn_by_datagram(site, TUNNEL_BYTES))?;
+    }
+    Ok(())
 }
 
 #[test]
 fn a_datagram_that_does_not_fit_behind_the_tunnel_is_heard_of() -> Result<()> {
-    play(narrow(), None, true, |site, _| {
-        learn_by_datagram(site, NARROW_BYTES)
-    })
+    for mode in [Mode::Kernel, Mode::Native] {
+        play(narrow(mode), true, |site, _| {
+            learn_by_datagram(site, NARROW_BYTES)
+        })?;
+    }
+    Ok(())
 }

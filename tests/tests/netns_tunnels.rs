@@ -26,6 +26,11 @@ fn vxlan_by_the_kernel() -> Result<()> {
 }
 
 #[test]
+fn vxlan_natively() -> Result<()> {
+    play(Kind::Vxlan, Mode::Native)
+}
+
+#[test]
 fn tun_by_the_kernel() -> Result<()> {
     play(Kind::Tun, Mode::Kernel)
 }

@@ -25,7 +25,7 @@ use forwarder_user::{
     error::Error,
     state::{
         apply::{Store, apply},
-        desired::{Desired, Observations},
+        desired::{Desired, ListenerOrder, Observations},
         difference::differences,
         ids::{Capacity, Ids, NameKey, NameKind, NameRecord},
         plan::{Applied, MapWrite},
@@ -45,10 +45,10 @@ struct Memory {
     backends: BTreeMap<BackendId, Backend>,
     slots: Vec<Option<BackendId>>,
     groups: BTreeMap<GroupId, BackendGroup>,
-    vips: BTreeMap<[u8; 4], Vip>,
-    listeners: BTreeMap<(u32, u16, u8), (ListenerKey, Listener)>,
-    listener_ranges: BTreeMap<[u8; 16], (ListenerRangeKey, Listener)>,
-    sources: BTreeMap<[u8; 16], (SourceKey, Source)>,
+    vips: BTreeMap<[u8; 16], Vip>,
+    listeners: BTreeMap<ListenerOrder, (ListenerKey, Listener)>,
+    listener_ranges: BTreeMap<[u8; size_of::<ListenerRangeKey>()], (ListenerRangeKey, Listener)>,
+    sources: BTreeMap<[u8; size_of::<SourceKey>()], (SourceKey, Source)>,
     /// Writes until one is refused.
     refuse_after: Option<usize>,
 }
@@ -194,7 +194,7 @@ struct Meaning {
     interfaces: String,
     backends: BTreeMap<String, String>,
     groups: BTreeMap<String, (u32, Vec<String>)>,
-    vips: BTreeMap<[u8; 4], u32>,
+    vips: BTreeMap<[u8; 16], u32>,
     listeners: BTreeMap<String, String>,
     sources: BTreeSet<String>,
 }
@@ -255,7 +255,7 @@ impl Store for Memory {
                 exchange(&mut self.vips, key.address.octets(), *value),
             )),
             MapWrite::Listener(key, value) => {
-                let order = (u32::from_be_bytes(key.vip.octets()), key.port.get(), key.protocol);
+                let order = (key.vip.octets(), key.port.get(), key.protocol.get() as u8);
                 let old = exchange(&mut self.listeners, order, value.map(|value| (*key, value)));
                 Some(MapWrite::Listener(*key, old.map(|(_, value)| value)))
             }

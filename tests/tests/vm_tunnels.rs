@@ -1,5 +1,5 @@
-//! Ring 4: every kind of tunnel that Linux has a device for, end to end: the gateway's end kept by the kernel, the
-//! other end an ordinary kernel tunnel.
+//! Ring 4: every kind of tunnel that Linux has a device for, end to end: the gateway's end kept by the kernel or by the
+//! data path, the other end an ordinary kernel tunnel.
 //!
 //! The modules that these kinds take are those of Debian's kernels, so the tests run in `cargo xtask test vm` only;
 //! elsewhere they are skipped.
@@ -42,13 +42,21 @@ macro_rules! tests {
 
 tests! {
     vxlan_by_the_kernel: Vxlan, Kernel;
+    vxlan_natively: Vxlan, Native;
     geneve_by_the_kernel: Geneve, Kernel;
+    geneve_natively: Geneve, Native;
     gretap_by_the_kernel: Gretap, Kernel;
+    gretap_natively: Gretap, Native;
     gre_by_the_kernel: Gre, Kernel;
+    gre_natively: Gre, Native;
     ipip_by_the_kernel: Ipip, Kernel;
+    ipip_natively: Ipip, Native;
     sit_by_the_kernel: Sit, Kernel;
+    sit_natively: Sit, Native;
     fou_by_the_kernel: Fou, Kernel;
+    fou_natively: Fou, Native;
     gue_by_the_kernel: Gue, Kernel;
+    gue_natively: Gue, Native;
     wireguard_by_the_kernel: Wireguard, Kernel;
     xfrm_by_the_kernel: Xfrm, Kernel;
     tun_by_the_kernel: Tun, Kernel;

@@ -132,6 +132,8 @@ reasons! {
         "A packet came out of a tunnel whose network marked congestion, and its sender does not look at such marks (RFC 6040)." "Relieve the network that carries the tunnel.";
     34 TUNNEL_TO_STACK "tunnel_to_stack" Pass
         "A packet inside a native tunnel belongs to no flow yet, or to none of ours: the kernel's device takes it out." "";
+    35 UNTRANSLATABLE "untranslatable" Drop
+        "A packet of a flow between IPv4 and IPv6 cannot be translated: it is a fragment, an ICMP error, or a datagram without checksum out of a tunnel." "Lower the sender's MTU, or use backends of the clients' family.";
 }
 
 impl Reason {

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// RFC 8200 §4.5: reassembly is given up after 60 seconds; Linux waits for 30 (net.ipv4.ipfrag_time).
-const LIFETIME_SECS: u32 = 30;
+const LIFETIME_SECS: i32 = 30;
 
 /// What part of a packet a frame carries: values of [`Frame::fragment`].
 pub mod part {
@@ -81,7 +81,8 @@ pub fn follow<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -
     };
     // The number may have been given to another flow since.
     let expected = entry.key(direction);
-    if now_secs.wrapping_sub(seen_secs) > LIFETIME_SECS
+    // Signed: the agent's clock, in `explain`, is finer than the program's.
+    if now_secs.wrapping_sub(seen_secs) as i32 > LIFETIME_SECS
         || entry.state != FlowState::LIVE
         || expected.source != frame.key.source
         || expected.destination != frame.key.destination

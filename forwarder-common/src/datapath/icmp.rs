@@ -7,11 +7,13 @@
 //!
 //! So path MTU discovery works through the gateway, and traceroute shows it as a hop.
 
+use bytemuck::{Pod, Zeroable};
+
 use super::{
-    Env, Outcome, Packet, Stop, Tables, Walk, echo, flow, next_hop,
+    Packet, Stop, Tables, Walk, echo, flow,
     parse::Frame,
-    pipeline,
     rewrite::{self, Ports, Rewrite},
+    translate,
 };
 use crate::{
     abi::{
@@ -36,49 +38,77 @@ use crate::{
 /// RFC 792: an error quotes at least so many bytes of what follows the IP header: of TCP and UDP the ports.
 const QUOTED: usize = 8;
 
-/// What becomes of an ICMP message; no reason is counted. One that goes on has yet to [`rewrite::leave`].
+/// What an ICMP error quotes.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct Quote {
+    /// Where the quoted transport header starts, in bytes from the frame's start; zero: the packet is no error.
+    pub transport_offset: u32,
+    /// Non-zero: the receiver hears of the host that reports.
+    pub keeps_sender: u32,
+}
+
+impl Quote {
+    /// Of a packet that is no error.
+    pub const NONE: Self = Self {
+        transport_offset: 0,
+        keeps_sender: 0,
+    };
+
+    /// Is the packet an error?
+    #[inline(always)]
+    pub const fn is_some(&self) -> bool {
+        self.transport_offset != 0
+    }
+}
+
+/// Finds the flow that an error is about: the walk gets its hit and the quote.
 ///
 /// # Errors
-/// Early ends, as of the walk.
+/// The end of the walk for other messages: an echo request to a VIP is answered.
 #[inline(always)]
-pub fn forward<P: Packet, T: Tables, E: Env>(
+pub fn find<P: Packet, T: Tables>(
     packet: &mut P,
     tables: &mut T,
-    env: &mut E,
     settings: &Settings,
     walk: &mut Walk,
-) -> Result<Outcome, Stop> {
+) -> Result<(), Stop> {
     let icmp_type = packet
         .header::<IcmpHeader>(walk.frame.transport_offset as usize)?
         .icmp_type;
     if !is_error(icmp_type, walk.frame.is_v4()) {
-        return echo::answer(packet, tables, &walk.frame);
+        return Err(match echo::answer(packet, tables, &walk.frame) {
+            Ok(outcome) => Stop(outcome),
+            Err(stop) => stop,
+        });
     }
-    let quoted_offset = read_quote(packet, &walk.frame, &mut walk.key)?;
+    walk.quote.transport_offset = read_quote(packet, &walk.frame, &mut walk.key)? as u32;
     flow::find(tables, settings, walk)?;
-    rewrite::check_ttl(&walk.frame)?;
-    let quoted = walk.key;
-    next_hop::resolve(tables, env, settings, walk)?;
-    next_hop::fit(env, walk)?;
+    if translate::is_due(&walk.frame, &walk.hit.rewrite) {
+        return Err(Stop::drop(Reason::UNTRANSLATABLE));
+    }
+    // In DNAT mode the backend knows the client, and so may know who reports.
+    walk.quote.keeps_sender = u32::from(walk.hit.rewrite.source == walk.key.source);
+    Ok(())
+}
 
-    // No byte was changed above this line; below it no policy decides.
-    let is_sent = walk.hit.hop.kind == HopKind::DIRECT;
-    let change = rewrite_quote(packet, &walk.frame, &walk.hit.rewrite, quoted_offset)?;
-    address(&walk.frame, &mut walk.hit.rewrite, &quoted);
-    let icmp = packet.header::<IcmpHeader>(walk.frame.transport_offset as usize)?;
-    let pseudo = if walk.frame.is_v4() {
+/// Translates an error and what it quotes.
+#[inline(always)]
+pub fn rewrite<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
+    let Walk {
+        frame, hit, quote, ..
+    } = walk;
+    let is_sent = hit.hop.kind == HopKind::DIRECT;
+    let change = rewrite_quote(packet, frame, &hit.rewrite, quote.transport_offset as usize)?;
+    address(frame, &mut hit.rewrite, quote);
+    let pseudo = if frame.is_v4() {
         Delta::ZERO
     } else {
-        walk.hit.rewrite.addresses
+        hit.rewrite.addresses
     };
+    let icmp = packet.header::<IcmpHeader>(frame.transport_offset as usize)?;
     icmp.checksum = change.and(pseudo).apply(icmp.checksum);
-    rewrite::network(packet, &walk.frame, &walk.hit.rewrite, is_sent)?;
-    let verdict = next_hop::verdict(env, &walk.hit.hop);
-    Ok(pipeline::sent(
-        verdict,
-        Reason::ICMP_FORWARDED,
-        Reason::ICMP_TO_STACK,
-    ))
+    rewrite::network(packet, frame, &hit.rewrite, is_sent)
 }
 
 #[inline(always)]
@@ -199,9 +229,8 @@ fn rewrite_quote<P: Packet>(
 
 /// Makes the rewrite that of the message itself: who reports, to whom, and what that changes.
 #[inline(always)]
-fn address(frame: &Frame, rewrite: &mut Rewrite, quoted: &FlowKey) {
-    let is_sender_known = rewrite.source == quoted.source;
-    if is_sender_known {
+fn address(frame: &Frame, rewrite: &mut Rewrite, quote: &Quote) {
+    if quote.keeps_sender != 0 {
         rewrite.source = frame.key.source.copied();
     }
     rewrite.addresses = Delta::ZERO

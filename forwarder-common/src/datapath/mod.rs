@@ -54,6 +54,7 @@ pub mod refuse;
 pub mod rewrite;
 pub mod snat;
 pub mod tcp_state;
+pub mod translate;
 pub mod transport_checksum;
 
 /// What happens to a packet.
@@ -149,6 +150,8 @@ pub struct Walk {
     pub hit: flow::Hit,
     /// The addresses of a new flow: by `snat::bind`.
     pub binding: FlowBinding,
+    /// What an ICMP error quotes: by `icmp::find`.
+    pub quote: icmp::Quote,
     /// Room for the one key that a stage builds.
     pub key: FlowKey,
 }
@@ -225,6 +228,31 @@ pub trait Packet {
         Self: Sized,
     {
         overlay::recognise(self, tables, walk);
+    }
+
+    /// Makes room for an IP header of the other family, without options, right before the transport header; where that
+    /// starts then.
+    ///
+    /// # Errors
+    /// A drop where there is no room, or the kernel cannot.
+    fn resize_network(&mut self, frame: &parse::Frame, to_v4: bool) -> Result<u32, Stop>;
+
+    /// [`icmp::rewrite`], wherever it runs.
+    #[inline(always)]
+    fn rewrite_error(&mut self, walk: &mut Walk) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        icmp::rewrite(self, walk)
+    }
+
+    /// [`translate::header`], wherever it runs.
+    #[inline(always)]
+    fn translate(&mut self, walk: &mut Walk) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        translate::header(self, walk)
     }
 
     /// [`rewrite::leave`], wherever it runs.
@@ -465,7 +493,7 @@ pub trait Env {
     /// Hands a later fragment that came too early to the agent, which sends it on; `false`: it cannot.
     fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk) -> bool;
 
-    /// [`icmp::forward`], wherever it runs; `walk` is the one of this packet.
+    /// [`icmp::find`], wherever it runs; `walk` is the one of this packet.
     ///
     /// # Errors
     /// As there.
@@ -476,11 +504,11 @@ pub trait Env {
         tables: &mut T,
         settings: &Settings,
         walk: &mut Walk,
-    ) -> Result<Outcome, Stop>
+    ) -> Result<(), Stop>
     where
         Self: Sized,
     {
-        icmp::forward(packet, tables, self, settings, walk)
+        icmp::find(packet, tables, settings, walk)
     }
 
     /// [`refuse::answer`], wherever it runs; `walk` is the one of this packet.

@@ -9,7 +9,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Packet, Stop, parse::Frame};
+use super::{Packet, Stop, parse::Frame, rewrite::Rewrite};
 use crate::wire::{
     Be16, WireHeader,
     checksum::Delta,
@@ -22,8 +22,9 @@ use crate::wire::{
 const KIND_MSS: u8 = 2;
 /// IP and TCP header without options: what an MTU leaves to a segment is this less (RFC 9293 §3.7.1).
 #[inline(always)]
-const fn headers(frame: &Frame) -> u32 {
-    let ip = if frame.is_v4() {
+const fn headers(frame: &Frame, rewrite: &Rewrite) -> u32 {
+    // Between families, the longer one.
+    let ip = if frame.is_v4() && rewrite.destination.is_v4() {
         Ipv4Header::LEN
     } else {
         Ipv6Header::LEN
@@ -53,14 +54,19 @@ pub const fn is_announced(frame: &Frame) -> bool {
 /// Lowers the announced segment size to what fits `mtu_bytes`, and says what that changes in the sum of the
 /// transport header. Zero: unknown, nothing is changed.
 #[inline(always)]
-pub fn clamp<P: Packet>(packet: &mut P, frame: &Frame, mtu_bytes: u32) -> Result<Delta, Stop> {
+pub fn clamp<P: Packet>(
+    packet: &mut P,
+    frame: &Frame,
+    rewrite: &Rewrite,
+    mtu_bytes: u32,
+) -> Result<Delta, Stop> {
     let data_offset = packet
         .header::<TcpHeader>(frame.transport_offset as usize)?
         .data_offset;
-    if mtu_bytes <= headers(frame) || data_offset >> 4 < 6 {
+    if mtu_bytes <= headers(frame, rewrite) || data_offset >> 4 < 6 {
         return Ok(Delta::ZERO);
     }
-    let largest = (mtu_bytes - headers(frame)).min(u16::MAX as u32) as u16;
+    let largest = (mtu_bytes - headers(frame, rewrite)).min(u16::MAX as u32) as u16;
     let option = packet.header::<MssOption>(frame.transport_offset as usize + TcpHeader::LEN)?;
     let announced = option.value;
     if option.kind != KIND_MSS || option.len as usize != MssOption::LEN || announced.get() <= largest {

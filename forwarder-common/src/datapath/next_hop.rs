@@ -4,7 +4,7 @@
 //! neighbours or links change, the agent counts the generation up, and the next packet of each flow asks the
 //! kernel again. So a hit costs no route lookup and none is ever stale.
 
-use super::{Env, Hook, Route, Stop, Tables, Verdict, Walk, flow};
+use super::{Env, Hook, Route, Stop, Tables, Verdict, Walk, flow, translate};
 use crate::{
     abi::{
         flow::{FlowKey, HopKind, NextHop},
@@ -180,15 +180,18 @@ fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) 
 /// TSO through a veth), which the stack segments: there TCP is never too big.
 ///
 /// # Errors
-/// [`Reason::TOO_BIG`], with the size that fits in the walk's next hop.
+/// [`Reason::TOO_BIG`]; the size that fits is in the walk's next hop.
 #[inline(always)]
 pub fn fit<E: Env>(env: &E, walk: &mut Walk) -> Result<(), Stop> {
+    let len = translate::len_then(walk);
     let Walk { frame, hit, .. } = walk;
-    if hit.hop.mtu_bytes == 0 || frame.total_len <= u32::from(hit.hop.mtu_bytes) || env.hook() == Hook::Tcx {
+    if hit.hop.mtu_bytes == 0 || len <= u32::from(hit.hop.mtu_bytes) || env.hook() == Hook::Tcx {
         return Ok(());
     }
     let is_aggregated = env.hook() == Hook::XdpGeneric && frame.is_tcp();
-    if frame.is_whole != 0 && !is_aggregated {
+    // What becomes IPv6 no router may fragment.
+    let is_whole = frame.is_whole != 0 || !hit.rewrite.destination.is_v4();
+    if is_whole && !is_aggregated {
         return Err(Stop::drop(Reason::TOO_BIG));
     }
     hit.hop.kind = HopKind::STACK;

@@ -4,9 +4,10 @@ use super::{
     Action, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
     flow::{self, Found, Hit},
     fragment::{self, part},
+    icmp::Quote,
     listener, mss, neighbour, next_hop, open, overlay,
     parse::{self, Frame, Kind},
-    quota, rewrite,
+    quota, rewrite, translate,
 };
 use crate::{
     abi::{
@@ -51,6 +52,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
 ) -> Result<Outcome, Stop> {
     // Only native XDP can take headers off and put them on: elsewhere the stack holds on to what it knows of them.
     walk.inside.network_offset = 0;
+    walk.quote = Quote::NONE;
     if env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0 {
         packet.recognise(tables, walk);
     }
@@ -63,13 +65,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
         },
         _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
-        Kind::Icmp => {
-            let outcome = env.icmp(packet, tables, settings, walk)?;
-            if matches!(outcome.reason, Reason::ICMP_FORWARDED | Reason::ICMP_TO_STACK) {
-                packet.leave(tables, env.hook(), settings, walk)?;
-            }
-            return Ok(outcome);
-        }
+        Kind::Icmp => env.icmp(packet, tables, settings, walk)?,
         Kind::Neighbour => {
             return neighbour::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex());
         }
@@ -81,6 +77,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     if walk.inside.is_tunnel() {
         overlay::check_congestion(walk.frame.tos, walk.inside.outer_tos)?;
     }
+    translate::check(walk)?;
     next_hop::resolve(tables, env, settings, walk)?;
     next_hop::fit(env, walk)?;
     let mtu_bytes = if mss::is_announced(&walk.frame) && settings.flags & flag::KEEP_SEGMENT_SIZE == 0 {
@@ -90,10 +87,21 @@ fn stages<P: Packet, T: Tables, E: Env>(
     };
 
     // No byte was changed above this line; below it no policy decides.
-    rewrite::apply(packet, walk, settings, mtu_bytes)?;
+    let received_bytes = walk.frame.total_len;
+    if walk.quote.is_some() {
+        packet.rewrite_error(walk)?;
+    } else {
+        rewrite::apply(packet, walk, settings, mtu_bytes)?;
+    }
+    if translate::is_due(&walk.frame, &walk.hit.rewrite) {
+        packet.translate(walk)?;
+    }
     packet.leave(tables, env.hook(), settings, walk)?;
-    count(tables, &walk.frame, &walk.hit);
     let verdict = next_hop::verdict(env, &walk.hit.hop);
+    if walk.quote.is_some() {
+        return Ok(sent(verdict, Reason::ICMP_FORWARDED, Reason::ICMP_TO_STACK));
+    }
+    count(tables, &walk.frame, &walk.hit, received_bytes);
     Ok(if walk.hit.direction == Direction::REQUEST {
         sent(verdict, Reason::REQUEST_FORWARDED, Reason::REQUEST_TO_STACK)
     } else {
@@ -103,7 +111,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
 
 /// The end of the walk of a packet that goes on, by the program or by the stack.
 #[inline(always)]
-pub fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
+fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
     let reason = if verdict.action == Action::Pass {
         to_stack
     } else {
@@ -177,8 +185,7 @@ fn refuse<P: Packet, T: Tables, E: Env>(
 }
 
 #[inline(always)]
-fn count<T: Tables>(tables: &mut T, frame: &Frame, hit: &Hit) {
-    let bytes = frame.total_len;
+fn count<T: Tables>(tables: &mut T, frame: &Frame, hit: &Hit, bytes: u32) {
     let reset = frame.tcp_flags & FLAG_RST != 0;
     let event = if hit.direction == Direction::REQUEST {
         TrafficEvent::Request { bytes, reset }

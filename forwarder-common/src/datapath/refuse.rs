@@ -11,6 +11,7 @@ use super::{
     fragment::part,
     icmp_error::{self, Message},
     parse::Frame,
+    translate,
     transport_checksum::{self, Change},
 };
 use crate::{
@@ -37,7 +38,7 @@ pub fn answer<P: Packet, T: Tables>(
     let frame = &walk.frame;
     let message = match reason {
         Reason::TTL_EXCEEDED => Message::TIME_EXCEEDED,
-        Reason::TOO_BIG => Message::too_big(walk.hit.hop.mtu_bytes),
+        Reason::TOO_BIG => Message::too_big(fitting(walk)),
         _ => Message::PORT_UNREACHABLE,
     };
     let answered = if frame.fragment == part::LATER {
@@ -54,6 +55,18 @@ pub fn answer<P: Packet, T: Tables>(
         Verdict::DROP
     };
     Outcome { verdict, reason }
+}
+
+/// The size that fits, in the sender's family.
+#[inline(always)]
+fn fitting(walk: &Walk) -> u16 {
+    let mtu_bytes = walk.hit.hop.mtu_bytes;
+    let difference = translate::DIFFERENCE as u16;
+    match (walk.frame.is_v4(), walk.hit.rewrite.destination.is_v4()) {
+        (true, false) => mtu_bytes.saturating_sub(difference),
+        (false, true) => mtu_bytes.saturating_add(difference),
+        _ => mtu_bytes,
+    }
 }
 
 /// A SYN becomes the reset that answers it.

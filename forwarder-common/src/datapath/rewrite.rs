@@ -6,7 +6,8 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    Hook, Packet, Stop, Tables, Walk, fragment::part, mss, overlay, parse::Frame, transport_checksum,
+    Hook, Packet, Stop, Tables, Walk, fragment::part, mss, overlay, parse::Frame, translate,
+    transport_checksum,
 };
 use crate::{
     abi::{
@@ -122,9 +123,11 @@ pub fn apply<P: Packet>(
         let segment_size = if mtu_bytes == 0 {
             Delta::ZERO
         } else {
-            mss::clamp(packet, frame, mtu_bytes)?
+            mss::clamp(packet, frame, rewrite, mtu_bytes)?
         };
-        network(packet, frame, rewrite, is_sent)?;
+        if !translate::is_due(frame, rewrite) {
+            network(packet, frame, rewrite, is_sent)?;
+        }
 
         let ports = packet.header::<Ports>(frame.transport_offset as usize)?;
         ports.source = rewrite.source_port;
@@ -206,6 +209,16 @@ fn link<P: Packet>(packet: &mut P, frame: &Frame, hop: &NextHop) -> Result<(), S
         packet.move_start(surplus)?;
     }
     write_link(packet, hop.link, tags, frame.is_v4())
+}
+
+/// The link header and the tags that the frame had, right before its new IP header.
+#[inline(always)]
+pub fn relink<P: Packet>(packet: &mut P, frame: &mut Frame, link: LinkPair) -> Result<(), Stop> {
+    let tags = frame.tags();
+    packet.move_start(frame.network_offset as i32 - tags.link_len() as i32)?;
+    frame.transport_offset = frame.transport_offset + tags.link_len() as u32 - frame.network_offset;
+    frame.network_offset = tags.link_len() as u32;
+    write_link(packet, link, tags, frame.is_v4())
 }
 
 /// VLAN tags of a frame.

@@ -81,6 +81,16 @@ impl Agent {
                 ),
             );
         }
+        if sizes(&config).flow_keys_v6 > self.flow_keys_v6 {
+            errors.push(
+                Error::usage(if self.flow_keys_v6 > 1 {
+                    "the first backend group in DNAT mode needs a larger flow index of IPv6"
+                } else {
+                    "the first IPv6 VIP or backend needs a flow index of IPv6"
+                })
+                .hint("stop the agent, `forwarder detach`, start it with the new configuration: flows end"),
+            );
+        }
         let ids = match self.applied.ids.next(&config, &self.capacity) {
             Ok(ids) => ids,
             Err(more) => {

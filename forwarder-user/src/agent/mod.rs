@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    net::SocketAddrV4,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -24,6 +24,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use crate::{
+    announce::Announcer,
     api::{self, Request, Requests, StatusSource},
     config::{Config, OnStop},
     datapath::{
@@ -56,7 +57,7 @@ mod tunnels;
 
 pub(crate) use start::sizes;
 pub use surroundings::PROBE_INTERFACE;
-use surroundings::ProbeAddress;
+use surroundings::ProbeAddresses;
 use tables::Tables;
 
 /// How often rates are computed.
@@ -113,9 +114,9 @@ async fn run_on(
     let changes = network.watch().await?;
 
     let (mut agent, inspector) = Agent::start(config, file.to_owned(), network, pins).await?;
-    let probe_address = ProbeAddress::add(&agent).await?;
+    let probe_addresses = ProbeAddresses::add(&agent).await?;
     if let Err(error) = policy::install(&agent.network, &agent.config).await {
-        probe_address.remove(&agent).await;
+        probe_addresses.remove(&agent).await;
         return Err(error);
     }
 
@@ -149,7 +150,7 @@ async fn run_on(
         Err(_) => OnStop::Keep,
     };
     if on_stop == OnStop::Detach {
-        probe_address.remove(&agent).await;
+        probe_addresses.remove(&agent).await;
         if let Err(error) = agent.network.remove_made_tunnels(|_| false).await {
             error!(%error, "tunnel devices stay behind");
         }
@@ -224,6 +225,8 @@ struct Agent {
     capacity: Capacity,
     /// Keys that the flow index has room for.
     flow_keys: u32,
+    /// The same of IPv6.
+    flow_keys_v6: u32,
     network: Network,
     pins: Arc<PinDirectory>,
     /// Holds the programs; their links are pinned.
@@ -255,6 +258,7 @@ struct Agent {
     /// For those who look at the live maps.
     names: watch::Sender<Arc<Names>>,
     started_at: Instant,
+    announcer: Announcer,
     /// Every backend has been heard of once.
     is_ready: bool,
 }
@@ -278,7 +282,7 @@ impl Agent {
         let health = health::start(
             targets,
             self.observed.health.clone(),
-            self.config.snat.probe_address,
+            self.config.snat.probes,
             report_sender,
         );
         let mut heard = Vec::new();
@@ -286,7 +290,7 @@ impl Agent {
         let tunnels = health::start(
             self.tunnel_targets(),
             HashMap::new(),
-            self.config.snat.probe_address,
+            self.config.snat.probes,
             tunnel_sender,
         );
         let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
@@ -343,6 +347,7 @@ impl Agent {
                     self.take_sample()?;
                     self.sweep.check()?;
                     self.look_for_trouble().await?;
+                    self.announcer.tick();
                     self.forget_what_has_left()?;
                     self.look_after_drains();
                     self.go_on_with_slow_starts()?;
@@ -383,6 +388,7 @@ impl Agent {
             self.reconcile()?;
         }
         self.resolve_next_hops().await;
+        self.look_where_to_announce(false).await;
         Ok(())
     }
 
@@ -534,15 +540,15 @@ impl Agent {
 }
 
 /// What a diagnosis has to know of a backend.
-fn subject(config: &Config, backend: SocketAddrV4) -> Subject {
+fn subject(config: &Config, backend: SocketAddr) -> Subject {
     let remote = config.networks.values().find_map(|network| {
-        let cidr = network.cidrs.iter().find(|cidr| cidr.contains(backend.ip()))?;
+        let cidr = network.cidrs.iter().find(|cidr| cidr.contains(&backend.ip()))?;
         Some((*cidr, network.tunnel.clone()))
     });
     Subject {
         backend,
-        probe_source: config.snat.probe_address,
-        snat_prefixes: config.snat.prefixes.clone(),
+        probe_source: config.snat.probes.towards(backend.ip()),
+        snat_prefixes: config.snat.prefixes_of(backend.ip()),
         remote,
     }
 }

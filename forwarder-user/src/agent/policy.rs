@@ -53,8 +53,9 @@ async fn wanted(network: &Network, config: &Config) -> Result<BTreeSet<PolicyRul
             table,
         }));
         if let Some(RoutingTable::Vrf(_)) = joined.table {
-            rules.extend(config.listeners.values().map(|listener| PolicyRule {
-                packets: Selector::From(listener.vip),
+            let vips = config.listeners.values().flat_map(|listener| &listener.vips);
+            rules.extend(vips.map(|vip| PolicyRule {
+                packets: Selector::From(*vip),
                 table: MAIN_TABLE,
             }));
         }
@@ -67,7 +68,7 @@ async fn present(network: &Network) -> Result<BTreeSet<PolicyRule>, Error> {
     let rules = network.rules().await?;
     let ours = rules.into_iter().filter(|rule| rule.priority == RULE_PRIORITY);
     let parsed = ours.filter_map(|rule| {
-        let packets = if rule.from.prefix_len() == 32 {
+        let packets = if rule.from.prefix_len() > 0 {
             Selector::From(rule.from.addr())
         } else {
             Selector::To(rule.to)

@@ -12,6 +12,7 @@ use aya_log::EbpfLogger;
 use forwarder_common::abi::{
     backend::GroupId,
     flow::FlowId,
+    interface::Interface,
     snat::{PORTS_PER_ADDRESS, SnatPool},
 };
 use tokio::sync::watch;
@@ -19,6 +20,7 @@ use tracing::{debug, info};
 
 use super::{Agent, BackendNotes, Sample, passive::PassiveChecks, tables::Tables};
 use crate::{
+    announce::Announcer,
     config::{self, Config, NatMode, TableSizes},
     datapath::{
         attach::{self, Attachment},
@@ -44,6 +46,7 @@ use crate::{
         overrides,
         placement::NoRoom,
         plan::Applied,
+        vlans,
     },
     sweep::{SweepThread, TimeoutTable},
 };
@@ -83,6 +86,7 @@ impl Agent {
             .inspect_err(|_| drop(pins.unpin(&free_list)))?;
 
         let reset_sender = ResetSender::open()?;
+        let announcer = Announcer::open()?;
         let mut handover = Handover::open(old_lists, sizes.flows)?;
         handover.advance(&mut flow_maps)?;
         let mut attachments = Vec::new();
@@ -105,10 +109,7 @@ impl Agent {
             slow_starts: BTreeMap::new(),
             now: Duration::ZERO,
             overrides: overrides::named(&before.desired.overrides, &applied.ids),
-            interfaces: attachments
-                .iter()
-                .map(|one| (one.ifindex, one.interface))
-                .collect(),
+            interfaces: with_vlans(&network, &attachments).await?,
             ejected: HashSet::new(),
             tunnels: before.desired.tunnels.clone(),
             // Flows ask for their routes anew: the programs or the interfaces may be others.
@@ -141,6 +142,7 @@ impl Agent {
             file,
             capacity,
             flow_keys: sizes.flow_keys,
+            flow_keys_v6: sizes.flow_keys_v6,
             network,
             pins: pins.clone(),
             _ebpf: ebpf,
@@ -169,6 +171,7 @@ impl Agent {
             passive: PassiveChecks::start(backend_watch),
             names,
             started_at,
+            announcer,
             is_ready: false,
         };
         agent.look_for_trouble().await?;
@@ -181,6 +184,7 @@ impl Agent {
         agent.sample = agent.read_sample()?;
         agent.configure_passive();
         agent.resolve_next_hops().await;
+        agent.look_where_to_announce(true).await;
         Ok((agent, inspector))
     }
 }
@@ -264,6 +268,20 @@ pub(super) fn keeps_bindings(before: &SnatPool, after: &SnatPool, flows: u32) ->
         })
 }
 
+/// What the data path has to know of interfaces: of those that it is attached to, and of VLAN devices on top of them.
+pub(super) async fn with_vlans(
+    network: &Network,
+    attachments: &[Attachment],
+) -> Result<BTreeMap<u32, Interface>, Error> {
+    let mut all: BTreeMap<_, _> = attachments
+        .iter()
+        .map(|one| (one.ifindex, one.interface))
+        .collect();
+    let vlans = vlans::entries(&network.interfaces().await?, &all);
+    all.extend(vlans);
+    Ok(all)
+}
+
 /// An interface of the configuration, which has to exist.
 async fn existing(network: &Network, name: &str) -> Result<network::Interface, Error> {
     if let Some(link) = network.interface(name).await? {
@@ -287,27 +305,31 @@ pub(crate) fn sizes(config: &Config) -> Sizes {
     let ranges = listeners
         .clone()
         .filter(|listener| listener.ports.single().is_none())
-        .map(|listener| listener.ports.prefixes().len())
+        .map(|listener| listener.ports.prefixes().len() * listener.vips.len())
         .sum();
     let sources = listeners
+        .clone()
         .flat_map(|listener| &listener.sources)
         .map(Vec::len)
         .sum();
-    let vips: HashSet<_> = config.listeners.values().map(|listener| listener.vip).collect();
+    // A listener has its ports on each of its VIPs.
+    let keys: usize = listeners.clone().map(|listener| listener.vips.len()).sum();
+    let (_, has_v6) = config.families();
+    let flow_keys = config
+        .agent
+        .max_flows
+        .saturating_mul(if has_dnat { 2 } else { 1 });
     Sizes {
         flows: config.agent.max_flows,
-        flow_keys: config
-            .agent
-            .max_flows
-            .saturating_mul(if has_dnat { 2 } else { 1 }),
-        flow_keys_v6: 1,
+        flow_keys,
+        flow_keys_v6: if has_v6 { flow_keys } else { 1 },
         slots: config.agent.max_slots,
         groups: config.groups.len() as u32,
         backends: backends as u32,
-        listeners: config.listeners.len() as u32,
+        listeners: keys as u32,
         listener_ranges: at_least_one(ranges),
         sources: at_least_one(sources),
-        vips: vips.len() as u32,
+        vips: config.vips().len() as u32,
         interfaces: (config.interfaces.len() + config.tunnels.len()) as u32,
         // How many neighbours there are on a tunnel's device is found out later.
         tunnel_peers: at_least_one(config.tunnels.len()),

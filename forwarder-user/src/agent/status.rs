@@ -56,7 +56,8 @@ impl Agent {
             traffic.gateway_resets += ended.listener_resets.get(&id).copied().unwrap_or(0);
             status.listeners.push(ListenerStatus {
                 name: name.clone(),
-                vip: listener.vip,
+                vip: listener.vips[0],
+                vips: listener.vips.clone(),
                 port: listener.ports.to_string(),
                 protocol: match listener.protocol {
                     Protocol::Tcp => "tcp".to_owned(),

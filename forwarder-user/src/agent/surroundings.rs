@@ -1,45 +1,50 @@
 //! The host around the data path: links, routes, settings, the probe address.
 
-use std::{collections::HashSet, net::Ipv4Addr};
+use std::collections::HashSet;
 
 use tracing::{debug, error, info, warn};
 
-use super::Agent;
+use super::{Agent, start::with_vlans};
 use crate::{
-    config::{Config, RoutingTable},
+    config::{Config, PerFamily, RoutingTable},
     error::Error,
     network::{self, LinkState, Network, RpFilter},
 };
 
-/// The probe address, local while the agent runs.
-pub(super) struct ProbeAddress {
-    address: Ipv4Addr,
-    /// It was not there before.
-    is_ours: bool,
+/// The probe addresses, local while the agent runs.
+pub(super) struct ProbeAddresses {
+    /// Those that were not there before.
+    ours: PerFamily,
 }
 
-/// Where the probe address is local.
+/// Where the probe addresses are local.
 pub const PROBE_INTERFACE: &str = "lo";
 
-impl ProbeAddress {
-    /// Adds the address, or takes over the one that an earlier agent added.
+impl ProbeAddresses {
+    /// Adds the addresses, or takes over those that an earlier agent added.
     pub(super) async fn add(agent: &Agent) -> Result<Self, Error> {
-        let address = agent.config.snat.probe_address;
-        let left = agent.pins.probe_address();
-        if let Some(left) = left.filter(|left| *left != address) {
-            agent.network.remove_address(PROBE_INTERFACE, left).await?;
+        let wanted = agent.config.snat.probes;
+        let left = agent.pins.probe_addresses();
+        for address in left.iter().filter(|address| !wanted.has(*address)) {
+            agent.network.remove_address(PROBE_INTERFACE, address).await?;
         }
-        let is_new = agent.network.add_address(PROBE_INTERFACE, address).await?;
-        let is_ours = is_new || left == Some(address);
-        agent.pins.note_probe_address(is_ours.then_some(address))?;
-        Ok(Self { address, is_ours })
+        let mut ours = Vec::new();
+        for address in wanted.iter() {
+            let is_new = agent.network.add_address(PROBE_INTERFACE, address).await?;
+            if is_new || left.has(address) {
+                ours.push(address);
+            }
+        }
+        let ours: PerFamily = ours.into_iter().collect();
+        agent.pins.note_probe_addresses(ours)?;
+        Ok(Self { ours })
     }
 
     pub(super) async fn remove(self, agent: &Agent) {
-        if self.is_ours
-            && let Err(error) = agent.network.remove_address(PROBE_INTERFACE, self.address).await
-        {
-            error!(%error, "the probe address stays behind");
+        for address in self.ours.iter() {
+            if let Err(error) = agent.network.remove_address(PROBE_INTERFACE, address).await {
+                error!(%error, "probe address {address} stays behind");
+            }
         }
     }
 }
@@ -83,13 +88,28 @@ impl Agent {
                 }
             }
         }
+        if changes.overrun || !changes.links.is_empty() {
+            self.observed.interfaces = with_vlans(&self.network, &self.attachments).await?;
+        }
         self.survey_tunnels().await?;
         self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
         self.reconcile()?;
         if changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty() {
             self.resolve_next_hops().await;
         }
+        let came_up = changes.links.iter().any(|link| link.state == LinkState::Up);
+        if changes.addresses || changes.overrun || came_up {
+            self.look_where_to_announce(came_up).await;
+        }
         Ok(())
+    }
+
+    /// Finds out which neighbours are to be told of which addresses; `again`: also those that have been told.
+    pub(super) async fn look_where_to_announce(&mut self, again: bool) {
+        // Without announcements neighbours find the addresses when they ask, or when what they know is too old.
+        if let Err(error) = self.announcer.look(&self.network, &self.config, again).await {
+            warn!(%error, "addresses are not announced");
+        }
     }
 
     /// Asks the kernel to find out the link addresses of the backends' next hops, before traffic needs them.
@@ -117,10 +137,20 @@ impl Agent {
 /// What an operator should look at on this host.
 async fn warnings(network: &Network, config: &Config, down: &HashSet<String>) -> Result<Vec<String>, Error> {
     let mut warnings = Vec::new();
-    if !network.ip_forward()? {
+    let (uses_v4, uses_v6) = config.families();
+    if uses_v4 && !network.ip_forward()? {
         warnings.push(
             "this host does not forward: traffic to tunnels and unresolved neighbours is dropped; \
              sysctl -w net.ipv4.ip_forward=1"
+                .to_owned(),
+        );
+    }
+    // Without IPv6 in the kernel there is no such setting, and other things fail louder.
+    if uses_v6 && !network.forwards_v6("all").unwrap_or(true) {
+        warnings.push(
+            "this host does not forward IPv6: traffic to tunnels and unresolved neighbours is dropped; \
+             sysctl -w net.ipv6.conf.all.forwarding=1 (where its own address comes by router advertisements, accept_ra=2 \
+             on that interface first)"
                 .to_owned(),
         );
     }
@@ -135,7 +165,7 @@ async fn warnings(network: &Network, config: &Config, down: &HashSet<String>) ->
         );
     }
     // A rewritten request goes up with a source of the pool, to which this host usually has no route.
-    let is_pool_routed = match config.snat.ranges.first() {
+    let is_pool_routed = match config.snat.ranges.iter().find(|(first, _)| first.is_ipv4()) {
         Some((first, _)) => network.route_to(*first, None).await.is_ok(),
         None => true,
     };

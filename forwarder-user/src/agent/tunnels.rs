@@ -96,7 +96,7 @@ impl Agent {
         let failure = report.result.as_ref().err();
         let diagnosis = match (failure, report.transition) {
             (Some(failure), Some(Health::Unhealthy)) => {
-                Some(diagnose::tunnel(&self.network, tunnel, *report.target.address.ip(), failure).await)
+                Some(diagnose::tunnel(&self.network, tunnel, report.target.address.ip(), failure).await)
             }
             _ => None,
         };

@@ -3,7 +3,7 @@
 //! Settings of a service have a twin in the environment, so that a unit file can give them. What the agent
 //! does with traffic is not here but in the configuration file.
 
-use std::{net::SocketAddrV4, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -124,10 +124,10 @@ pub struct ExplainArgs {
     pub protocol: Option<TransportName>,
     /// Where the packet is from
     #[arg(value_name = "SOURCE:PORT")]
-    pub source: Option<SocketAddrV4>,
+    pub source: Option<SocketAddr>,
     /// Where the packet goes
     #[arg(value_name = "DESTINATION:PORT")]
-    pub destination: Option<SocketAddrV4>,
+    pub destination: Option<SocketAddr>,
     /// Explain the packets of a capture (pcap or pcapng) one after another, each as if those before it had passed
     #[arg(
         long,

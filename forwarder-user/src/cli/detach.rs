@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::{args::DetachArgs, output};
 use crate::{
     agent::PROBE_INTERFACE,
-    config::{load::load, validate::DEFAULT_PIN_DIRECTORY},
+    config::{PerFamily, load::load, validate::DEFAULT_PIN_DIRECTORY},
     datapath::pin::PinDirectory,
     error::{Error, Errors},
     network::Network,
@@ -25,10 +25,17 @@ pub fn detach(args: &DetachArgs) -> Result<(), Errors> {
         output::text(&format!("nothing is pinned in {}", directory.display()))?;
         return Ok(());
     };
-    if let Some(address) = pins.probe_address() {
+    let addresses = pins.probe_addresses();
+    if addresses != PerFamily::default() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| Error::host(format!("cannot start the runtime: {error}")))?;
-        runtime.block_on(async { Network::open()?.remove_address(PROBE_INTERFACE, address).await })?;
+        runtime.block_on(async {
+            let network = Network::open()?;
+            for address in addresses.iter() {
+                network.remove_address(PROBE_INTERFACE, address).await?;
+            }
+            Ok::<_, Error>(())
+        })?;
     }
     pins.remove()?;
     output::text(&format!(

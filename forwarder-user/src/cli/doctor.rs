@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     api::STATUS_PATH,
+    config::address::at_port,
     config::{Config, load::load},
     doctor::{
         Question, examine,
@@ -183,7 +184,7 @@ fn listeners(report: &Report) -> Vec<String> {
     let row = |listener: &crate::doctor::report::ListenerReport| {
         [
             listener.name.clone(),
-            format!("{}:{}/{}", listener.vip, listener.port, listener.protocol),
+            format!("{}/{}", at_port(listener.vip, &listener.port), listener.protocol),
             listener.group.clone(),
             listener
                 .interface
@@ -208,7 +209,7 @@ fn backends(report: &Report) -> Vec<String> {
         [
             format!("{}/{}", backend.group, backend.name),
             match backend.port {
-                Some(port) => format!("{}:{port}", backend.address),
+                Some(port) => at_port(backend.address, port),
                 None => backend.address.to_string(),
             },
             backend.interface.clone().unwrap_or_else(|| "no route".to_owned()),
@@ -227,7 +228,7 @@ fn backends(report: &Report) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use anstream::adapter::strip_str;
 
@@ -239,7 +240,7 @@ mod tests {
 
     #[test]
     fn a_command_stands_alone_on_its_line_below_its_machine() {
-        let router = Host::Router(Ipv4Addr::new(169, 254, 42, 2));
+        let router = Host::Router(IpAddr::from([169, 254, 42, 2]));
         let finding = Finding::broken(Cause::MtuTooSmall, "cen", "large packets get lost")
             .affects(["web/ecs02".to_owned()])
             .fixes([

@@ -44,6 +44,10 @@ pub fn explain(args: &ExplainArgs) -> Result<(), Errors> {
 
 fn wanted(args: &ExplainArgs) -> Result<Wanted, Error> {
     match (args.protocol, args.source, args.destination) {
+        (_, Some(source), Some(destination)) if source.is_ipv4() != destination.is_ipv4() => Err(
+            Error::usage(format!("{source} and {destination} are of different families"))
+                .hint("a packet has two addresses of IPv4, or two of IPv6"),
+        ),
         (Some(protocol), Some(source), Some(destination)) => Ok(Wanted {
             protocol: match protocol {
                 TransportName::Tcp => Protocol::Tcp,

@@ -1,9 +1,9 @@
 //! `forwarder plan`: what a configuration needs, and what it would change, before anything is applied.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, path::Path};
+use std::{collections::BTreeMap, net::IpAddr, path::Path};
 
 use anstyle::Style;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::Serialize;
 
 use super::{
@@ -91,7 +91,7 @@ fn requirements(config: &Config, flows_per_backend: Option<u64>) -> Result<Requi
 }
 
 /// The addresses that this host has on the devices of the configuration; on another host than the gateway, none.
-fn own_addresses(config: &Config) -> BTreeMap<String, Vec<Ipv4Net>> {
+fn own_addresses(config: &Config) -> BTreeMap<String, Vec<IpNet>> {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
         return BTreeMap::new();
     };
@@ -200,17 +200,20 @@ fn far_side(network: &NetworkNeeds) -> Vec<String> {
         text.push("no backend is there".to_owned());
         return text;
     }
-    let prefixes: Vec<_> = network.prefixes.iter().map(ToString::to_string).collect();
-    let gateway = network
-        .gateway
-        .as_ref()
-        .map_or_else(|| "the gateway".to_owned(), Ipv4Addr::to_string);
-    text.push(format!("route      {} to {gateway}", prefixes.join(", ")));
+    let sources = |to: IpAddr| {
+        let prefixes = network.prefixes.iter();
+        let same = prefixes.filter(|prefix| prefix.addr().is_ipv4() == to.is_ipv4());
+        same.map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    };
+    for (prefix, gateway) in network.routes() {
+        let gateway = gateway.map_or_else(|| "the gateway".to_owned(), |gateway| gateway.to_string());
+        text.push(format!("route      {prefix} to {gateway}"));
+    }
     for rule in &network.admit {
         text.push(format!(
             "admit      {} from {} to {} port {} ({})",
             rule.protocol,
-            prefixes.join(", "),
+            sources(rule.to),
             rule.to,
             Ports {
                 first: rule.first_port,

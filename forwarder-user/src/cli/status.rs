@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     api::STATUS_PATH,
+    config::address::all_at_port,
     error::Errors,
     status::{
         BackendStatus, DiagnosisStatus, EjectionStatus, GroupStatus, PoolStatus, Rates, Status, TunnelStatus,
@@ -86,7 +87,11 @@ fn listeners(status: &Status) -> Vec<String> {
         } = traffic.rates;
         [
             listener.name.clone(),
-            format!("{}:{}/{}", listener.vip, listener.port, listener.protocol),
+            format!(
+                "{}/{}",
+                all_at_port(&listener.vips, &listener.port),
+                listener.protocol
+            ),
             listener.group.clone(),
             traffic.flows.to_string(),
             rate(connections),

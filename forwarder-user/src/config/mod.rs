@@ -6,22 +6,24 @@
 //! beyond reading the file and knows nothing of maps.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
 use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
+pub mod address;
 pub mod health;
 pub mod load;
 pub mod reader;
 pub mod schema;
 pub mod validate;
 
+pub use address::PerFamily;
 pub use health::{BodyMatch, HealthCheck, HttpProbe, Method, Probe, StatusRange, Trust, TunnelCheck};
 pub use validate::{DEFAULT_HALF_OPEN_TIMEOUT, DEFAULT_IDLE_TIMEOUT};
 
@@ -38,6 +40,26 @@ pub struct Config {
     pub networks: BTreeMap<String, Network>,
     pub groups: BTreeMap<String, Group>,
     pub listeners: BTreeMap<String, Listener>,
+}
+
+impl Config {
+    /// Does any VIP or backend have an address of IPv4, of IPv6?
+    pub fn families(&self) -> (bool, bool) {
+        let backends = self.groups.values().flat_map(|group| group.backends.values());
+        let vips = self.listeners.values().flat_map(|listener| &listener.vips);
+        let addresses = backends.map(|backend| &backend.address).chain(vips);
+        addresses.fold((false, false), |(v4, v6), address| {
+            (v4 || address.is_ipv4(), v6 || address.is_ipv6())
+        })
+    }
+
+    /// All VIPs, each once.
+    pub fn vips(&self) -> BTreeSet<IpAddr> {
+        self.listeners
+            .values()
+            .flat_map(|listener| listener.vips.iter().copied())
+            .collect()
+    }
 }
 
 /// What concerns the agent itself.
@@ -149,27 +171,44 @@ pub enum TunnelMode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnatPool {
     /// Prefixes as written, in order, not overlapping: those for traffic, then those for probes.
-    pub prefixes: Vec<Ipv4Net>,
-    /// The address health probes leave from; inside one of the prefixes for probes if there are any, else of those
-    /// for traffic. By default the first address of the first one (its network address where the prefix is shorter
-    /// than /31 is skipped).
-    pub probe_address: Ipv4Addr,
+    pub prefixes: Vec<IpNet>,
+    /// The addresses health probes leave from, one for each family that the pool has: each inside one of the
+    /// prefixes for probes if there are any of its family, else of those for traffic. By default the first address of
+    /// the first one that a host may have.
+    pub probes: PerFamily,
     /// What traffic uses: runs of (first address, number of addresses), the prefixes for traffic without the probe
-    /// address and without network and broadcast addresses of prefixes shorter than /31; 1 to 8 runs.
-    pub ranges: Vec<(Ipv4Addr, u32)>,
+    /// addresses and without those that are not for hosts; of each family at most 8 runs. Of IPv6 only as many
+    /// addresses as `max_flows` can use.
+    pub ranges: Vec<(IpAddr, u32)>,
 }
 
 impl SnatPool {
-    /// How many bindings there are: flows at a time with full NAT.
+    /// How many bindings there are: flows at a time with full NAT. A flow's number is its binding in the pool of
+    /// either family, so the smaller one counts.
     pub fn bindings(&self) -> u64 {
-        let addresses: u64 = self.ranges.iter().map(|(_, count)| u64::from(*count)).sum();
-        addresses * u64::from(PORTS_PER_ADDRESS)
+        let [v4, v6] = [true, false].map(|is_v4| self.addresses(is_v4) * u64::from(PORTS_PER_ADDRESS));
+        match (v4, v6) {
+            (0, only) | (only, 0) => only,
+            (v4, v6) => v4.min(v6),
+        }
+    }
+
+    /// Addresses of a family for traffic.
+    pub fn addresses(&self, is_v4: bool) -> u64 {
+        let runs = self.ranges.iter().filter(|(first, _)| first.is_ipv4() == is_v4);
+        runs.map(|(_, count)| u64::from(*count)).sum()
+    }
+
+    /// The prefixes of the family of `address`.
+    pub fn prefixes_of(&self, address: IpAddr) -> Vec<IpNet> {
+        let is_same = |prefix: &&IpNet| prefix.addr().is_ipv4() == address.is_ipv4();
+        self.prefixes.iter().filter(is_same).copied().collect()
     }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Network {
-    pub cidrs: Vec<Ipv4Net>,
+    pub cidrs: Vec<IpNet>,
     /// Name of the tunnel that leads there; `None`: reached without one.
     pub tunnel: Option<String>,
     /// Where its route is; `None`: wherever the host's own rules lead.
@@ -246,8 +285,10 @@ pub enum OnUnhealthy {
 pub struct Persistence {
     /// If that was opened less than this long ago; whole seconds, 1 s to 24 h.
     pub timeout: Duration,
-    /// Clients are the same whose addresses share so many leading bits, 1 to 32.
-    pub prefix_bits: u8,
+    /// Clients are the same whose IPv4 addresses share so many leading bits, 1 to 32.
+    pub prefix_bits_v4: u8,
+    /// The same of IPv6, 1 to 128.
+    pub prefix_bits_v6: u8,
 }
 
 /// When the data path's counters take a backend out.
@@ -272,7 +313,7 @@ pub struct Passive {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// 1 to 65535; `None`: the one that the client asked for.
     pub port: Option<u16>,
     /// 0 (no new flows) to 65535.
@@ -320,13 +361,14 @@ pub enum Protocol {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
-    pub vip: Ipv4Addr,
+    /// 1 to 16 addresses, of either family; never one twice.
+    pub vips: Vec<IpAddr>,
     pub ports: Ports,
     pub protocol: Protocol,
     /// Name of its backend group.
     pub group: String,
-    /// Clients that may open flows; `None`: all. Not overlapping.
-    pub sources: Option<Vec<Ipv4Net>>,
+    /// Clients that may open flows; `None`: all. Not overlapping, no IPv4-mapped addresses.
+    pub sources: Option<Vec<IpNet>>,
     /// Most flows at a time; `None`: no limit of its own.
     pub max_flows: Option<u32>,
     /// A flow without packets for this long is removed; 10 s to 4000 s, default 300 s.

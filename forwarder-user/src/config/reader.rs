@@ -262,6 +262,11 @@ impl<'a> Table<'a> {
         })
     }
 
+    /// The receipt for an unknown key that was probably meant to be `key`.
+    pub fn misspelt(&self, key: &str) -> Option<Reported> {
+        self.misspelt.get(key).copied()
+    }
+
     fn wrong(&self, subject: &str, at: usize, value: &DeValue<'_>, wrong: Wrong) -> Reported {
         let what = format!(
             "{}{subject} must be {}, not {}",

@@ -6,7 +6,7 @@
 //! test of `docs/configuration.md` reads it.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
     str::FromStr,
@@ -14,7 +14,7 @@ use std::{
 };
 
 use forwarder_common::abi::snat::MAX_RANGES;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use toml::de::{DeTable, DeValue};
 
 use super::{
@@ -43,8 +43,8 @@ pub const PERCENT: RangeInclusive<u8> = 0..=100;
 pub const TIER: RangeInclusive<u8> = 0..=3;
 /// Range of `agent.max_persistent_clients`.
 pub const PERSISTENT_CLIENTS: RangeInclusive<u32> = 1..=*MAX_FLOWS.end();
-/// Prefixes in `snat.prefixes`, and runs of addresses that remain of them.
-pub const SNAT_PREFIXES: RangeInclusive<usize> = 1..=MAX_RANGES;
+/// Prefixes in `snat.prefixes`, of both families.
+pub const SNAT_PREFIXES: RangeInclusive<usize> = 1..=2 * MAX_RANGES;
 /// CIDRs of one network, and allowed ranges of backends: enough for any routing plan, few enough to print.
 pub const CIDRS: RangeInclusive<usize> = 1..=256;
 /// Range of a port.
@@ -63,6 +63,10 @@ pub const HALF_OPEN_TIMEOUT_MS: RangeInclusive<u64> = 5_000..=300_000;
 pub const PERSISTENCE_TIMEOUT_MS: RangeInclusive<u64> = 1_000..=86_400_000;
 /// Range of a group's `persistence_prefix`, in bits.
 pub const PERSISTENCE_PREFIX: RangeInclusive<u8> = 1..=32;
+/// Range of a group's `persistence_prefix_v6`, in bits.
+pub const PERSISTENCE_PREFIX_V6: RangeInclusive<u8> = 1..=128;
+/// Entries of a listener's `vips`: enough for both families of several networks.
+pub const VIPS: RangeInclusive<usize> = 1..=16;
 /// Entries of a listener's `sources`.
 pub const SOURCES: RangeInclusive<usize> = 1..=100_000;
 /// Range of `max_flows` of a listener or backend.
@@ -105,7 +109,7 @@ const AGENT: Shape = Shape {
 };
 const SNAT: Shape = Shape {
     header: "snat",
-    keys: &["prefixes", "probe_prefixes", "probe_address"],
+    keys: &["prefixes", "probe_prefixes", "probe_address", "probe_address_v6"],
 };
 const INTERFACE: Shape = Shape {
     header: "interface.NAME",
@@ -129,6 +133,7 @@ const GROUP: Shape = Shape {
         "selection",
         "persistence_timeout",
         "persistence_prefix",
+        "persistence_prefix_v6",
         "on_unhealthy",
         "slow_start",
         "min_healthy_percent",
@@ -158,6 +163,7 @@ const LISTENER: Shape = Shape {
     header: "listener.NAME",
     keys: &[
         "vip",
+        "vips",
         "port",
         "protocol",
         "group",
@@ -209,15 +215,16 @@ pub struct Agent {
     pub pin_directory: OptionalField<PathBuf>,
     pub on_stop: OptionalField<OnStop>,
     pub mss_clamp: OptionalField<bool>,
-    pub allowed_backend_ranges: OptionalField<Vec<Field<Ipv4Net>>>,
+    pub allowed_backend_ranges: OptionalField<Vec<Field<IpNet>>>,
 }
 
 /// `[snat]`
 #[derive(Clone, Debug)]
 pub struct Snat {
-    pub prefixes: Field<Vec<Field<Ipv4Net>>>,
-    pub probe_prefixes: OptionalField<Vec<Field<Ipv4Net>>>,
-    pub probe_address: OptionalField<Ipv4Addr>,
+    pub prefixes: Field<Vec<Field<IpNet>>>,
+    pub probe_prefixes: OptionalField<Vec<Field<IpNet>>>,
+    pub probe_address: OptionalField<IpAddr>,
+    pub probe_address_v6: OptionalField<IpAddr>,
 }
 
 /// `[interface.NAME]`
@@ -245,7 +252,7 @@ pub struct Tunnel {
 /// `[network.NAME]`
 #[derive(Clone, Debug)]
 pub struct Network {
-    pub cidrs: Field<Vec<Field<Ipv4Net>>>,
+    pub cidrs: Field<Vec<Field<IpNet>>>,
     pub tunnel: OptionalField<String>,
     pub table: OptionalField<u32>,
     pub vrf: OptionalField<String>,
@@ -259,6 +266,7 @@ pub struct Group {
     pub selection: OptionalField<Selection>,
     pub persistence_timeout: OptionalField<Duration>,
     pub persistence_prefix: OptionalField<u8>,
+    pub persistence_prefix_v6: OptionalField<u8>,
     pub on_unhealthy: OptionalField<OnUnhealthy>,
     pub slow_start: OptionalField<Duration>,
     pub min_healthy_percent: OptionalField<u8>,
@@ -283,7 +291,7 @@ pub struct Passive {
 /// `[group.NAME.backend.NAME]`
 #[derive(Clone, Debug)]
 pub struct Backend {
-    pub address: Field<Ipv4Addr>,
+    pub address: Field<IpAddr>,
     pub port: OptionalField<u16>,
     pub weight: OptionalField<u16>,
     pub max_flows: OptionalField<u32>,
@@ -293,11 +301,12 @@ pub struct Backend {
 /// `[listener.NAME]`
 #[derive(Clone, Debug)]
 pub struct Listener {
-    pub vip: Field<Ipv4Addr>,
+    pub vip: OptionalField<IpAddr>,
+    pub vips: OptionalField<Vec<Field<IpAddr>>>,
     pub port: Field<Ports>,
     pub protocol: OptionalField<Protocol>,
     pub group: Field<String>,
-    pub sources: OptionalField<Vec<Field<Ipv4Net>>>,
+    pub sources: OptionalField<Vec<Field<IpNet>>>,
     pub max_flows: OptionalField<u32>,
     pub idle_timeout: OptionalField<Duration>,
     pub closing_timeout: OptionalField<Duration>,
@@ -327,7 +336,8 @@ impl Document {
             snat: file.required_table("snat", &SNAT, |table| Snat {
                 prefixes: table.required_list("prefixes", "[\"100.64.0.0/26\"]", SNAT_PREFIXES, prefix),
                 probe_prefixes: table.optional_list("probe_prefixes", SNAT_PREFIXES, prefix),
-                probe_address: table.optional("probe_address", address),
+                probe_address: table.optional("probe_address", address_v4),
+                probe_address_v6: table.optional("probe_address_v6", address_v6),
             }),
             interfaces: file.required_named("interface", &INTERFACE, interface_name, |table| Interface {
                 mode: table.optional(
@@ -379,6 +389,8 @@ impl Document {
                 ),
                 persistence_timeout: table.optional("persistence_timeout", duration(PERSISTENCE_TIMEOUT_MS)),
                 persistence_prefix: table.optional("persistence_prefix", integer(PERSISTENCE_PREFIX)),
+                persistence_prefix_v6: table
+                    .optional("persistence_prefix_v6", integer(PERSISTENCE_PREFIX_V6)),
                 on_unhealthy: table.optional(
                     "on_unhealthy",
                     one_of(&[
@@ -401,7 +413,11 @@ impl Document {
                 }),
             }),
             listeners: file.required_named("listener", &LISTENER, name, |table| Listener {
-                vip: table.required("vip", "\"172.16.0.100\"", address),
+                vip: match table.misspelt("vip") {
+                    Some(reported) => Err(reported),
+                    None => table.optional("vip", address),
+                },
+                vips: table.optional_list("vips", VIPS, address),
                 port: table.required("port", "80", ports),
                 protocol: table.optional(
                     "protocol",
@@ -494,30 +510,47 @@ fn parsed<T: FromStr>(value: &DeValue<'_>) -> Option<T> {
     value.as_str().and_then(|text| text.parse().ok())
 }
 
-const IPV4_ONLY: &str = "IPv6 is not supported yet";
-
-pub(super) fn address(value: &DeValue<'_>) -> Result<Ipv4Addr, Wrong> {
+pub(super) fn address(value: &DeValue<'_>) -> Result<IpAddr, Wrong> {
     parsed(value).ok_or_else(|| {
-        let wrong = Wrong::must_be("an IPv4 address such as \"10.0.0.1\"");
-        if parsed::<Ipv6Addr>(value).is_some() {
-            wrong.hint(IPV4_ONLY)
-        } else if parsed::<Ipv4Net>(value).is_some() {
+        let wrong = Wrong::must_be("an address such as \"10.0.0.1\" or \"fd00::1\"");
+        if parsed::<IpNet>(value).is_some() {
             wrong.hint("write the address without its prefix length")
+        } else if value
+            .as_str()
+            .is_some_and(|text| text.starts_with('[') || text.contains('%'))
+        {
+            wrong.hint("write the address alone, without brackets and without an interface")
         } else {
             wrong
         }
     })
 }
 
-fn prefix(value: &DeValue<'_>) -> Result<Ipv4Net, Wrong> {
-    let wrong = || Wrong::must_be("an IPv4 prefix such as \"10.0.0.0/8\"");
-    let Some(prefix) = parsed::<Ipv4Net>(value) else {
-        return Err(if let Some(address) = parsed::<Ipv4Addr>(value) {
-            wrong().hint(format!("write \"{address}/32\" for this one address"))
-        } else if parsed::<ipnet::Ipv6Net>(value).is_some() || parsed::<Ipv6Addr>(value).is_some() {
-            wrong().hint(IPV4_ONLY)
-        } else {
-            wrong()
+fn address_v4(value: &DeValue<'_>) -> Result<IpAddr, Wrong> {
+    let is_v4 = IpAddr::is_ipv4;
+    address(value).ok().filter(is_v4).ok_or_else(|| {
+        let wrong = Wrong::must_be("an IPv4 address such as \"100.64.0.1\"");
+        match address(value) {
+            Ok(_) => wrong.hint("the one of IPv6 is probe_address_v6"),
+            Err(_) => wrong,
+        }
+    })
+}
+
+fn address_v6(value: &DeValue<'_>) -> Result<IpAddr, Wrong> {
+    let is_v6 = IpAddr::is_ipv6;
+    address(value)
+        .ok()
+        .filter(is_v6)
+        .ok_or_else(|| Wrong::must_be("an IPv6 address such as \"fd00::1\""))
+}
+
+fn prefix(value: &DeValue<'_>) -> Result<IpNet, Wrong> {
+    let wrong = || Wrong::must_be("a prefix such as \"10.0.0.0/8\" or \"fd00::/8\"");
+    let Some(prefix) = parsed::<IpNet>(value) else {
+        return Err(match parsed::<IpAddr>(value) {
+            Some(address) => wrong().hint(format!("write \"{}\" for this one address", IpNet::from(address))),
+            None => wrong(),
         });
     };
     if prefix.trunc() == prefix {
@@ -770,6 +803,8 @@ mod tests {
             ("group.NAME", "min_healthy_percent", "0 to 100".to_owned()),
             ("group.NAME.backend.NAME", "tier", "0 to 3".to_owned()),
             ("group.NAME", "persistence_prefix", "1 to 32".to_owned()),
+            ("group.NAME", "persistence_prefix_v6", "1 to 128".to_owned()),
+            ("listener.NAME", "vips", counts(VIPS)),
             ("group.NAME.health", "expect", counts(EXPECTATIONS)),
             ("group.NAME.health", "command", counts(WORDS)),
             ("group.NAME.health", "send", counts(PAYLOAD_BYTES)),

@@ -6,33 +6,34 @@
 //! or a backend answers is the agent's to find out.
 
 use std::{
-    collections::{BTreeMap, btree_map},
+    collections::{BTreeMap, BTreeSet, btree_map},
     fmt::Display,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
-use forwarder_common::abi::snat::PORTS_PER_ADDRESS;
-use ipnet::Ipv4Net;
+use forwarder_common::abi::snat::{MAX_RANGES, PORTS_PER_ADDRESS};
+use ipnet::IpNet;
 
 use super::{
     Agent, Backend, Config, Group, HealthCheck, Interface, Listener, MadeKind, MadeTunnel, NatMode, Network,
-    OnStop, OnUnhealthy, Passive, Persistence, Ports, Protocol, Redirect, RoutingTable, Selection, SnatPool,
-    TableSizes, Tunnel, TunnelMode, XdpMode,
+    OnStop, OnUnhealthy, Passive, PerFamily, Persistence, Ports, Protocol, Redirect, RoutingTable, Selection,
+    SnatPool, TableSizes, Tunnel, TunnelMode, XdpMode,
+    address::{DEFAULT_BACKEND_RANGES, count, family_name, hosts, not_for_hosts, plus, without_mapped},
     health::{
         read::HealthKind,
         rules::{group_check, tunnel_check},
     },
     reader::{At, Entry, Field, Named, OptionalField, Report, Reported, did_you_mean},
-    schema::{self, Document, SNAT_PREFIXES},
+    schema::{self, Document},
 };
 use crate::error::Error;
 
 /// Most backends of one group.
 pub const MAX_BACKENDS: usize = 10_000;
 
-const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9469);
+const DEFAULT_METRICS_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9469);
 /// Where the control API is unless the operator says otherwise.
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/forwarder/control.sock";
 const DEFAULT_MAX_FLOWS: u32 = 262_144;
@@ -46,30 +47,14 @@ pub const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 /// Linux gives up on a SYN after 6 retries, 127 s in all; RFC 5382 REQ-5 lets a NAT drop a partial open
 /// after 4 minutes. A client that has not sent a SYN for this long has given up or will open anew.
 pub const DEFAULT_HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(75);
+/// A host has as many addresses out of its link's /64 as it likes, and changes them (RFC 8981).
+const DEFAULT_PERSISTENCE_PREFIX_V6: u8 = 64;
 const DEFAULT_REJECTED: u32 = 5;
 const DEFAULT_SILENT: u32 = 5;
 const DEFAULT_SILENT_AFTER: Duration = Duration::from_millis(500);
 const DEFAULT_MAX_EJECTED_PERCENT: u8 = 50;
 const DEFAULT_EJECTION_TIME: Duration = Duration::from_secs(10);
 const DEFAULT_MAX_EJECTION_TIME: Duration = Duration::from_secs(300);
-
-/// Where backends may be unless the operator says otherwise: private addresses (RFC 1918) and shared
-/// address space (RFC 6598).
-const DEFAULT_BACKEND_RANGES: [Ipv4Net; 4] = [
-    Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
-    Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
-    Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12),
-    Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16),
-];
-
-/// What no packet on a network may be addressed to as a host: this network and loopback (RFC 6890),
-/// multicast (RFC 5771), reserved and broadcast (RFC 1112 §4).
-const NOT_UNICAST: [Ipv4Net; 4] = [
-    Ipv4Net::new_assert(Ipv4Addr::new(0, 0, 0, 0), 8),
-    Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8),
-    Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4),
-    Ipv4Net::new_assert(Ipv4Addr::new(240, 0, 0, 0), 4),
-];
 
 /// Checks the document as a whole and completes it; what is wrong goes to `report`.
 ///
@@ -171,24 +156,6 @@ fn join(items: &[impl Display]) -> String {
         .join(", ")
 }
 
-/// The range that `prefix` shares with addresses that are not for hosts.
-fn not_unicast(prefix: Ipv4Net) -> Option<Ipv4Net> {
-    NOT_UNICAST
-        .into_iter()
-        .find(|range| range.contains(&prefix) || prefix.contains(range))
-}
-
-/// First and last address that a host may have: prefixes shorter than /31 keep their network address and
-/// their broadcast address for themselves (RFC 3021 for /31).
-fn hosts(prefix: Ipv4Net) -> (u32, u32) {
-    let (first, last) = (prefix.network().to_bits(), prefix.broadcast().to_bits());
-    if prefix.prefix_len() < 31 {
-        (first + 1, last - 1)
-    } else {
-        (first, last)
-    }
-}
-
 /// An address or prefix that a key holds, to be compared with others.
 #[derive(Clone)]
 struct Claim<K> {
@@ -240,8 +207,49 @@ fn crossing(claims: Vec<Claim<ListenerClaim>>) -> Vec<(Claim<ListenerClaim>, Cla
     crossing
 }
 
+/// The runs of addresses that prefixes of one family have for traffic besides the probe address. Of IPv6 as many as
+/// `max_flows` flows can use, as there are more than can be counted; and the addresses of a run have all but their last
+/// 32 bits in common, as the data path wants it.
+fn runs(prefixes: &[IpNet], probe: Option<IpAddr>, max_flows: u32) -> Vec<(IpAddr, u32)> {
+    let mut runs = Vec::new();
+    for prefix in prefixes {
+        let (first, last) = hosts(*prefix);
+        match probe.filter(|probe| (first..=last).contains(probe)) {
+            Some(probe) => {
+                runs.push((first, count(first, probe).saturating_sub(1)));
+                if let Some(next) = plus(probe, 1) {
+                    runs.push((next, count(next, last)));
+                }
+            }
+            None => runs.push((first, count(first, last))),
+        }
+    }
+    let mut wanted = max_flows.div_ceil(PORTS_PER_ADDRESS);
+    for (first, count) in &mut runs {
+        if let IpAddr::V6(first) = first {
+            *count = (*count)
+                .min(wanted)
+                .min((u32::MAX - first.to_bits() as u32).saturating_add(1));
+            wanted -= *count;
+        }
+    }
+    runs.retain(|(_, count)| *count > 0);
+    runs
+}
+
+/// The VIPs of a listener that could be read.
+fn vips_of(listener: &schema::Listener) -> impl Iterator<Item = At<IpAddr>> + '_ {
+    let one = listener.vip.iter().flatten().copied();
+    let many = listener
+        .vips
+        .iter()
+        .flatten()
+        .flat_map(|list| list.value.iter().flatten().copied());
+    one.chain(many)
+}
+
 /// What a listener listens on.
-type ListenerClaim = (Ipv4Addr, Protocol, Ports);
+type ListenerClaim = (IpAddr, Protocol, Ports);
 
 struct Check<'d> {
     document: &'d Document,
@@ -299,7 +307,7 @@ impl<'d> Check<'d> {
             let prefixes = snat.probe_prefixes.as_ref().ok()?.as_ref()?;
             Some((POOL.to_owned(), &prefixes.value))
         });
-        let mut claims: Vec<Claim<Ipv4Net>> = networks
+        let mut claims: Vec<Claim<IpNet>> = networks
             .chain(pool)
             .filter_map(|(owner, list)| Some((owner, &list.as_ref().ok()?.value)))
             .chain(probes)
@@ -312,15 +320,15 @@ impl<'d> Check<'d> {
             })
             .collect();
         for Claim { key, at, owner } in &claims {
-            if let Some(range) = not_unicast(*key) {
-                let what = format!("{owner}: {key} overlaps {range}, which is not for hosts");
+            if let Some((range, why)) = not_for_hosts(*key) {
+                let what = format!("{owner}: {key} overlaps {range}, {why}");
                 self.error(*at, what, "write a prefix of unicast addresses");
             }
         }
         // Two prefixes are nested or apart. So in the order of (first address, length, place) whatever
         // overlaps an earlier prefix lies inside the last one that lies in no other.
         claims.sort_by_key(|claim| (claim.key.network(), claim.key.prefix_len(), claim.at));
-        let mut outer: Option<&Claim<Ipv4Net>> = None;
+        let mut outer: Option<&Claim<IpNet>> = None;
         for claim in &claims {
             let Some(outer) = outer.filter(|outer| outer.key.contains(&claim.key)) else {
                 outer = Some(claim);
@@ -344,7 +352,8 @@ impl<'d> Check<'d> {
                 self.line(first.at),
             );
             let hint = if [&later.owner, &first.owner].iter().any(|owner| *owner == POOL) {
-                "back-to-origin addresses are the gateway's alone; take a free prefix out of 100.64.0.0/10"
+                "back-to-origin addresses are the gateway's alone; take a free prefix out of 100.64.0.0/10, or of IPv6 a \
+                 free /64 out of your fd00::/8"
             } else {
                 "joined networks need addresses of their own; write the CIDR that is really in use, or renumber"
             };
@@ -354,17 +363,20 @@ impl<'d> Check<'d> {
 
     /// What listeners may not share.
     fn listeners(&self) {
-        let claims = readable(&self.document.listeners).filter_map(|(name, entry, listener)| {
-            let vip = listener.vip.as_ref().ok()?.value;
-            let ports = listener.port.as_ref().ok()?.value;
-            let protocol = or(&listener.protocol, Protocol::Tcp).ok()?;
-            Some(Claim {
+        let mut claims = Vec::new();
+        for (name, entry, listener) in readable(&self.document.listeners) {
+            let protocol = or(&listener.protocol, Protocol::Tcp);
+            let (Ok(At { value: ports, .. }), Ok(protocol)) = (listener.port, protocol) else {
+                continue;
+            };
+            // One that is written twice is reported where it is.
+            let vips: BTreeSet<_> = vips_of(listener).map(|vip| vip.value).collect();
+            claims.extend(vips.into_iter().map(|vip| Claim {
                 key: (vip, protocol, ports),
                 at: entry.at,
                 owner: name.to_owned(),
-            })
-        });
-        let claims: Vec<_> = claims.collect();
+            }));
+        }
         for (first, later) in doubles(claims.clone()).into_iter().chain(crossing(claims)) {
             let (vip, protocol, _) = first.key;
             let ports = later.key.2;
@@ -400,7 +412,7 @@ impl<'d> Check<'d> {
         })
     }
 
-    fn backend_ranges(&self) -> Result<Vec<Ipv4Net>, Reported> {
+    fn backend_ranges(&self) -> Result<Vec<IpNet>, Reported> {
         let agent = self.document.agent.as_ref().map_err(|reported| *reported)?;
         match &agent.allowed_backend_ranges {
             Ok(Some(ranges)) => all(&ranges.value),
@@ -410,7 +422,7 @@ impl<'d> Check<'d> {
     }
 
     /// The prefix of the SNAT pool that holds `address`.
-    fn snat_prefix_of(&self, address: Ipv4Addr) -> Option<Ipv4Net> {
+    fn snat_prefix_of(&self, address: IpAddr) -> Option<IpNet> {
         let prefixes = self.document.snat.as_ref().ok()?.prefixes.as_ref().ok()?;
         prefixes
             .value
@@ -442,85 +454,99 @@ impl<'d> Check<'d> {
             Ok(None) => Vec::new(),
             Err(reported) => return Err(*reported),
         };
-        let (key, probed) = if probe_prefixes.is_empty() {
-            ("prefixes", &prefixes)
-        } else {
-            ("probe_prefixes", &probe_prefixes)
-        };
-        let probe = match snat.probe_address? {
-            Some(probe) => self.probe_address(probe, key, probed)?,
-            None => probed.first().map_or(0, |prefix| hosts(*prefix).0),
-        };
-        let ranges: Vec<(Ipv4Addr, u32)> = prefixes
-            .iter()
-            .flat_map(|prefix| match hosts(*prefix) {
-                (first, last) if (first..=last).contains(&probe) => {
-                    vec![(first, probe - first), (probe.saturating_add(1), last - probe)]
-                }
-                (first, last) => vec![(first, last - first + 1)],
-            })
-            .filter(|(_, count)| *count > 0)
-            .map(|(first, count)| (Ipv4Addr::from_bits(first), count))
-            .collect();
+        // What is wrong with it is reported with it.
+        let max_flows = self.agent().map_or(DEFAULT_MAX_FLOWS, |agent| agent.max_flows);
+        let mut probes = Vec::new();
+        let mut ranges = Vec::new();
+        for (is_v4, written) in [(true, &snat.probe_address), (false, &snat.probe_address_v6)] {
+            let family = |all: &[IpNet]| -> Vec<IpNet> {
+                all.iter()
+                    .copied()
+                    .filter(|prefix| prefix.addr().is_ipv4() == is_v4)
+                    .collect()
+            };
+            let (traffic, own) = (family(&prefixes), family(&probe_prefixes));
+            let (key, probed) = if own.is_empty() {
+                ("prefixes", &traffic)
+            } else {
+                ("probe_prefixes", &own)
+            };
+            let written = written.as_ref().map_err(|reported| *reported)?;
+            let probe = match written {
+                Some(probe) => Some(self.probe_address(*probe, key, probed)?),
+                None => probed.first().map(|prefix| hosts(*prefix).0),
+            };
+            let runs = runs(&traffic, probe, max_flows);
+            if runs.is_empty() && !traffic.is_empty() {
+                return Err(self.error(
+                    list.at,
+                    "snat: prefixes have no address for traffic besides the probe address",
+                    if is_v4 {
+                        "a /31 has one address for traffic, a /29 has 5, a /26 has 61"
+                    } else {
+                        "write a /64, or anything shorter than /128"
+                    },
+                ));
+            }
+            if runs.len() > MAX_RANGES {
+                let what = format!(
+                    "snat: {} runs of addresses of a family are left besides the probe address; at most {MAX_RANGES} \
+                     are possible",
+                    runs.len(),
+                );
+                let at = written.map_or(list.at, |probe| probe.at);
+                return Err(self.error(
+                    at,
+                    what,
+                    "write fewer prefixes of it; a probe address that is the first or last of a prefix splits none",
+                ));
+            }
+            probes.extend(probe);
+            ranges.extend(runs);
+        }
         if ranges.is_empty() {
             return Err(self.error(
                 list.at,
-                "snat: prefixes have no address for traffic besides the probe address",
-                "a /31 has one address for traffic, a /29 has 5, a /26 has 61",
-            ));
-        }
-        if ranges.len() > *SNAT_PREFIXES.end() {
-            let what = format!(
-                "snat: the probe address splits its prefix, and {} runs of addresses are left; at most {} are possible",
-                ranges.len(),
-                SNAT_PREFIXES.end(),
-            );
-            let at = snat.probe_address?.map_or(list.at, |probe| probe.at);
-            return Err(self.error(
-                at,
-                what,
-                "take the first or last address of a prefix, or one prefix less",
+                "snat: prefixes have no address for traffic",
+                "probe_prefixes are for health probes alone: write prefixes for traffic beside them",
             ));
         }
         prefixes.extend(probe_prefixes);
         Ok(SnatPool {
             prefixes,
-            probe_address: Ipv4Addr::from_bits(probe),
+            probes: probes.into_iter().collect::<PerFamily>(),
             ranges,
         })
     }
 
-    fn probe_address(&self, probe: At<Ipv4Addr>, key: &str, prefixes: &[Ipv4Net]) -> Result<u32, Reported> {
-        let address = probe.value.to_bits();
-        let Some(prefix) = prefixes.iter().find(|prefix| prefix.contains(&probe.value)) else {
-            let what = format!("snat: probe_address {} is in none of {key}", probe.value);
-            return Err(self.error(
-                probe.at,
-                what,
-                format!("take an address out of {}", join(prefixes)),
-            ));
+    fn probe_address(&self, probe: At<IpAddr>, key: &str, prefixes: &[IpNet]) -> Result<IpAddr, Reported> {
+        let address = probe.value;
+        let Some(prefix) = prefixes.iter().find(|prefix| prefix.contains(&address)) else {
+            let what = format!("snat: probe_address {address} is in none of {key}");
+            let hint = if prefixes.is_empty() {
+                format!(
+                    "snat has no prefix of {}: write one, or take this out",
+                    family_name(address)
+                )
+            } else {
+                format!("take an address out of {}", join(prefixes))
+            };
+            return Err(self.error(probe.at, what, hint));
         };
         let (first, last) = hosts(*prefix);
         if (first..=last).contains(&address) {
             return Ok(address);
         }
         let end = if address < first { "network" } else { "broadcast" };
-        let what = format!(
-            "snat: probe_address {} is the {end} address of {prefix}",
-            probe.value
-        );
-        let hint = format!(
-            "take one from {} to {}",
-            Ipv4Addr::from_bits(first),
-            Ipv4Addr::from_bits(last)
-        );
-        Err(self.error(probe.at, what, hint))
+        let what = format!("snat: probe_address {address} is the {end} address of {prefix}");
+        Err(self.error(probe.at, what, format!("take one from {first} to {last}")))
     }
 
     /// A full-NAT flow holds one (address, port) of the pool, so more flows than those are never reached.
     fn capacity(&self, max_flows: u32, pool: &SnatPool) {
         let flows = pool.bindings();
         let addresses = flows / u64::from(PORTS_PER_ADDRESS);
+        // Of two families the smaller pool: a flow has a binding in both.
         if u64::from(max_flows) <= flows {
             return;
         }
@@ -762,6 +788,9 @@ impl<'d> Check<'d> {
                 self.error(at, what, "number tiers from 0 on");
             }
         }
+        if let Ok(NatMode::Dnat) = or(&group.nat, NatMode::Full) {
+            self.one_family(&place, name, group);
+        }
         let remote_ip = or(&group.remote_ip, true)?;
         if !remote_ip {
             self.local_backends(&place, group);
@@ -820,25 +849,33 @@ impl<'d> Check<'d> {
     }
 
     fn persistence(&self, place: &str, group: &schema::Group) -> Result<Option<Persistence>, Reported> {
-        let prefix_bits = or(&group.persistence_prefix, *schema::PERSISTENCE_PREFIX.end())?;
+        let prefix_bits_v4 = or(&group.persistence_prefix, *schema::PERSISTENCE_PREFIX.end())?;
+        let prefix_bits_v6 = or(&group.persistence_prefix_v6, DEFAULT_PERSISTENCE_PREFIX_V6)?;
         if let Some(timeout) = option(&group.persistence_timeout)? {
-            return Ok(Some(Persistence { timeout, prefix_bits }));
+            return Ok(Some(Persistence {
+                timeout,
+                prefix_bits_v4,
+                prefix_bits_v6,
+            }));
         }
-        if let Ok(Some(prefix)) = &group.persistence_prefix {
-            return Err(self.error(
-                prefix.at,
-                format!(
-                    "{place}: persistence_prefix says how many clients are one, but there is no persistence"
-                ),
-                "write persistence_timeout = \"10m\", or take it out",
-            ));
+        for (key, prefix) in [
+            ("persistence_prefix", &group.persistence_prefix),
+            ("persistence_prefix_v6", &group.persistence_prefix_v6),
+        ] {
+            if let Ok(Some(prefix)) = prefix {
+                return Err(self.error(
+                    prefix.at,
+                    format!("{place}: {key} says how many clients are one, but there is no persistence"),
+                    "write persistence_timeout = \"10m\", or take it out",
+                ));
+            }
         }
         Ok(None)
     }
 
     /// With `remote_ip = false` every backend is in a network that is reached without a tunnel.
     fn local_backends(&self, place: &str, group: &schema::Group) {
-        let local: Vec<Ipv4Net> = readable(&self.document.networks)
+        let local: Vec<IpNet> = readable(&self.document.networks)
             .filter(|(_, _, network)| matches!(network.tunnel, Ok(None)))
             .flat_map(|(_, _, network)| {
                 network
@@ -917,9 +954,9 @@ impl<'d> Check<'d> {
         })
     }
 
-    fn backend_address(&self, place: &str, &At { value: address, at }: &At<Ipv4Addr>) {
+    fn backend_address(&self, place: &str, &At { value: address, at }: &At<IpAddr>) {
         let vip = readable(&self.document.listeners)
-            .filter_map(|(name, _, listener)| Some((name, listener.vip.as_ref().ok()?)))
+            .flat_map(|(name, _, listener)| vips_of(listener).map(move |vip| (name, vip)))
             .filter(|(_, vip)| vip.value == address)
             .min_by_key(|(_, vip)| vip.at);
         if let Some((listener, vip)) = vip {
@@ -935,10 +972,10 @@ impl<'d> Check<'d> {
                 what,
                 "write the server's own address, or take the SNAT pool from elsewhere",
             );
-        } else if let Some(range) = not_unicast(address.into()) {
+        } else if let Some((range, why)) = not_for_hosts(address.into()) {
             self.error(
                 at,
-                format!("{place}: {address} is in {range}, which is not for hosts"),
+                format!("{place}: {address} is in {range}, {why}"),
                 "write the server's own address",
             );
         } else if let Ok(ranges) = self.backend_ranges()
@@ -953,6 +990,57 @@ impl<'d> Check<'d> {
                 what,
                 "write the server's private address, or allow its range: allowed_backend_ranges below [agent]",
             );
+        } else if !self.pool_has_family(address) {
+            let family = family_name(address);
+            let what = format!("{place}: {address} is {family}, and snat.prefixes has no {family} prefix");
+            let hint = if address.is_ipv4() {
+                "requests and probes leave from the pool's address of the backend's family: add \"100.64.0.0/26\" or the \
+                 like to snat.prefixes"
+            } else {
+                "requests and probes leave from the pool's address of the backend's family: add a free /64 out of your \
+                 fd00::/8 to snat.prefixes"
+            };
+            self.error(at, what, hint);
+        }
+    }
+
+    /// Has the pool addresses of the family of `address`, or could that not be read?
+    fn pool_has_family(&self, address: IpAddr) -> bool {
+        let prefixes = self.document.snat.as_ref().map(|snat| snat.prefixes.as_ref());
+        let Ok(Ok(prefixes)) = prefixes else {
+            return true;
+        };
+        prefixes.value.iter().any(|prefix| match prefix {
+            Ok(prefix) => prefix.value.addr().is_ipv4() == address.is_ipv4(),
+            Err(_) => true,
+        })
+    }
+
+    /// With DNAT the server sees the client's address, so client and server are of one family.
+    fn one_family(&self, place: &str, group_name: &str, group: &schema::Group) {
+        let listeners = readable(&self.document.listeners).filter(|(_, _, listener)| {
+            let group = listener.group.as_ref();
+            group.is_ok_and(|group| group.value == group_name)
+        });
+        let vips: Vec<_> = listeners
+            .flat_map(|(name, _, listener)| vips_of(listener).map(move |vip| (name, vip.value)))
+            .collect();
+        for (name, _, backend) in readable(&group.backends) {
+            let Ok(At { value: address, at }) = backend.address else {
+                continue;
+            };
+            let other = vips.iter().find(|(_, vip)| vip.is_ipv4() != address.is_ipv4());
+            if let Some((listener, vip)) = other {
+                let what = format!(
+                    "{place}, backend {name:?}: {address} is {}, but VIP {vip} of listener {listener:?} is {}, and DNAT \
+                     keeps the client's address",
+                    family_name(address),
+                    family_name(*vip),
+                );
+                let hint = "write nat = \"full\", which translates between the families, or a listener and a group for \
+                            each family";
+                self.error(at, what, hint);
+            }
         }
     }
 
@@ -1020,9 +1108,7 @@ impl<'d> Check<'d> {
 
     fn listener(&self, name: &str, listener: &schema::Listener) -> Result<Listener, Reported> {
         let place = format!("listener {name:?}");
-        if let Ok(vip) = &listener.vip {
-            self.vip(&place, vip);
-        }
+        let vips = self.vips(name, &place, listener);
         let group = match (&listener.group, &self.document.groups) {
             (Ok(group), Ok(groups)) => {
                 self.reference(&format!("{place}: backend group"), group, groups, "group")
@@ -1035,12 +1121,16 @@ impl<'d> Check<'d> {
         }
         let idle_timeout = or(&listener.idle_timeout, DEFAULT_IDLE_TIMEOUT)?;
         let sources = match &listener.sources {
-            Ok(Some(list)) => Some(Ipv4Net::aggregate(&all(&list.value)?)),
+            Ok(Some(list)) => {
+                let written = all(&list.value)?.into_iter();
+                let clients: Vec<_> = written.flat_map(without_mapped).collect();
+                Some(IpNet::aggregate(&clients))
+            }
             Ok(None) => None,
             Err(reported) => return Err(*reported),
         };
         Ok(Listener {
-            vip: required(&listener.vip)?,
+            vips: vips?,
             ports: required(&listener.port)?,
             protocol,
             group: group?,
@@ -1075,10 +1165,47 @@ impl<'d> Check<'d> {
         }
     }
 
-    fn vip(&self, place: &str, vip: &At<Ipv4Addr>) {
+    /// The VIPs of `vip` or `vips`: one of the two is there, and no address is there twice.
+    fn vips(&self, name: &str, place: &str, listener: &schema::Listener) -> Result<Vec<IpAddr>, Reported> {
+        let one = listener.vip.as_ref().map_err(|reported| *reported)?;
+        let many = listener.vips.as_ref().map_err(|reported| *reported)?;
+        let entry_at = || {
+            let listeners = self.document.listeners.as_ref().ok()?;
+            listeners.get(name).map(|entry| entry.at)
+        };
+        let vips = match (one, many) {
+            (Some(vip), None) => vec![*vip],
+            (None, Some(list)) => list.value.iter().copied().collect::<Result<Vec<_>, _>>()?,
+            (Some(_), Some(list)) => {
+                return Err(self.error(
+                    list.at,
+                    format!("{place}: vip and vips exclude each other"),
+                    "write all addresses into vips",
+                ));
+            }
+            (None, None) => {
+                return Err(self.error(
+                    entry_at(),
+                    format!("{place}: vip is missing"),
+                    "for example: vip = \"172.16.0.100\", or of both families: vips = [\"172.16.0.100\", \"fd00::100\"]",
+                ));
+            }
+        };
+        let mut seen = BTreeSet::new();
+        for vip in &vips {
+            self.vip(place, vip);
+            if !seen.insert(vip.value) {
+                let what = format!("{place}: {} is in vips twice", vip.value);
+                self.error(vip.at, what, "write it once");
+            }
+        }
+        Ok(vips.into_iter().map(|vip| vip.value).collect())
+    }
+
+    fn vip(&self, place: &str, vip: &At<IpAddr>) {
         let At { value: address, at } = *vip;
-        if let Some(range) = not_unicast(address.into()) {
-            let what = format!("{place}: vip {address} is in {range}, which is not for hosts");
+        if let Some((range, why)) = not_for_hosts(address.into()) {
+            let what = format!("{place}: vip {address} is in {range}, {why}");
             self.error(at, what, "write the address that clients connect to");
         } else if let Some(prefix) = self.snat_prefix_of(address) {
             self.error(
@@ -1150,7 +1277,7 @@ mod tests {
         .snat
     }
 
-    fn range(first: &str, count: u32) -> (Ipv4Addr, u32) {
+    fn range(first: &str, count: u32) -> (IpAddr, u32) {
         (first.parse().unwrap(), count)
     }
 
@@ -1308,7 +1435,7 @@ mod tests {
         assert_eq!(
             tunnels["b"].health,
             Some(TunnelCheck {
-                address: Ipv4Addr::new(169, 254, 42, 2),
+                address: IpAddr::from([169, 254, 42, 2]),
                 check: HealthCheck {
                     probe: Probe::Icmp,
                     interval: Duration::from_secs(1),
@@ -1337,14 +1464,14 @@ mod tests {
     #[test]
     fn probes_take_the_first_address_and_traffic_the_others() {
         let pool = pool(r#"["100.64.0.0/29", "10.9.0.0/24"]"#, "");
-        assert_eq!(pool.probe_address, Ipv4Addr::new(100, 64, 0, 1));
+        assert_eq!(pool.probes, IpAddr::from([100, 64, 0, 1]).into());
         assert_eq!(pool.ranges, [range("100.64.0.2", 5), range("10.9.0.1", 254)]);
     }
 
     #[test]
     fn small_prefixes_have_no_network_and_no_broadcast_address() {
         let pool = pool(r#"["100.64.0.8/32", "100.64.0.6/31"]"#, "");
-        assert_eq!(pool.probe_address, Ipv4Addr::new(100, 64, 0, 8));
+        assert_eq!(pool.probes, IpAddr::from([100, 64, 0, 8]).into());
         assert_eq!(pool.ranges, [range("100.64.0.6", 2)]);
     }
 

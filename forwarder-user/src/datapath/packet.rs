@@ -6,7 +6,9 @@ use bytemuck::Zeroable as _;
 
 use forwarder_common::{
     abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Env, Outcome, Packet, Stop, Tables, Walk, pipeline},
+    datapath::{
+        ChecksumOffload, Env, Outcome, Packet, Stop, Tables, Walk, parse::Frame, pipeline, translate,
+    },
     wire::{
         Be16, Field16, WireHeader,
         checksum::{self, Delta},
@@ -122,6 +124,26 @@ impl<K: Kind> Packet for MemoryPacket<K> {
             new
         };
         Ok(())
+    }
+
+    fn resize_network(&mut self, frame: &Frame, to_v4: bool) -> Result<u32, Stop> {
+        match K::CHECKSUM_OFFLOAD {
+            // As the kernel's helper does: between the link header and what follows.
+            ChecksumOffload::Kernel => {
+                let (network, transport) = (frame.network_offset as usize, frame.transport_offset as usize);
+                let (old, new) = if to_v4 { (40, 20) } else { (20, 40) };
+                if transport - network != old {
+                    return Err(Stop::drop(Reason::UNTRANSLATABLE));
+                }
+                self.bytes.splice(network..transport, std::iter::repeat_n(0, new));
+                Ok((network + new) as u32)
+            }
+            _ if to_v4 => Ok(frame.transport_offset),
+            _ => {
+                self.move_start(-(translate::DIFFERENCE as i32))?;
+                Ok(frame.transport_offset + translate::DIFFERENCE)
+            }
+        }
     }
 
     fn move_start(&mut self, by: i32) -> Result<(), Stop> {

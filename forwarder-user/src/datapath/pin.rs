@@ -11,11 +11,13 @@
 //! link-tcx-12              the link on the interface with number 12
 //! owner -> 4711            process that holds the lock, or held it last
 //! probe_address -> 10.0.0.1   an address that an agent gave to `lo`
+//! probe_address_v6 -> fd00::1   the same of IPv6
 //! ```
 
 use std::{
     fs::{self, DirBuilder, File, TryLockError},
     io::{self, ErrorKind},
+    net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, symlink},
     path::{Path, PathBuf},
     process,
@@ -28,7 +30,7 @@ use nix::{
 };
 
 use super::attach::AttachmentKind;
-use crate::error::Error;
+use crate::{config::PerFamily, error::Error};
 
 /// Where every system has its BPF file system.
 const USUAL_MOUNT: &str = "/sys/fs/bpf";
@@ -36,6 +38,7 @@ const USUAL_MOUNT: &str = "/sys/fs/bpf";
 const MODE: u32 = 0o700;
 const OWNER: &str = "owner";
 const PROBE_ADDRESS: &str = "probe_address";
+const PROBE_ADDRESS_V6: &str = "probe_address_v6";
 
 /// A locked pin directory; the lock ends with this value, or with the process.
 #[derive(Debug)]
@@ -199,20 +202,25 @@ impl PinDirectory {
     ///
     /// # Errors
     /// The directory cannot be written.
-    pub fn note_probe_address(&self, address: Option<std::net::Ipv4Addr>) -> Result<(), Error> {
-        self.write(
-            PROBE_ADDRESS,
-            address.map(|address| address.to_string()).as_deref(),
-        )
+    pub fn note_probe_addresses(&self, addresses: PerFamily) -> Result<(), Error> {
+        let text = |address: Option<IpAddr>| address.map(|address| address.to_string());
+        self.write(PROBE_ADDRESS, text(addresses.v4.map(IpAddr::V4)).as_deref())?;
+        self.write(PROBE_ADDRESS_V6, text(addresses.v6.map(IpAddr::V6)).as_deref())
     }
 
-    /// The address that an agent gave to `lo` and has not taken away.
-    pub fn probe_address(&self) -> Option<std::net::Ipv4Addr> {
-        fs::read_link(self.path.join(PROBE_ADDRESS))
-            .ok()?
-            .to_str()?
-            .parse()
-            .ok()
+    /// The addresses that an agent gave to `lo` and has not taken away.
+    pub fn probe_addresses(&self) -> PerFamily {
+        let read = |name: &str| {
+            fs::read_link(self.path.join(name))
+                .ok()?
+                .to_str()?
+                .parse::<IpAddr>()
+                .ok()
+        };
+        [PROBE_ADDRESS, PROBE_ADDRESS_V6]
+            .into_iter()
+            .filter_map(read)
+            .collect()
     }
 
     /// Removes one pin; one that is gone is fine.

@@ -5,22 +5,24 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
 use nix::errno::Errno;
-use surge_ping::{Client, Config, ICMP, IcmpPacket, Icmpv4Packet, PingIdentifier, PingSequence, SurgeError};
+use surge_ping::{
+    Client, Config, ICMP, IcmpPacket, Icmpv4Packet, Icmpv6Packet, PingIdentifier, PingSequence, SurgeError,
+};
 use tokio::time::sleep;
 
 /// How long an answer may take. More than a round trip around the Earth; the bound of a whole diagnosis.
 pub(super) const PATIENCE: Duration = Duration::from_millis(900);
 
 /// Size of an echo request that no path is too narrow for, in bytes with its IP header.
-const SMALL_BYTES: usize = 40;
-/// IP and ICMP headers of an echo request, in bytes.
-const HEADERS_BYTES: usize = 28;
+const SMALL_BYTES: usize = 60;
+/// ICMP header of an echo request, in bytes.
+const ICMP_BYTES: usize = 8;
 
 /// When a second request follows, in case the first was lost.
 const SECOND_AFTER: Duration = Duration::from_millis(300);
@@ -38,7 +40,7 @@ pub(super) enum Echo {
     Silent,
     /// A router or host sent an ICMP error instead.
     Rejected {
-        by: Ipv4Addr,
+        by: IpAddr,
         why: Rejection,
     },
     /// It could not be sent.
@@ -71,27 +73,28 @@ impl Echo {
 pub(super) struct Pinger(Result<Client, Errno>);
 
 impl Pinger {
-    pub(super) fn new(source: Ipv4Addr) -> Self {
+    pub(super) fn new(source: IpAddr) -> Self {
         let config = Config::builder()
-            .kind(ICMP::V4)
+            .kind(if source.is_ipv4() { ICMP::V4 } else { ICMP::V6 })
             .sock_type_hint(socket2::Type::RAW)
-            .bind(SocketAddr::new(source.into(), 0))
+            .bind(SocketAddr::new(source, 0))
             .build();
         Self(Client::new(&config).map_err(|error| errno_of(&error)))
     }
 
     /// Asks `target` twice, [`SECOND_AFTER`] apart; the first answer counts. Takes [`PATIENCE`] at most.
-    pub(super) async fn ask(&self, target: Option<Ipv4Addr>) -> Echo {
+    pub(super) async fn ask(&self, target: Option<IpAddr>) -> Echo {
         self.ask_sized(target, SMALL_BYTES).await
     }
 
     /// As [`Self::ask`], with packets of `packet_bytes`. The kernel sets "don't fragment" in them as long as they
     /// fit what it knows of the path.
-    pub(super) async fn ask_sized(&self, target: Option<Ipv4Addr>, packet_bytes: usize) -> Echo {
-        let payload = vec![0x5a; packet_bytes.saturating_sub(HEADERS_BYTES)];
+    pub(super) async fn ask_sized(&self, target: Option<IpAddr>, packet_bytes: usize) -> Echo {
         let Some(target) = target else {
             return Echo::NotTried;
         };
+        let headers_bytes = ICMP_BYTES + if target.is_ipv4() { 20 } else { 40 };
+        let payload = vec![0x5a; packet_bytes.saturating_sub(headers_bytes)];
         let client = match &self.0 {
             Ok(client) => client,
             Err(errno) => return Echo::NotSent(*errno),
@@ -115,29 +118,22 @@ impl Pinger {
     }
 }
 
-async fn request(
-    client: &Client,
-    target: Ipv4Addr,
-    sequence: u16,
-    payload: &[u8],
-    patience: Duration,
-) -> Echo {
+async fn request(client: &Client, target: IpAddr, sequence: u16, payload: &[u8], patience: Duration) -> Echo {
     // Diagnoses that run at once must not take each other's answers.
     static NEXT_IDENTIFIER: AtomicU16 = AtomicU16::new(0);
     let identifier = NEXT_IDENTIFIER.fetch_add(1, Ordering::Relaxed);
-    let mut pinger = client
-        .pinger(IpAddr::V4(target), PingIdentifier(identifier))
-        .await;
+    let mut pinger = client.pinger(target, PingIdentifier(identifier)).await;
     pinger.timeout(patience);
     match pinger.ping(PingSequence(sequence), payload).await {
         Ok((IcmpPacket::V4(packet), _)) => meaning(&packet),
+        Ok((IcmpPacket::V6(packet), _)) => meaning_v6(&packet),
         Err(SurgeError::IOError(error)) => Echo::NotSent(errno_of(&error)),
-        Ok((IcmpPacket::V6(_), _)) | Err(_) => Echo::Silent,
+        Err(_) => Echo::Silent,
     }
 }
 
 fn meaning(packet: &Icmpv4Packet) -> Echo {
-    let by = packet.get_source();
+    let by = IpAddr::V4(packet.get_source());
     let rejected = |why| Echo::Rejected { by, why };
     match (packet.get_icmp_type().0, packet.get_icmp_code().0) {
         (0, _) => Echo::Answered,
@@ -145,6 +141,20 @@ fn meaning(packet: &Icmpv4Packet) -> Echo {
         (ICMP_UNREACHABLE, 1 | 7 | 8 | 12) => rejected(Rejection::HostUnreachable),
         (ICMP_UNREACHABLE, 2 | 3 | 9 | 10 | 13) => rejected(Rejection::Prohibited),
         (ICMP_TIME_EXCEEDED, _) => rejected(Rejection::Loop),
+        _ => Echo::Silent,
+    }
+}
+
+/// By RFC 4443 §3.1 and §3.3.
+fn meaning_v6(packet: &Icmpv6Packet) -> Echo {
+    let by = IpAddr::V6(packet.get_source());
+    let rejected = |why| Echo::Rejected { by, why };
+    match (packet.get_icmpv6_type().0, packet.get_icmpv6_code().0) {
+        (129, _) => Echo::Answered,
+        (1, 0 | 2) => rejected(Rejection::NetworkUnreachable),
+        (1, 3) => rejected(Rejection::HostUnreachable),
+        (1, 1 | 4..=6) => rejected(Rejection::Prohibited),
+        (3, 0) => rejected(Rejection::Loop),
         _ => Echo::Silent,
     }
 }

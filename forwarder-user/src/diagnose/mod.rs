@@ -10,9 +10,9 @@
 //! filters on purpose make a verdict less precise, which its text then says. What lies beyond the first
 //! router is only seen through that router's and the server's answers.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::{
     health::{Origin, ProbeFailure, tcp},
@@ -31,22 +31,22 @@ use verdict::{Evidence, TunnelEvidence};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
     /// Where the probe went.
-    pub backend: SocketAddrV4,
+    pub backend: SocketAddr,
     /// Where it came from: an address of this host and of the SNAT pool.
-    pub probe_source: Ipv4Addr,
+    pub probe_source: IpAddr,
     /// The SNAT pool, for hints.
-    pub snat_prefixes: Vec<Ipv4Net>,
+    pub snat_prefixes: Vec<IpNet>,
     /// The CIDR of the configured network that holds the backend, and the tunnel that leads there; `None` if no
     /// network holds it.
-    pub remote: Option<(Ipv4Net, Option<String>)>,
+    pub remote: Option<(IpNet, Option<String>)>,
 }
 
 impl Subject {
     /// What a route to the backend should cover.
-    fn destination(&self) -> Ipv4Net {
+    fn destination(&self) -> IpNet {
         match &self.remote {
             Some((cidr, _)) => cidr.trunc(),
-            None => Ipv4Net::from(*self.backend.ip()),
+            None => IpNet::from(self.backend.ip()),
         }
     }
 
@@ -78,7 +78,7 @@ pub async fn diagnose(network: &Network, subject: &Subject, failure: &ProbeFailu
 
 /// Explains why the probe of a tunnel's far side, at `address`, ended in `failure`: its device is missing or down, or it is
 /// not, and what is beyond it does not answer. Asks the kernel only.
-pub async fn tunnel(network: &Network, name: &str, address: Ipv4Addr, failure: &ProbeFailure) -> Diagnosis {
+pub async fn tunnel(network: &Network, name: &str, address: IpAddr, failure: &ProbeFailure) -> Diagnosis {
     match network.interface(name).await {
         Ok(device) => verdict::tunnel(name, address, failure, device.as_ref()),
         Err(error) => Diagnosis::unknown(error.what),
@@ -87,7 +87,7 @@ pub async fn tunnel(network: &Network, name: &str, address: Ipv4Addr, failure: &
 
 /// Whether `target` answers an echo request of `packet_bytes` (with the IP header, at least 28) from `source`, sent
 /// with "don't fragment". Takes up to a second. Needs CAP_NET_RAW.
-pub async fn answers_echo(source: Ipv4Addr, target: Ipv4Addr, packet_bytes: usize) -> bool {
+pub async fn answers_echo(source: IpAddr, target: IpAddr, packet_bytes: usize) -> bool {
     Pinger::new(source)
         .ask_sized(Some(target), packet_bytes)
         .await
@@ -98,12 +98,12 @@ pub async fn answers_echo(source: Ipv4Addr, target: Ipv4Addr, packet_bytes: usiz
 struct Refusal {
     backend_from_probe: Echo,
     /// Our own address on the way, if the backend accepts that one.
-    admitted: Option<Ipv4Addr>,
+    admitted: Option<IpAddr>,
 }
 
 /// Asks a backend that refused the probe address in another way, and from another address.
 async fn ask_again(network: &Network, subject: &Subject) -> Refusal {
-    let backend = *subject.backend.ip();
+    let backend = subject.backend.ip();
     let admitted = async {
         let route = network.route_to(backend, Some(subject.probe_source)).await.ok()?;
         let own = own_address(network, subject, &route).await?;
@@ -119,7 +119,7 @@ async fn ask_again(network: &Network, subject: &Subject) -> Refusal {
 }
 
 async fn gather(network: &Network, subject: &Subject, failure: &ProbeFailure) -> Evidence {
-    let backend = *subject.backend.ip();
+    let backend = subject.backend.ip();
     let tunnel = look_at_tunnel(network, subject).await;
     let route = network.route_to(backend, Some(subject.probe_source)).await;
     let mut evidence = Evidence {
@@ -175,10 +175,10 @@ async fn gather(network: &Network, subject: &Subject, failure: &ProbeFailure) ->
 }
 
 /// The address that this gateway itself would use on the way to the backend.
-async fn own_address(network: &Network, subject: &Subject, route: &Route) -> Option<Ipv4Addr> {
-    let is_own = |address: &Ipv4Addr| *address != subject.probe_source;
+async fn own_address(network: &Network, subject: &Subject, route: &Route) -> Option<IpAddr> {
+    let is_own = |address: &IpAddr| *address != subject.probe_source;
     let chosen = network
-        .route_to(*subject.backend.ip(), None)
+        .route_to(subject.backend.ip(), None)
         .await
         .ok()
         .and_then(|route| route.source);
@@ -186,7 +186,7 @@ async fn own_address(network: &Network, subject: &Subject, route: &Route) -> Opt
         return Some(chosen);
     }
     let addresses = network.addresses(route.interface).await.ok()?;
-    addresses.iter().map(Ipv4Net::addr).find(is_own)
+    addresses.iter().map(IpNet::addr).find(is_own)
 }
 
 async fn look_at_tunnel(network: &Network, subject: &Subject) -> Option<TunnelEvidence> {
@@ -204,9 +204,9 @@ async fn look_at_tunnel(network: &Network, subject: &Subject) -> Option<TunnelEv
 
 /// The router behind a tunnel whose route is gone: the only neighbour there, or the only other address of a
 /// prefix that holds two.
-async fn likely_router(network: &Network, tunnel: &Interface) -> Option<Ipv4Addr> {
+async fn likely_router(network: &Network, tunnel: &Interface) -> Option<IpAddr> {
     let prefixes = network.addresses(tunnel.index).await.ok()?;
-    let on_link = |address: Ipv4Addr| prefixes.iter().any(|prefix| prefix.contains(&address));
+    let on_link = |address: IpAddr| prefixes.iter().any(|prefix| prefix.contains(&address));
     let neighbours = network.neighbours(tunnel.index).await.ok()?;
     let mut known = neighbours.iter().filter(|neighbour| neighbour.state.is_usable());
     if let (Some(only), None) = (known.next(), known.next())
@@ -219,7 +219,7 @@ async fn likely_router(network: &Network, tunnel: &Interface) -> Option<Ipv4Addr
     };
     let mut others = prefix.hosts().take(3).filter(|host| *host != prefix.addr());
     match (others.next(), others.next()) {
-        (Some(only), None) if prefix.prefix_len() >= 30 => Some(only),
+        (Some(only), None) if prefix.prefix_len() >= prefix.max_prefix_len() - 2 => Some(only),
         _ => None,
     }
 }

@@ -15,9 +15,9 @@
 //! no router         |         no   no   | server-down-or-filtered
 //! ```
 
-use std::{fmt, net::Ipv4Addr};
+use std::{fmt, net::IpAddr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use nix::errno::Errno;
 
 use super::{
@@ -169,7 +169,7 @@ pub(super) struct TunnelEvidence {
     /// `None`: no such interface.
     pub(super) interface: Option<Interface>,
     /// The one neighbour on it that could be its router, for the hint.
-    pub(super) likely_router: Option<Ipv4Addr>,
+    pub(super) likely_router: Option<IpAddr>,
 }
 
 /// What was found out about the path of a probe that came to nothing.
@@ -183,7 +183,7 @@ pub(super) struct Evidence {
     /// Where that route leaves; `None` if there is none.
     pub(super) egress: Option<Interface>,
     /// Our address on that interface, where it is not the probe address.
-    pub(super) own_address: Option<Ipv4Addr>,
+    pub(super) own_address: Option<IpAddr>,
     /// State of the next hop after the echoes; `None`: no entry, or none needed.
     pub(super) neighbour: Option<NeighbourState>,
     pub(super) router_from_own: Echo,
@@ -269,7 +269,7 @@ pub(super) fn from_failure(subject: &Subject, failure: &ProbeFailure) -> Option<
     })
 }
 
-fn not_local(source: Ipv4Addr) -> Diagnosis {
+fn not_local(source: IpAddr) -> Diagnosis {
     Diagnosis::new(
         Cause::ProbeSourceNotLocal,
         format!("the probe address {source} is not an address of this gateway"),
@@ -338,7 +338,7 @@ fn tunnel_down(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis> {
 /// Why the far side of a tunnel, at `address`, does not answer; `device` is the tunnel's, if there is one.
 pub(super) fn tunnel(
     name: &str,
-    address: Ipv4Addr,
+    address: IpAddr,
     failure: &ProbeFailure,
     device: Option<&Interface>,
 ) -> Diagnosis {
@@ -472,7 +472,10 @@ fn neighbour_missing(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis
     Some(match route.gateway {
         Some(router) => Diagnosis::new(
             Cause::NoNeighbour,
-            format!("next hop {router} does not answer ARP on {name}"),
+            format!(
+                "next hop {router} does not answer {} on {name}",
+                resolution(router)
+            ),
         )
         .hint(if egress.kind.is_tunnel() {
             format!("check that the far end of {name} runs and that the underlay between the two ends works")
@@ -484,12 +487,12 @@ fn neighbour_missing(subject: &Subject, evidence: &Evidence) -> Option<Diagnosis
             let server = subject.backend.ip();
             Diagnosis::new(
                 Cause::NoNeighbour,
-                format!("server {server} does not answer ARP on {name}"),
+                format!("server {server} does not answer {} on {name}", resolution(server)),
             )
             .hint(format!(
                 "check that {server} runs and is connected to the network of {name}"
             ))
-            .fixes([Fix::wake(Host::Server(*server), *server)])
+            .fixes([Fix::wake(Host::Server(server), server)])
         }
     })
 }
@@ -541,14 +544,14 @@ fn backend_said_something(subject: &Subject, evidence: &Evidence) -> Option<Diag
             format!("router {by} finds no host {server} on its network (it answers \"host unreachable\")"),
         )
         .hint(format!("start {server}, or correct the backend's address"))
-        .fixes([Fix::wake(Host::Server(*server), *server)]),
+        .fixes([Fix::wake(Host::Server(server), server)]),
         Rejection::Prohibited => rejected(subject, by),
     })
 }
 
 /// A rule that says no instead of saying nothing.
-fn rejected(subject: &Subject, by: Ipv4Addr) -> Diagnosis {
-    let server = *subject.backend.ip();
+fn rejected(subject: &Subject, by: IpAddr) -> Diagnosis {
+    let server = subject.backend.ip();
     let host = if by == server {
         Host::Server(server)
     } else {
@@ -575,7 +578,7 @@ pub(super) fn from_refusal(subject: &Subject, refusal: &Refusal) -> Option<Diagn
         return Some(rejected(subject, by));
     }
     refusal.admitted.map(|own| {
-        let mut diagnosis = rejected(subject, *subject.backend.ip());
+        let mut diagnosis = rejected(subject, subject.backend.ip());
         diagnosis.text = format!(
             "{} accepts {own}, but refuses {}: a rule rejects it",
             subject.backend, subject.probe_source
@@ -614,7 +617,7 @@ fn from_silence(subject: &Subject, evidence: &Evidence) -> Diagnosis {
                 return_routes(subject, own),
                 admit(subject)
             ))
-            .fixes(return_fixes(subject, Host::Server(*server), own))
+            .fixes(return_fixes(subject, Host::Server(server), own))
             .fixes([admit_fix(subject)])
         } else {
             Diagnosis::new(
@@ -688,10 +691,10 @@ fn admit(subject: &Subject) -> String {
 }
 
 fn admit_fix(subject: &Subject) -> Fix {
-    Fix::admit(Host::Server(*subject.backend.ip()), &subject.snat_prefixes)
+    Fix::admit(Host::Server(subject.backend.ip()), &subject.snat_prefixes)
 }
 
-fn return_fixes(subject: &Subject, host: Host, own: Option<Ipv4Addr>) -> Vec<Fix> {
+fn return_fixes(subject: &Subject, host: Host, own: Option<IpAddr>) -> Vec<Fix> {
     let route = |own| {
         let prefixes = subject.snat_prefixes.iter();
         prefixes
@@ -702,7 +705,7 @@ fn return_fixes(subject: &Subject, host: Host, own: Option<Ipv4Addr>) -> Vec<Fix
 }
 
 /// The commands that route the SNAT pool back to us.
-fn return_routes(subject: &Subject, own: Option<Ipv4Addr>) -> String {
+fn return_routes(subject: &Subject, own: Option<IpAddr>) -> String {
     let gateway = own.map_or_else(|| "<this gateway>".to_owned(), |own| own.to_string());
     let commands: Vec<String> = subject
         .snat_prefixes
@@ -712,26 +715,38 @@ fn return_routes(subject: &Subject, own: Option<Ipv4Addr>) -> String {
     commands.join("; ")
 }
 
-fn prefixes(prefixes: &[Ipv4Net]) -> String {
+/// How the link address of a host is asked for.
+fn resolution(address: IpAddr) -> &'static str {
+    if address.is_ipv4() {
+        "ARP"
+    } else {
+        "neighbour discovery"
+    }
+}
+
+fn prefixes(prefixes: &[IpNet]) -> String {
     let texts: Vec<String> = prefixes.iter().map(ToString::to_string).collect();
     texts.join(", ")
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{net::SocketAddrV4, time::Duration};
+    use std::{
+        net::{Ipv4Addr, SocketAddr},
+        time::Duration,
+    };
 
     use super::*;
     use crate::{error::Error, network::InterfaceKind};
 
-    const SERVER: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 10);
-    const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 255, 0, 2);
-    const OWN: Ipv4Addr = Ipv4Addr::new(10, 255, 0, 1);
-    const PROBE: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 1);
+    const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 1, 10));
+    const ROUTER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 255, 0, 2));
+    const OWN: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 255, 0, 1));
+    const PROBE: IpAddr = IpAddr::V4(Ipv4Addr::new(100, 64, 0, 1));
 
     fn subject() -> Subject {
         Subject {
-            backend: SocketAddrV4::new(SERVER, 8080),
+            backend: SocketAddr::new(SERVER, 8080),
             probe_source: PROBE,
             snat_prefixes: vec!["100.64.0.0/26".parse().unwrap(), "100.64.1.0/25".parse().unwrap()],
             remote: Some(("192.168.0.0/16".parse().unwrap(), Some("vx-peer".into()))),
@@ -752,6 +767,7 @@ mod tests {
             controller: None,
             remote: None,
             alias: None,
+            vlan: None,
             driver: None,
         }
     }

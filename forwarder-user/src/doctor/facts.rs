@@ -1,8 +1,8 @@
 //! What is known of the host and of each path. Only data, so that every check is a pure function of it.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::{
     config::Config,
@@ -25,8 +25,8 @@ pub struct Facts {
     pub policy: Policy,
     /// Numbers of the routing tables that networks of the configuration have of their own, by the network's name.
     pub tables: BTreeMap<String, u32>,
-    /// For each VIP: the link address of another host that answers ARP for it.
-    pub vips: BTreeMap<Ipv4Addr, Option<[u8; 6]>>,
+    /// For each VIP: the link address of another host that answers for it, by ARP or neighbour discovery.
+    pub vips: BTreeMap<IpAddr, Option<[u8; 6]>>,
     pub backends: Vec<Backend>,
 }
 
@@ -40,6 +40,8 @@ pub struct Host {
     /// Cores that packets can be spread over.
     pub cores: u32,
     pub forwards: bool,
+    /// The same of IPv6.
+    pub forwards_v6: bool,
     /// Programs are compiled to machine code; `None`: the kernel does not say, as it always does.
     pub has_jit: Option<bool>,
     /// A route leads to the SNAT pool: loose source validation lets it pass.
@@ -51,9 +53,11 @@ pub struct Host {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Device {
     pub link: Interface,
-    pub addresses: Vec<Ipv4Net>,
+    pub addresses: Vec<IpNet>,
     pub rp_filter: Option<RpFilter>,
     pub forwards: Option<bool>,
+    /// The same of IPv6; `None` also where the interface has none.
+    pub forwards_v6: Option<bool>,
     pub offloads: Option<Offloads>,
     pub queues: Option<Queues>,
     /// The driver runs XDP programs.
@@ -71,7 +75,7 @@ pub struct Device {
 pub struct Backend {
     pub group: String,
     pub name: String,
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// `None`: the one that the client asked for.
     pub port: Option<u16>,
     /// Where it was asked; `None`: it serves no TCP, so an echo request was sent instead.
@@ -94,8 +98,8 @@ pub struct Backend {
 /// One probe.
 #[derive(Clone, Debug)]
 pub struct Attempt {
-    pub prefix: Ipv4Net,
-    pub source: Ipv4Addr,
+    pub prefix: IpNet,
+    pub source: IpAddr,
     pub outcome: Result<Duration, ProbeFailure>,
     /// Why it failed; `None`: it did not, or there were too many to find out.
     pub diagnosis: Option<Diagnosis>,
@@ -105,7 +109,7 @@ pub struct Attempt {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Remote<'a> {
     pub name: &'a str,
-    pub cidr: Ipv4Net,
+    pub cidr: IpNet,
     pub tunnel: Option<&'a str>,
     /// Number of the routing table of its own.
     pub table: Option<u32>,
@@ -135,7 +139,7 @@ impl Facts {
     }
 
     /// The network that holds an address.
-    pub fn network_of(&self, address: Ipv4Addr) -> Option<Remote<'_>> {
+    pub fn network_of(&self, address: IpAddr) -> Option<Remote<'_>> {
         self.config.networks.iter().find_map(|(name, network)| {
             let cidr = network.cidrs.iter().find(|cidr| cidr.contains(&address))?;
             Some(Remote {
@@ -155,7 +159,7 @@ impl Backend {
     }
 
     /// Whom its packets are handed to on the link.
-    pub fn next_hop(&self) -> Option<Ipv4Addr> {
+    pub fn next_hop(&self) -> Option<IpAddr> {
         self.route.as_ref().ok().map(|route| route.next_hop(self.address))
     }
 }

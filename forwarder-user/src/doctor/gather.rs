@@ -3,12 +3,12 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
 use futures_util::{StreamExt as _, stream};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::{
     Question,
@@ -33,17 +33,18 @@ const MAX_DIAGNOSED: usize = 128;
 const PATIENCE: Duration = Duration::from_millis(1500);
 /// How long a port that may be the right one has to answer.
 const PORT_PATIENCE: Duration = Duration::from_millis(500);
-/// The least that a path is searched down to, in bytes: what every IPv4 host takes (RFC 791).
+/// The least that a path is searched down to, in bytes: what every IPv4 host takes (RFC 791), less than what every IPv6
+/// link carries (RFC 8200 §5).
 const LEAST_MTU_BYTES: u32 = 576;
 /// Sizes tried at once when a path is narrow.
 const SIZES_AT_ONCE: u32 = 15;
 
 /// What is there for the time of the check: probe addresses, and where no agent sees to it, rules for routing tables.
 pub(super) struct Loan {
-    /// Addresses that probes leave from, one per prefix of the SNAT pool; the probe address comes first.
-    sources: Vec<(Ipv4Net, Ipv4Addr)>,
+    /// Addresses that probes leave from, one per prefix of the SNAT pool; the probe addresses come first.
+    sources: Vec<(IpNet, IpAddr)>,
     /// Those that were not local before.
-    addresses: Vec<Ipv4Addr>,
+    addresses: Vec<IpAddr>,
     /// By name of the network.
     tables: BTreeMap<String, u32>,
     /// Those that were not there before.
@@ -124,15 +125,15 @@ async fn tables(network: &Network, config: &Config) -> BTreeMap<String, u32> {
     tables
 }
 
-/// The probe address, and for every other prefix one that no flow uses: its network address. A prefix of one or
+/// The probe addresses, and for every other prefix one that no flow uses: its network address. A prefix of one or
 /// two addresses has none to spare while an agent uses them.
-fn sources(config: &Config, has_agent: bool) -> Vec<(Ipv4Net, Ipv4Addr)> {
-    let probe = config.snat.probe_address;
+fn sources(config: &Config, has_agent: bool) -> Vec<(IpNet, IpAddr)> {
     let (mut first, mut others) = (Vec::new(), Vec::new());
     for prefix in &config.snat.prefixes {
-        if prefix.contains(&probe) {
+        let probe = config.snat.probes.iter().find(|probe| prefix.contains(probe));
+        if let Some(probe) = probe {
             first.push((*prefix, probe));
-        } else if prefix.prefix_len() < 31 || !has_agent {
+        } else if prefix.prefix_len() + 1 < prefix.max_prefix_len() || !has_agent {
             others.push((*prefix, prefix.network()));
         }
     }
@@ -147,7 +148,7 @@ pub(super) async fn gather(network: &Network, question: Question, loan: &Loan) -
         let is_ours = config.interfaces.contains_key(&link.name) || config.tunnels.contains_key(&link.name);
         devices.push(device(network, link, is_ours).await?);
     }
-    let vips: BTreeSet<Ipv4Addr> = config.listeners.values().map(|listener| listener.vip).collect();
+    let vips = config.vips();
     ask_for_vips(network, &devices, &vips).await;
 
     let mut facts = Facts {
@@ -193,7 +194,9 @@ async fn host(
         cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
         forwards: network.ip_forward()?,
         has_jit: read("/proc/sys/net/core/bpf_jit_enable").map(|text| text != "0"),
-        is_pool_routed: match config.snat.ranges.first() {
+        forwards_v6: network.forwards_v6("all").unwrap_or(true),
+        // Of IPv4 alone: IPv6 validates no sources.
+        is_pool_routed: match config.snat.ranges.iter().find(|(first, _)| first.is_ipv4()) {
             Some((first, _)) => network
                 .route_to(*first, None)
                 .await
@@ -213,6 +216,7 @@ async fn device(network: &Network, link: network::Interface, is_ours: bool) -> R
         addresses: network.addresses(link.index).await?,
         rp_filter: None,
         forwards: None,
+        forwards_v6: None,
         offloads: None,
         queues: None,
         runs_programs: None,
@@ -228,6 +232,7 @@ async fn device(network: &Network, link: network::Interface, is_ours: bool) -> R
         let link = &device.link;
         device.rp_filter = network.rp_filter(&link.name).ok();
         device.forwards = network.forwards(&link.name).ok();
+        device.forwards_v6 = network.forwards_v6(&link.name).ok();
         device.offloads = network::offloads(link.index);
         device.queues = network::queues(link.index);
         device.runs_programs = network::runs_programs(link.index);
@@ -243,7 +248,7 @@ async fn device(network: &Network, link: network::Interface, is_ours: bool) -> R
 }
 
 /// Interfaces on whose network an address lies.
-fn on_link(devices: &[Device], address: Ipv4Addr) -> impl Iterator<Item = &Device> {
+fn on_link(devices: &[Device], address: IpAddr) -> impl Iterator<Item = &Device> {
     devices.iter().filter(move |device| {
         let mut prefixes = device.addresses.iter();
         device.link.is_running()
@@ -252,7 +257,7 @@ fn on_link(devices: &[Device], address: Ipv4Addr) -> impl Iterator<Item = &Devic
 }
 
 /// Lets the kernel ask who has the VIPs; [`owner`] reads the answer.
-async fn ask_for_vips(network: &Network, devices: &[Device], vips: &BTreeSet<Ipv4Addr>) {
+async fn ask_for_vips(network: &Network, devices: &[Device], vips: &BTreeSet<IpAddr>) {
     for vip in vips {
         for device in on_link(devices, *vip).filter(|device| device.link.has_neighbours) {
             // If it cannot be asked, nobody will have answered.
@@ -263,7 +268,7 @@ async fn ask_for_vips(network: &Network, devices: &[Device], vips: &BTreeSet<Ipv
 
 /// The link address of a host that answers ARP for `vip`. The data path does not answer this host's own questions,
 /// so it is another's.
-async fn owner(network: &Network, devices: &[Device], vip: Ipv4Addr) -> Option<[u8; 6]> {
+async fn owner(network: &Network, devices: &[Device], vip: IpAddr) -> Option<[u8; 6]> {
     for device in on_link(devices, vip).filter(|device| device.link.has_neighbours) {
         let neighbour = network.neighbour(device.link.index, vip).await;
         if let Ok(Some(neighbour)) = neighbour
@@ -276,7 +281,7 @@ async fn owner(network: &Network, devices: &[Device], vip: Ipv4Addr) -> Option<[
 }
 
 /// Looks up the route to every backend and asks it from every source.
-async fn probe_all(network: &Network, facts: &Facts, sources: &[(Ipv4Net, Ipv4Addr)]) -> Vec<Backend> {
+async fn probe_all(network: &Network, facts: &Facts, sources: &[(IpNet, IpAddr)]) -> Vec<Backend> {
     let mut probes = Vec::new();
     for (group_name, group) in &facts.config.groups {
         let check = check(&facts.config, group_name, group);
@@ -286,6 +291,8 @@ async fn probe_all(network: &Network, facts: &Facts, sources: &[(Ipv4Net, Ipv4Ad
                 .as_ref()
                 .filter(|check| check.port.or(backend.port).is_some() || !check.probe.needs_port())
                 .map(|check| Target::new(group_name, name, backend, check));
+            let is_same = |(_, source): &&(IpNet, IpAddr)| source.is_ipv4() == backend.address.is_ipv4();
+            let sources: Vec<_> = sources.iter().filter(is_same).copied().collect();
             probes.push(async move {
                 let route = network
                     .route_to(backend.address, sources.first().map(|(_, source)| *source))
@@ -315,12 +322,12 @@ async fn probe_all(network: &Network, facts: &Facts, sources: &[(Ipv4Net, Ipv4Ad
                 found.astray = astray(network, facts, &found).await;
                 for (prefix, source) in sources {
                     let outcome = match &target {
-                        Some(target) => health::probe(target, *source).await,
-                        None => echo(*source, backend.address).await,
+                        Some(target) => health::probe(target, source.into()).await,
+                        None => echo(source, backend.address).await,
                     };
                     found.attempts.push(Attempt {
-                        prefix: *prefix,
-                        source: *source,
+                        prefix,
+                        source,
                         outcome,
                         diagnosis: None,
                     });
@@ -335,7 +342,9 @@ async fn probe_all(network: &Network, facts: &Facts, sources: &[(Ipv4Net, Ipv4Ad
 /// Rules and VRFs may send packets that are forwarded elsewhere than those that this host sends.
 async fn astray(network: &Network, facts: &Facts, backend: &Backend) -> Vec<(String, Option<String>)> {
     let mut astray = Vec::new();
-    let (Ok(route), Some((source, _))) = (&backend.route, facts.config.snat.ranges.first()) else {
+    let mut ranges = facts.config.snat.ranges.iter();
+    let range = ranges.find(|(first, _)| first.is_ipv4() == backend.address.is_ipv4());
+    let (Ok(route), Some((source, _))) = (&backend.route, range) else {
         return astray;
     };
     let interfaces = facts
@@ -385,7 +394,7 @@ fn check(config: &Config, name: &str, group: &Group) -> Option<HealthCheck> {
     }
 }
 
-async fn echo(source: Ipv4Addr, target: Ipv4Addr) -> Result<Duration, ProbeFailure> {
+async fn echo(source: IpAddr, target: IpAddr) -> Result<Duration, ProbeFailure> {
     let start = Instant::now();
     if diagnose::answers_echo(source, target, 64).await {
         Ok(start.elapsed())
@@ -411,18 +420,14 @@ async fn explain(network: &Network, facts: &mut Facts) {
             });
         let gets_through = backend.attempts.iter().any(|attempt| attempt.outcome.is_ok());
         for (attempt, asked, failure) in failed.take(if gets_through { usize::MAX } else { 1 }) {
-            let all = &facts.config.snat.prefixes;
+            let all = facts.config.snat.prefixes_of(backend.address);
             let remote = facts
                 .network_of(backend.address)
                 .map(|remote| (remote.cidr, remote.tunnel.map(str::to_owned)));
             let subject = Subject {
-                backend: SocketAddrV4::new(backend.address, backend.probed_port.unwrap_or(0)),
+                backend: SocketAddr::new(backend.address, backend.probed_port.unwrap_or(0)),
                 probe_source: asked.source,
-                snat_prefixes: if gets_through {
-                    vec![asked.prefix]
-                } else {
-                    all.clone()
-                },
+                snat_prefixes: if gets_through { vec![asked.prefix] } else { all },
                 remote,
             };
             let failure = failure.clone();
@@ -461,7 +466,7 @@ async fn look_for_ports(facts: &mut Facts) {
         };
         let asked = ports.iter().filter(|port| Some(**port) != backend.probed_port);
         let answers = asked.map(|port| async {
-            let target = SocketAddrV4::new(backend.address, *port);
+            let target = SocketAddr::new(backend.address, *port);
             let outcome = tcp::probe(target, &Origin::Address(source), PORT_PATIENCE).await;
             outcome.is_ok().then_some(*port)
         });
@@ -500,12 +505,12 @@ async fn measure_paths(facts: &mut Facts) {
     }
 }
 
-async fn answers(source: Ipv4Addr, address: Ipv4Addr, packet_bytes: u32) -> bool {
+async fn answers(source: IpAddr, address: IpAddr, packet_bytes: u32) -> bool {
     diagnose::answers_echo(source, address, packet_bytes as usize).await
 }
 
 /// The largest packet that is answered, where those of [`LEAST_MTU_BYTES`] are and those of `too_large` are not.
-async fn largest(source: Ipv4Addr, address: Ipv4Addr, too_large: u32) -> u32 {
+async fn largest(source: IpAddr, address: IpAddr, too_large: u32) -> u32 {
     let (mut carried, mut lost) = (LEAST_MTU_BYTES, too_large);
     while lost - carried > 1 {
         let step = (lost - carried).div_ceil(SIZES_AT_ONCE + 1);
@@ -534,6 +539,7 @@ async fn largest(source: Ipv4Addr, address: Ipv4Addr, too_large: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::address::plus;
 
     fn config(prefixes: &str) -> Config {
         let text = format!(
@@ -553,7 +559,7 @@ mod tests {
             let sources = sources(&config, has_agent);
             for (_, source) in &sources {
                 let in_use = config.snat.ranges.iter().any(|(first, count)| {
-                    (first.to_bits()..first.to_bits() + count).contains(&source.to_bits())
+                    plus(*first, *count).is_some_and(|end| (*first..end).contains(source))
                 });
                 assert!(!has_agent || !in_use, "{source}");
             }

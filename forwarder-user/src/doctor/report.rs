@@ -1,8 +1,8 @@
 //! Facts and findings as one value; its JSON is documented in docs/doctor.md. Add fields, but rename none.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::Serialize;
 
 use super::{
@@ -56,10 +56,11 @@ pub struct InterfaceReport {
     pub offloads: Vec<&'static str>,
 }
 
+/// A listener on one of its VIPs.
 #[derive(Clone, Debug, Serialize)]
 pub struct ListenerReport {
     pub name: String,
-    pub vip: Ipv4Addr,
+    pub vip: IpAddr,
     /// One port, a range, or `any`.
     pub port: String,
     pub protocol: &'static str,
@@ -72,13 +73,13 @@ pub struct ListenerReport {
 pub struct BackendReport {
     pub group: String,
     pub name: String,
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// `None`: the one that the client asked for.
     pub port: Option<u16>,
     /// Where the route to it leaves.
     pub interface: Option<String>,
     /// The router on the way; `None`: it is on the link, or there is no route.
-    pub router: Option<Ipv4Addr>,
+    pub router: Option<IpAddr>,
     /// `answers`, or how it does not.
     pub answer: String,
     pub probes: Vec<ProbeReport>,
@@ -87,8 +88,8 @@ pub struct BackendReport {
 /// A probe from one prefix of the SNAT pool.
 #[derive(Clone, Debug, Serialize)]
 pub struct ProbeReport {
-    pub prefix: Ipv4Net,
-    pub source: Ipv4Addr,
+    pub prefix: IpNet,
+    pub source: IpAddr,
     pub answered: bool,
     /// Until the answer.
     pub micros: Option<u64>,
@@ -174,23 +175,26 @@ impl InterfaceReport {
 }
 
 fn listeners(facts: &Facts) -> Vec<ListenerReport> {
-    let holder = |vip: &Ipv4Addr| {
+    let holder = |vip: &IpAddr| {
         let mut devices = facts.devices.iter();
         let found = devices.find(|device| device.addresses.iter().any(|prefix| prefix.contains(vip)));
         found.map(|device| device.link.name.clone())
     };
-    let report = |(name, listener): (&String, &crate::config::Listener)| ListenerReport {
-        name: name.clone(),
-        vip: listener.vip,
+    let report = |name: &str, listener: &crate::config::Listener, vip: IpAddr| ListenerReport {
+        name: name.to_owned(),
+        vip,
         port: listener.ports.to_string(),
         protocol: match listener.protocol {
             Protocol::Tcp => "tcp",
             Protocol::Udp => "udp",
         },
         group: listener.group.clone(),
-        interface: holder(&listener.vip),
+        interface: holder(&vip),
     };
-    facts.config.listeners.iter().map(report).collect()
+    let listeners = facts.config.listeners.iter();
+    listeners
+        .flat_map(|(name, listener)| listener.vips.iter().map(move |vip| report(name, listener, *vip)))
+        .collect()
 }
 
 impl BackendReport {

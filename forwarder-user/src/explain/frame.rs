@@ -1,18 +1,24 @@
 //! Frames for people: built from what somebody typed, described from their bytes.
 
-use std::{net::SocketAddrV4, str::FromStr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+};
 
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TcpHeader, TransportSlice};
 use serde::{Deserialize, Serialize};
 
-use crate::config::Protocol;
+use crate::config::{Protocol, address::at_port};
+
+/// Without extension headers (RFC 8200 §3).
+const IPV6_HEADER_BYTES: u16 = 40;
 
 /// A packet to be built.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
     pub protocol: Protocol,
-    pub source: SocketAddrV4,
-    pub destination: SocketAddrV4,
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
     /// TCP only.
     pub flags: Vec<Flag>,
     pub ttl: u8,
@@ -52,19 +58,25 @@ impl FromStr for Flag {
 impl Wanted {
     /// The frame, with valid checksums and a payload of zeros. Its link addresses are zeros: the walk reads none.
     pub fn frame(&self) -> Vec<u8> {
-        let ip = PacketBuilder::ethernet2([0; 6], [0; 6]).ipv4(
-            self.source.ip().octets(),
-            self.destination.ip().octets(),
-            self.ttl,
-        );
-        let payload = |headers: usize| vec![0; usize::from(self.length_bytes).saturating_sub(headers)];
+        let link = PacketBuilder::ethernet2([0; 6], [0; 6]);
+        let (source, destination) = (self.source.ip(), self.destination.ip());
+        let (ip, ip_bytes) = match (source, destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                (link.ipv4(source.octets(), destination.octets(), self.ttl), 20)
+            }
+            // What mixes the families is refused before; this would be nobody's packet.
+            _ => (link.ipv6(as_v6(source), as_v6(destination), self.ttl), 40),
+        };
+        let payload = |transport_bytes: usize| {
+            vec![0; usize::from(self.length_bytes).saturating_sub(ip_bytes + transport_bytes)]
+        };
         let mut frame = Vec::new();
         // Writing to a vector does not fail, and the length of 16 bits has room for every payload.
         let _ = match self.protocol {
-            Protocol::Tcp => ip.tcp_header(self.tcp()).write(&mut frame, &payload(40)),
+            Protocol::Tcp => ip.tcp_header(self.tcp()).write(&mut frame, &payload(20)),
             Protocol::Udp => ip
                 .udp(self.source.port(), self.destination.port())
-                .write(&mut frame, &payload(28)),
+                .write(&mut frame, &payload(8)),
         };
         frame
     }
@@ -85,16 +97,24 @@ impl Wanted {
     }
 }
 
+fn as_v6(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
 /// A packet as people read it; what its bytes do not tell is absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PacketSummary {
-    /// `tcp`, `udp`, `icmp`, `arp`, `ipv6` or a protocol number; `?` where it cannot be read.
+    /// `tcp`, `udp`, `icmp`, `icmpv6`, `arp` or a protocol number; `?` where it cannot be read.
     pub protocol: String,
     /// With the port, if it has one.
     pub source: Option<String>,
     pub destination: Option<String>,
     /// TCP: such as `SYN` or `FIN+ACK`.
     pub flags: Option<String>,
+    /// TTL, or of IPv6 the hop limit.
     pub ttl: Option<u8>,
     /// IP header and payload, in bytes.
     pub length_bytes: Option<u16>,
@@ -110,21 +130,34 @@ impl PacketSummary {
         let Ok(packet) = SlicedPacket::from_ethernet(frame) else {
             return summary;
         };
-        let ip = match &packet.net {
-            Some(NetSlice::Ipv4(slice)) => slice.header(),
+        let (source, destination, protocol) = match &packet.net {
+            Some(NetSlice::Ipv4(slice)) => {
+                let ip = slice.header();
+                summary.ttl = Some(ip.ttl());
+                summary.length_bytes = Some(ip.total_len());
+                (
+                    IpAddr::V4(ip.source_addr()),
+                    IpAddr::V4(ip.destination_addr()),
+                    ip.protocol(),
+                )
+            }
+            Some(NetSlice::Ipv6(slice)) => {
+                let ip = slice.header();
+                summary.ttl = Some(ip.hop_limit());
+                summary.length_bytes = ip.payload_length().checked_add(IPV6_HEADER_BYTES);
+                let protocol = slice.payload().ip_number;
+                (
+                    IpAddr::V6(ip.source_addr()),
+                    IpAddr::V6(ip.destination_addr()),
+                    protocol,
+                )
+            }
             Some(NetSlice::Arp(_)) => {
                 summary.protocol = "arp".to_owned();
                 return summary;
             }
-            Some(NetSlice::Ipv6(_)) => {
-                summary.protocol = "ipv6".to_owned();
-                return summary;
-            }
             None => return summary,
         };
-        summary.ttl = Some(ip.ttl());
-        summary.length_bytes = Some(ip.total_len());
-        let (source, destination) = (ip.source_addr(), ip.destination_addr());
         let ports = match &packet.transport {
             Some(TransportSlice::Tcp(tcp)) => {
                 summary.protocol = "tcp".to_owned();
@@ -139,13 +172,17 @@ impl PacketSummary {
                 summary.protocol = "icmp".to_owned();
                 None
             }
+            Some(TransportSlice::Icmpv6(_)) => {
+                summary.protocol = "icmpv6".to_owned();
+                None
+            }
             _ => {
-                summary.protocol = ip.protocol().0.to_string();
+                summary.protocol = protocol.0.to_string();
                 None
             }
         };
         let (source, destination) = match ports {
-            Some((from, to)) => (format!("{source}:{from}"), format!("{destination}:{to}")),
+            Some((from, to)) => (at_port(source, from), at_port(destination, to)),
             None => (source.to_string(), destination.to_string()),
         };
         summary.source = Some(source);
@@ -210,6 +247,26 @@ mod tests {
         assert_eq!((summary.ttl, summary.length_bytes), (Some(63), Some(60)));
         let udp = PacketSummary::of(&wanted(Protocol::Udp).frame());
         assert_eq!(udp.to_string(), "udp 192.0.2.7:51000 > 198.51.100.10:443");
+    }
+
+    #[test]
+    fn a_frame_of_ipv6_as_well() {
+        let v6 = |protocol| Wanted {
+            source: "[2001:db8::7]:51000".parse().unwrap(),
+            destination: "[2001:db8::10]:443".parse().unwrap(),
+            length_bytes: 100,
+            ..wanted(protocol)
+        };
+        let frame = v6(Protocol::Tcp).frame();
+        assert_eq!(frame.len(), 14 + 100);
+        let summary = PacketSummary::of(&frame);
+        assert_eq!(
+            summary.to_string(),
+            "tcp [2001:db8::7]:51000 > [2001:db8::10]:443 SYN"
+        );
+        assert_eq!((summary.ttl, summary.length_bytes), (Some(63), Some(100)));
+        let udp = PacketSummary::of(&v6(Protocol::Udp).frame());
+        assert_eq!(udp.to_string(), "udp [2001:db8::7]:51000 > [2001:db8::10]:443");
     }
 
     #[test]

@@ -9,7 +9,7 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, SocketAddr},
     os::unix::process::ExitStatusExt as _,
     process::{ExitStatus, Stdio},
     time::Duration,
@@ -48,8 +48,8 @@ pub(super) struct Subject<'a> {
     pub(super) group: &'a str,
     pub(super) backend: &'a str,
     /// Port 0: none.
-    pub(super) target: SocketAddrV4,
-    pub(super) source: Ipv4Addr,
+    pub(super) target: SocketAddr,
+    pub(super) source: IpAddr,
 }
 
 /// Runs `command` about `subject`; status 0 passes. Returns how long it ran.
@@ -267,7 +267,7 @@ mod tests {
             group: "web",
             backend: "ecs01",
             target: "10.0.0.11:8080".parse().unwrap(),
-            source: Ipv4Addr::new(100, 64, 0, 1),
+            source: IpAddr::from([100, 64, 0, 1]),
         };
         probe(&command, subject, limit, &Semaphore::new(1)).await
     }
@@ -387,7 +387,7 @@ mod tests {
             group: "web",
             backend: "ecs01",
             target: "10.0.0.11:0".parse().unwrap(),
-            source: Ipv4Addr::LOCALHOST,
+            source: IpAddr::from([127, 0, 0, 1]),
         };
         let command = ["/no/such/program".to_owned()];
         let failure = probe(&command, subject, LIMIT, &Semaphore::new(1))
@@ -404,7 +404,7 @@ mod tests {
             group: "web",
             backend: "ecs01",
             target: "10.0.0.11:0".parse().unwrap(),
-            source: Ipv4Addr::LOCALHOST,
+            source: IpAddr::from([127, 0, 0, 1]),
         };
         let command = ["/bin/sh", "-c", "test -z \"$FORWARDER_PORT\""].map(str::to_owned);
         let limit = Duration::from_secs(3);

@@ -4,7 +4,7 @@
 //! (refused) from a dead path (timed out) and both from a fault of the gateway itself, which must not take a
 //! backend out. *Where* on the path the fault sits is `diagnose`'s question.
 
-use std::{io, net::Ipv4Addr, time::Duration};
+use std::{io, net::IpAddr, time::Duration};
 
 use nix::errno::Errno;
 use thiserror::Error;
@@ -112,7 +112,7 @@ pub enum ProbeFailure {
     CannotProbe(String),
     /// The probe address is not an address of this host; see [`ProbeFailure::is_local`].
     #[error("the probe address {0} is not an address of this gateway")]
-    SourceNotLocal(Ipv4Addr),
+    SourceNotLocal(IpAddr),
     /// The gateway lacked the means to send the probe; see [`ProbeFailure::is_local`].
     #[error("this gateway could not send the probe: {}", .0.desc())]
     NotSent(Errno),

@@ -4,7 +4,7 @@
 //! generator and its runtime would be ten times as much. The protocol: <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>,
 //! the service: <https://github.com/grpc/grpc-proto/blob/master/grpc/health/v1/health.proto>.
 
-use std::{convert::Infallible, net::SocketAddrV4, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{
@@ -41,7 +41,7 @@ const SERVING: u64 = 1;
 /// # Cancellation
 /// Dropping the future closes the connection. After the verdict a task of its own ends it, within half a second.
 pub(super) async fn probe(
-    target: SocketAddrV4,
+    target: SocketAddr,
     origin: &Origin,
     limit: Duration,
     service: &str,
@@ -82,7 +82,7 @@ pub(super) async fn probe(
 }
 
 fn request(
-    target: SocketAddrV4,
+    target: SocketAddr,
     limit: Duration,
     service: &str,
     host: Option<&str>,
@@ -225,16 +225,16 @@ mod tests {
     use tonic_health::{ServingStatus, server::health_reporter};
 
     use super::*;
-    use crate::health::testing::{LOOPBACK, Server, loopback, refusing, v4};
+    use crate::health::testing::{LOOPBACK, Server, loopback, refusing};
 
     const LIMIT: Duration = Duration::from_secs(5);
 
-    async fn ask(target: SocketAddrV4, service: &str) -> Result<Duration, ProbeFailure> {
+    async fn ask(target: SocketAddr, service: &str) -> Result<Duration, ProbeFailure> {
         probe(target, &loopback(), LIMIT, service, None).await
     }
 
     /// The health service of another implementation, with two services.
-    async fn grpc_server() -> SocketAddrV4 {
+    async fn grpc_server() -> SocketAddr {
         let (reporter, service) = health_reporter();
         reporter
             .set_service_status("shop.Cart", ServingStatus::Serving)
@@ -243,7 +243,7 @@ mod tests {
             .set_service_status("shop.Stock", ServingStatus::NotServing)
             .await;
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-        let address = v4(listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
         tokio::spawn(
             transport::Server::builder()
                 .add_service(service)

@@ -9,7 +9,7 @@
 //!
 //! No HTTP/2: servers that speak it speak HTTP/1.1 as well, unless they speak gRPC, which has a probe of its own.
 
-use std::{convert::Infallible, error::Error as _, net::SocketAddrV4, time::Duration};
+use std::{convert::Infallible, error::Error as _, net::SocketAddr, time::Duration};
 
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{
@@ -48,7 +48,7 @@ const MAX_HEAD_BYTES: usize = 32 * 1024;
 /// Dropping the future closes the socket. After the verdict a task of its own reads the body, for half a second
 /// at most.
 pub async fn probe(
-    target: SocketAddrV4,
+    target: SocketAddr,
     origin: &Origin,
     limit: Duration,
     check: &HttpProbe,
@@ -126,10 +126,7 @@ pub(super) async fn exchange(
 }
 
 /// The request of `check` to `target`.
-pub(super) fn request(
-    target: SocketAddrV4,
-    check: &HttpProbe,
-) -> Result<Request<Empty<Bytes>>, ProbeFailure> {
+pub(super) fn request(target: SocketAddr, check: &HttpProbe) -> Result<Request<Empty<Bytes>>, ProbeFailure> {
     let host = check
         .host
         .as_ref()

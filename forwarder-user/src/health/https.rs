@@ -10,7 +10,7 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddrV4},
+    net::SocketAddr,
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -154,7 +154,7 @@ impl ServerCertVerifier for Anyone {
 /// Sends the request of `check` to `target` from `origin` inside TLS and looks at the answer; see
 /// [`http::probe`]. `limit` covers the TLS handshake too.
 pub(super) async fn probe(
-    target: SocketAddrV4,
+    target: SocketAddr,
     origin: &Origin,
     limit: Duration,
     check: &HttpProbe,
@@ -177,13 +177,13 @@ pub(super) async fn probe(
 }
 
 /// Who the server has to be: the check's host without its port, or the address that is probed.
-fn server_name(target: SocketAddrV4, check: &HttpProbe) -> ServerName<'static> {
+fn server_name(target: SocketAddr, check: &HttpProbe) -> ServerName<'static> {
     let name = check.host.as_deref().map(|host| match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
         _ => host,
     });
     name.and_then(|name| ServerName::try_from(name.to_owned()).ok())
-        .unwrap_or_else(|| ServerName::from(IpAddr::V4(*target.ip())))
+        .unwrap_or_else(|| ServerName::from(target.ip()))
 }
 
 /// What ended the handshake: TLS itself, or the connection below it.
@@ -199,7 +199,7 @@ fn failure(error: &std::io::Error, after: Duration) -> ProbeFailure {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, net::Ipv4Addr};
+    use std::{fs, net::IpAddr};
 
     use rcgen::{CertifiedKey, generate_simple_self_signed};
     use tokio::{
@@ -216,13 +216,13 @@ mod tests {
     };
 
     use super::*;
-    use crate::health::testing::{LOOPBACK, Server, get, loopback, refusing, v4};
+    use crate::health::testing::{LOOPBACK, Server, get, loopback, refusing};
 
     const LIMIT: Duration = Duration::from_secs(5);
 
     /// A server with a certificate of its own for `names`.
     struct Tls {
-        address: SocketAddrV4,
+        address: SocketAddr,
         certificate: String,
         /// The name that each session asked for.
         task: JoinHandle<Vec<Option<String>>>,
@@ -242,7 +242,7 @@ mod tests {
                 .unwrap();
             let acceptor = TlsAcceptor::from(Arc::new(settings));
             let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-            let address = v4(listener.local_addr().unwrap());
+            let address = listener.local_addr().unwrap();
             let task = tokio::spawn(async move {
                 let mut asked = Vec::new();
                 for _ in 0..sessions {
@@ -410,7 +410,7 @@ mod tests {
 
     #[test]
     fn the_server_is_the_host_without_its_port_or_the_address() {
-        let target = SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, 1), 443);
+        let target = SocketAddr::new(IpAddr::from([10, 0, 0, 1]), 443);
         let of = |host: Option<&str>| {
             let check = HttpProbe {
                 host: host.map(str::to_owned),

@@ -7,7 +7,7 @@
 use std::{
     collections::HashMap,
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
@@ -33,22 +33,23 @@ const TIME_EXCEEDED: u8 = 11;
 /// Sockets for echo requests, made when first needed.
 #[derive(Default)]
 pub(super) struct Echoes {
-    clients: Mutex<HashMap<Origin, Client>>,
+    /// By origin and whether they speak IPv4's ICMP, as an origin that is a device has both.
+    clients: Mutex<HashMap<(Origin, bool), Client>>,
     /// Number of the next request.
     next: AtomicU32,
 }
 
 impl Echoes {
-    async fn client(&self, origin: &Origin) -> Result<Client, ProbeFailure> {
+    async fn client(&self, origin: &Origin, is_v4: bool) -> Result<Client, ProbeFailure> {
         let mut clients = self.clients.lock().await;
-        if let Some(client) = clients.get(origin) {
+        let key = (origin.clone(), is_v4);
+        if let Some(client) = clients.get(&key) {
             return Ok(client.clone());
         }
-        let config = Config::builder()
-            .kind(ICMP::V4)
-            .sock_type_hint(socket2::Type::RAW);
+        let kind = if is_v4 { ICMP::V4 } else { ICMP::V6 };
+        let config = Config::builder().kind(kind).sock_type_hint(socket2::Type::RAW);
         let config = match origin {
-            Origin::Address(address) => config.bind(SocketAddr::new((*address).into(), 0)),
+            Origin::Address(address) => config.bind(SocketAddr::new(*address, 0)),
             Origin::Device(device) => config.interface(device),
         };
         let client = Client::new(&config.build()).map_err(|error| match error.raw_os_error() {
@@ -56,15 +57,15 @@ impl Echoes {
             Some(errno) if errno == Errno::EPERM as i32 => ProbeFailure::NotSent(Errno::EPERM),
             _ => origin.failure(&error),
         })?;
-        clients.insert(origin.clone(), client.clone());
+        clients.insert(key, client.clone());
         Ok(client)
     }
 
     /// Closes the socket of an origin, so that the next probe opens another: a device may have gone and come back
     /// as another one of the same name, to which the socket is not bound.
-    async fn forget(&self, origin: &Origin) {
+    async fn forget(&self, origin: &Origin, is_v4: bool) {
         if let Origin::Device(_) = origin {
-            self.clients.lock().await.remove(origin);
+            self.clients.lock().await.remove(&(origin.clone(), is_v4));
         }
     }
 
@@ -84,23 +85,26 @@ impl Echoes {
 /// # Cancellation
 /// Nothing is left behind by dropping the future.
 pub(super) async fn probe(
-    target: Ipv4Addr,
+    target: IpAddr,
     origin: &Origin,
     limit: Duration,
     echoes: &Echoes,
 ) -> Result<Duration, ProbeFailure> {
-    let client = echoes.client(origin).await?;
+    let client = echoes.client(origin, target.is_ipv4()).await?;
     let (identifier, sequence) = echoes.number();
     let start = Instant::now();
-    let mut pinger = client.pinger(IpAddr::V4(target), identifier).await;
+    let mut pinger = client.pinger(target, identifier).await;
     pinger.timeout(limit);
     let outcome = match pinger.ping(sequence, &[0; PAYLOAD_BYTES]).await {
         Ok((IcmpPacket::V4(packet), _)) => meaning(packet.get_icmp_type().0, packet.get_icmp_code().0, limit),
+        Ok((IcmpPacket::V6(packet), _)) => {
+            meaning_v6(packet.get_icmpv6_type().0, packet.get_icmpv6_code().0, limit)
+        }
         Err(SurgeError::IOError(error)) => Err(unsent(&error, start.elapsed())),
-        Ok((IcmpPacket::V6(_), _)) | Err(_) => Err(ProbeFailure::NoAnswer { after: limit }),
+        Err(_) => Err(ProbeFailure::NoAnswer { after: limit }),
     };
     if outcome.is_err() {
-        echoes.forget(origin).await;
+        echoes.forget(origin, target.is_ipv4()).await;
     }
     outcome.map(|()| start.elapsed())
 }
@@ -116,6 +120,20 @@ fn meaning(kind: u8, code: u8, limit: Duration) -> Result<(), ProbeFailure> {
         (UNREACHABLE, 2 | 3 | 9 | 10 | 13) => unreachable(Errno::EPERM),
         // The TTL ran out: a routing loop.
         (TIME_EXCEEDED, _) => unreachable(Errno::ELOOP),
+        _ => Err(ProbeFailure::NoAnswer { after: limit }),
+    }
+}
+
+/// The same of ICMPv6 (RFC 4443 §3.1, §3.3, §4.2).
+fn meaning_v6(kind: u8, code: u8, limit: Duration) -> Result<(), ProbeFailure> {
+    let unreachable = |errno| Err(ProbeFailure::Unreachable(errno));
+    match (kind, code) {
+        (129, _) => Ok(()),
+        (1, 0 | 2) => unreachable(Errno::ENETUNREACH),
+        (1, 3) => unreachable(Errno::EHOSTUNREACH),
+        // A rule says no, some in the words of another protocol.
+        (1, 1 | 4..=6) => unreachable(Errno::EPERM),
+        (3, 0) => unreachable(Errno::ELOOP),
         _ => Err(ProbeFailure::NoAnswer { after: limit }),
     }
 }
@@ -154,7 +172,7 @@ mod tests {
         for last in 1..=200 {
             let echoes = echoes.clone();
             probes.spawn(
-                async move { probe(Ipv4Addr::new(127, 0, 0, last), &loopback(), LIMIT, &echoes).await },
+                async move { probe(IpAddr::from([127, 0, 0, last]), &loopback(), LIMIT, &echoes).await },
             );
         }
         while let Some(outcome) = probes.join_next().await {
@@ -169,7 +187,7 @@ mod tests {
             return;
         }
         let echoes = Echoes::default();
-        let target = Ipv4Addr::LOCALHOST;
+        let target = IpAddr::from([127, 0, 0, 1]);
         let device = Origin::Device("no-such-device".into());
         let failure = probe(target, &device, LIMIT, &echoes).await.unwrap_err();
         assert_eq!(failure, ProbeFailure::Other(Errno::ENODEV));
@@ -177,7 +195,7 @@ mod tests {
             .await
             .unwrap();
         // RFC 5737 TEST-NET-1: no host has it.
-        let source = Ipv4Addr::new(192, 0, 2, 1);
+        let source = IpAddr::from([192, 0, 2, 1]);
         let failure = probe(target, &Origin::Address(source), LIMIT, &echoes)
             .await
             .unwrap_err();
@@ -191,6 +209,16 @@ mod tests {
         assert_eq!(name(UNREACHABLE, 0), Err("network unreachable".to_owned()));
         assert_eq!(name(UNREACHABLE, 1), Err("host unreachable".to_owned()));
         assert!(name(UNREACHABLE, 13).is_err() && name(TIME_EXCEEDED, 0).is_err());
+        assert_eq!(meaning_v6(129, 0, LIMIT), Ok(()));
+        assert_eq!(
+            meaning_v6(1, 3, LIMIT),
+            Err(ProbeFailure::Unreachable(Errno::EHOSTUNREACH))
+        );
+        // Neighbour solicitations come in by such a socket, too.
+        assert_eq!(
+            meaning_v6(135, 0, LIMIT),
+            Err(ProbeFailure::NoAnswer { after: LIMIT })
+        );
         assert_eq!(meaning(5, 0, LIMIT), Err(ProbeFailure::NoAnswer { after: LIMIT }));
     }
 

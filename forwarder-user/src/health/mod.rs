@@ -19,7 +19,7 @@
 use std::{
     cmp::Reverse,
     collections::{BinaryHeap, HashMap, HashSet},
-    net::{Ipv4Addr, SocketAddrV4},
+    net::SocketAddr,
     sync::Arc,
     time::Duration,
 };
@@ -30,7 +30,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::config::{Backend, HealthCheck, Probe, TunnelCheck};
+use crate::config::{Backend, HealthCheck, PerFamily, Probe, TunnelCheck};
 
 mod command;
 pub mod failure;
@@ -63,7 +63,7 @@ pub struct Target {
     /// Name of the backend, unique in its group; empty of a tunnel.
     pub backend: String,
     /// Where the probe goes: the backend's address, and its port or the check's; port 0 where the probe needs none.
-    pub address: SocketAddrV4,
+    pub address: SocketAddr,
     pub check: HealthCheck,
     /// The device that the probe leaves by, whatever the routes say; `None`: it leaves from the probe address.
     pub device: Option<Arc<str>>,
@@ -80,7 +80,7 @@ impl Target {
         Self {
             group: group.to_owned(),
             backend: name.to_owned(),
-            address: SocketAddrV4::new(backend.address, port.unwrap_or(0)),
+            address: SocketAddr::new(backend.address, port.unwrap_or(0)),
             check: check.clone(),
             device: None,
         }
@@ -95,7 +95,7 @@ impl Target {
         Self {
             group: name.to_owned(),
             backend: String::new(),
-            address: SocketAddrV4::new(*address, check.port.unwrap_or(0)),
+            address: SocketAddr::new(*address, check.port.unwrap_or(0)),
             check: check.clone(),
             device: Some(name.into()),
         }
@@ -154,7 +154,7 @@ impl Drop for Watch {
     }
 }
 
-/// Starts probing `targets` from the address `source`, which must be one of this host's.
+/// Starts probing `targets`, each from the one of `sources` of its family; both must be this host's.
 ///
 /// The first probes start within [`schedule::START_WINDOW`]. Every result is reported; when `reports` is full,
 /// probing waits for the reader, and when its receiver is dropped, probing ends.
@@ -168,12 +168,12 @@ impl Drop for Watch {
 pub fn start(
     targets: Vec<Target>,
     known: HashMap<(String, String), Health>,
-    source: Ipv4Addr,
+    sources: PerFamily,
     reports: mpsc::Sender<Report>,
 ) -> Watch {
     let (sender, receiver) = watch::channel(targets);
     let (doubts, doubted) = mpsc::unbounded_channel();
-    let mut scheduler = Scheduler::new(source, reports);
+    let mut scheduler = Scheduler::new(sources, reports);
     scheduler.known = known;
     let scheduler = tokio::spawn(scheduler.run(receiver, doubted));
     Watch {
@@ -218,9 +218,9 @@ struct Scheduler {
 }
 
 impl Scheduler {
-    fn new(source: Ipv4Addr, reports: mpsc::Sender<Report>) -> Self {
+    fn new(sources: PerFamily, reports: mpsc::Sender<Report>) -> Self {
         Self {
-            prober: Arc::new(Prober::new(source)),
+            prober: Arc::new(Prober::new(sources)),
             reports,
             epoch: Instant::now(),
             entries: HashMap::new(),
@@ -397,23 +397,23 @@ impl Scheduler {
     }
 }
 
-/// Probes one target once, now, from the address `source`.
-pub async fn probe(target: &Target, source: Ipv4Addr) -> Result<Duration, ProbeFailure> {
-    Prober::new(source).probe(target).await
+/// Probes one target once, now, from the one of `sources` of its family.
+pub async fn probe(target: &Target, sources: PerFamily) -> Result<Duration, ProbeFailure> {
+    Prober::new(sources).probe(target).await
 }
 
 /// What probes share: sockets, settings, turns.
 struct Prober {
-    source: Ipv4Addr,
+    sources: PerFamily,
     tls: https::Settings,
     echoes: icmp::Echoes,
     commands: Semaphore,
 }
 
 impl Prober {
-    fn new(source: Ipv4Addr) -> Self {
+    fn new(sources: PerFamily) -> Self {
         Self {
-            source,
+            sources,
             tls: https::Settings::default(),
             echoes: icmp::Echoes::default(),
             commands: Semaphore::new(command::MAX_COMMANDS),
@@ -424,9 +424,10 @@ impl Prober {
     async fn probe(&self, target: &Target) -> Result<Duration, ProbeFailure> {
         let Target { address, check, .. } = target;
         let (address, limit) = (*address, check.timeout);
+        let source = self.sources.towards(address.ip());
         let origin = match &target.device {
             Some(device) => Origin::Device(device.clone()),
-            None => Origin::Address(self.source),
+            None => Origin::Address(source),
         };
         match &check.probe {
             Probe::Tcp => tcp::probe(address, &origin, limit).await,
@@ -436,13 +437,13 @@ impl Prober {
             Probe::Grpc { service, host } => {
                 grpc::probe(address, &origin, limit, service, host.as_deref()).await
             }
-            Probe::Icmp => icmp::probe(*address.ip(), &origin, limit, &self.echoes).await,
+            Probe::Icmp => icmp::probe(address.ip(), &origin, limit, &self.echoes).await,
             Probe::Command(words) => {
                 let subject = command::Subject {
                     group: &target.group,
                     backend: &target.backend,
                     target: address,
-                    source: self.source,
+                    source,
                 };
                 command::probe(words, subject, limit, &self.commands).await
             }
@@ -452,17 +453,19 @@ impl Prober {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use tokio::{net::TcpListener, time::timeout};
 
     use super::{
-        testing::{LOOPBACK, Server, get, refusing, v4},
+        testing::{LOOPBACK, Server, get, refusing},
         *,
     };
     use crate::config::StatusRange;
 
     const INTERVAL: Duration = Duration::from_millis(100);
 
-    fn target(backend: &str, address: SocketAddrV4) -> Target {
+    fn target(backend: &str, address: SocketAddr) -> Target {
         let check = HealthCheck {
             probe: Probe::Tcp,
             interval: INTERVAL,
@@ -498,8 +501,8 @@ mod tests {
         }
     }
 
-    fn fresh(targets: Vec<Target>, source: Ipv4Addr, reports: mpsc::Sender<Report>) -> Watch {
-        start(targets, HashMap::new(), source, reports)
+    fn fresh(targets: Vec<Target>, source: IpAddr, reports: mpsc::Sender<Report>) -> Watch {
+        start(targets, HashMap::new(), source.into(), reports)
     }
 
     #[tokio::test]
@@ -510,7 +513,7 @@ mod tests {
         let _watch = start(
             known.to_vec(),
             HashMap::from([(name.clone(), Health::Healthy)]),
-            LOOPBACK,
+            LOOPBACK.into(),
             sender,
         );
         let mut seen = HashSet::new();
@@ -530,10 +533,10 @@ mod tests {
         let (sender, mut reports) = mpsc::channel(16);
         let _watch = fresh(
             vec![
-                target("up", v4(listener.local_addr().unwrap())),
+                target("up", listener.local_addr().unwrap()),
                 target("down", refusing()),
             ],
-            LOOPBACK,
+            LOOPBACK.into(),
             sender,
         );
         let up = next_of(&mut reports, "up").await;
@@ -547,7 +550,7 @@ mod tests {
     #[tokio::test]
     async fn a_backend_falls_when_its_server_stops_and_rises_when_it_returns() {
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-        let address = v4(listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
         let (sender, mut reports) = mpsc::channel(16);
         let _watch = fresh(vec![target("web-1", address)], LOOPBACK, sender);
         assert_eq!(next(&mut reports).await.transition, Some(Health::Healthy));
@@ -602,7 +605,7 @@ mod tests {
         // RFC 5737 TEST-NET-1: no host has it.
         let _watch = fresh(
             vec![target("web-1", refusing())],
-            Ipv4Addr::new(192, 0, 2, 1),
+            IpAddr::from([192, 0, 2, 1]),
             sender,
         );
         for _ in 0..3 {
@@ -615,11 +618,11 @@ mod tests {
     #[tokio::test]
     async fn update_adds_removes_and_keeps() {
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-        let kept = target("kept", v4(listener.local_addr().unwrap()));
+        let kept = target("kept", listener.local_addr().unwrap());
         let (sender, mut reports) = mpsc::channel(16);
         let watch = fresh(
             vec![kept.clone(), target("removed", refusing())],
-            LOOPBACK,
+            LOOPBACK.into(),
             sender,
         );
         assert_eq!(
@@ -667,7 +670,7 @@ mod tests {
     #[tokio::test]
     async fn a_doubted_target_is_asked_promptly_and_its_next_success_is_enough() {
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-        let mut up = target("up", v4(listener.local_addr().unwrap()));
+        let mut up = target("up", listener.local_addr().unwrap());
         up.check.interval = Duration::from_secs(300);
         up.check.rise = 10;
         let mut down = target("down", refusing());
@@ -692,18 +695,20 @@ mod tests {
     #[tokio::test]
     async fn a_tunnel_is_asked_by_its_device() {
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-        let address = v4(listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
         let check = TunnelCheck {
-            address: *address.ip(),
+            address: address.ip(),
             check: HealthCheck {
                 port: Some(address.port()),
                 ..target("", address).check
             },
         };
         // RFC 5737 TEST-NET-1: no host has it, and none is needed.
-        let source = Ipv4Addr::new(192, 0, 2, 1);
-        probe(&Target::tunnel("lo", &check), source).await.unwrap();
-        let failure = probe(&Target::tunnel("gone", &check), source).await.unwrap_err();
+        let source = IpAddr::from([192, 0, 2, 1]);
+        probe(&Target::tunnel("lo", &check), source.into()).await.unwrap();
+        let failure = probe(&Target::tunnel("gone", &check), source.into())
+            .await
+            .unwrap_err();
         assert_eq!(failure.name(), "other");
     }
 
@@ -732,7 +737,7 @@ mod tests {
             (Probe::Command(command.to_vec()), Ok(())),
         ] {
             target.check.probe = probe_of;
-            let outcome = probe(&target, LOOPBACK).await;
+            let outcome = probe(&target, LOOPBACK.into()).await;
             let outcome = outcome.map(drop).map_err(|failure| failure.name());
             assert_eq!(outcome, expected, "{:?}", target.check.probe);
         }
@@ -764,9 +769,9 @@ mod tests {
         let _watch = fresh(
             vec![
                 target("silent", silent.address),
-                target("up", v4(listener.local_addr().unwrap())),
+                target("up", listener.local_addr().unwrap()),
             ],
-            LOOPBACK,
+            LOOPBACK.into(),
             sender,
         );
         // Several rounds pass before the silent one's first timeout of 2 s.

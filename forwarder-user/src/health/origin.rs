@@ -2,7 +2,7 @@
 
 use std::{
     io::ErrorKind,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, SocketAddr},
     os::fd::AsFd,
     sync::Arc,
     time::Duration,
@@ -16,7 +16,7 @@ use super::failure::{ProbeFailure, Stage};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Origin {
     /// An address of this host, by whatever device its routes say.
-    Address(Ipv4Addr),
+    Address(IpAddr),
     /// This device, with the address that the kernel picks for it.
     Device(Arc<str>),
 }
@@ -26,7 +26,7 @@ impl Origin {
     pub(super) fn bind(&self, socket: &impl AsFd) -> Result<(), ProbeFailure> {
         let socket = SockRef::from(socket);
         let bound = match self {
-            Self::Address(address) => socket.bind(&SocketAddrV4::new(*address, 0).into()),
+            Self::Address(address) => socket.bind(&SocketAddr::new(*address, 0).into()),
             Self::Device(device) => socket.bind_device(Some(device.as_bytes())),
         };
         bound.map_err(|error| self.failure(&error))

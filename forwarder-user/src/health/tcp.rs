@@ -16,7 +16,7 @@
 //! A handshake is answered by the server's kernel: a process that hangs but still listens passes. That is
 //! what the HTTP probe is for.
 
-use std::{net::SocketAddrV4, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use tokio::{
@@ -43,11 +43,7 @@ pub(super) const MAX_READ_BYTES: usize = 64 * 1024;
 /// # Cancellation
 /// Dropping the future closes the socket. After the verdict a task of its own ends the connection, within half
 /// a second.
-pub async fn probe(
-    target: SocketAddrV4,
-    origin: &Origin,
-    timeout: Duration,
-) -> Result<Duration, ProbeFailure> {
+pub async fn probe(target: SocketAddr, origin: &Origin, timeout: Duration) -> Result<Duration, ProbeFailure> {
     let start = Instant::now();
     let stream = connect(target, origin, start, timeout).await?;
     let elapsed = start.elapsed();
@@ -58,16 +54,20 @@ pub async fn probe(
 
 /// A connection to `target` from `origin`, made before `start + limit`.
 pub(super) async fn connect(
-    target: SocketAddrV4,
+    target: SocketAddr,
     origin: &Origin,
     start: Instant,
     limit: Duration,
 ) -> Result<TcpStream, ProbeFailure> {
     let fail = |error: &std::io::Error| ProbeFailure::from_io(error, Stage::Connect, start.elapsed());
-    let socket = TcpSocket::new_v4().map_err(|error| fail(&error))?;
+    let socket = match target {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    };
+    let socket = socket.map_err(|error| fail(&error))?;
     setsockopt(&socket, IpBindAddressNoPort, &true).map_err(ProbeFailure::NotSent)?;
     origin.bind(&socket)?;
-    match timeout_at(start + limit, socket.connect(target.into())).await {
+    match timeout_at(start + limit, socket.connect(target)).await {
         Err(_elapsed) => Err(ProbeFailure::TimedOut {
             stage: Stage::Connect,
             after: limit,
@@ -97,7 +97,7 @@ async fn say_goodbye(mut stream: TcpStream) {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use super::*;
     use crate::health::testing::{Server, loopback, refusing};
@@ -123,7 +123,7 @@ mod tests {
     #[tokio::test]
     async fn the_probe_leaves_from_the_probe_address() {
         let server = Server::read_to_end().await;
-        let source = Ipv4Addr::new(127, 0, 0, 42);
+        let source = IpAddr::from([127, 0, 0, 42]);
         probe(server.address, &Origin::Address(source), LIMIT)
             .await
             .unwrap();
@@ -168,7 +168,7 @@ mod tests {
     #[tokio::test]
     async fn a_source_that_is_not_ours_is_a_local_fault() {
         // RFC 5737 TEST-NET-1: no host has it.
-        let source = Ipv4Addr::new(192, 0, 2, 1);
+        let source = IpAddr::from([192, 0, 2, 1]);
         let failure = probe(refusing(), &Origin::Address(source), LIMIT)
             .await
             .unwrap_err();

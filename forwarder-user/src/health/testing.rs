@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
 
@@ -16,7 +16,7 @@ use tokio::{
 use super::origin::Origin;
 use crate::config::{HttpProbe, Method, StatusRange};
 
-pub(super) const LOOPBACK: Ipv4Addr = Ipv4Addr::LOCALHOST;
+pub(super) const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// Probes of tests leave from here.
 pub(super) fn loopback() -> Origin {
@@ -38,7 +38,7 @@ pub(super) fn get(path: &str) -> HttpProbe {
 }
 
 pub(super) struct Server {
-    pub(super) address: SocketAddrV4,
+    pub(super) address: SocketAddr,
     task: JoinHandle<io::Result<Vec<u8>>>,
     peer: oneshot::Receiver<SocketAddr>,
 }
@@ -49,7 +49,7 @@ impl Server {
         F: Future<Output = io::Result<Vec<u8>>> + Send,
     {
         let listener = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-        let address = v4(listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
         let (tell_peer, peer) = oneshot::channel();
         let task = tokio::spawn(async move {
             let (stream, from) = listener.accept().await?;
@@ -113,7 +113,7 @@ impl Server {
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind((LOOPBACK, 0).into()).unwrap();
         let listener = socket.listen(0).unwrap();
-        let address = v4(listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
         // A backlog of 0 holds one connection.
         let occupant = TcpStream::connect(address).await.unwrap();
         let (_, peer) = oneshot::channel();
@@ -147,17 +147,10 @@ async fn read_head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
 }
 
 /// An address where nothing listens, nor will while this process lives: a socket holds the port.
-pub(super) fn refusing() -> SocketAddrV4 {
+pub(super) fn refusing() -> SocketAddr {
     let holder = TcpSocket::new_v4().unwrap();
     holder.bind((LOOPBACK, 0).into()).unwrap();
-    let address = v4(holder.local_addr().unwrap());
+    let address = holder.local_addr().unwrap();
     std::mem::forget(holder);
     address
-}
-
-pub(super) fn v4(address: SocketAddr) -> SocketAddrV4 {
-    match address {
-        SocketAddr::V4(address) => address,
-        SocketAddr::V6(address) => panic!("{address} is not IPv4"),
-    }
 }

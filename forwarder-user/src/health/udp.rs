@@ -8,11 +8,7 @@
 //!
 //! The socket is connected: only then does the kernel report ICMP errors, and only the target's answers.
 
-use std::{
-    io,
-    net::{SocketAddr, SocketAddrV4},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, time::Duration};
 
 use nix::errno::Errno;
 use socket2::{Domain, Socket, Type};
@@ -39,7 +35,7 @@ const SHOWN_BYTES: usize = 64;
 /// # Cancellation
 /// Dropping the future closes the socket.
 pub(super) async fn probe(
-    target: SocketAddrV4,
+    target: SocketAddr,
     origin: &Origin,
     limit: Duration,
     payload: &[u8],
@@ -67,10 +63,10 @@ pub(super) async fn probe(
 }
 
 /// A socket that talks to `target` only. The outer error is one of the kernel's.
-fn connected(target: SocketAddrV4, origin: &Origin) -> Result<UdpSocket, Result<ProbeFailure, io::Error>> {
-    let socket = Socket::new(Domain::IPV4, Type::DGRAM.nonblocking(), None).map_err(Err)?;
+fn connected(target: SocketAddr, origin: &Origin) -> Result<UdpSocket, Result<ProbeFailure, io::Error>> {
+    let socket = Socket::new(Domain::for_address(target), Type::DGRAM.nonblocking(), None).map_err(Err)?;
     origin.bind(&socket).map_err(Ok)?;
-    socket.connect(&SocketAddr::V4(target).into()).map_err(Err)?;
+    socket.connect(&target.into()).map_err(Err)?;
     UdpSocket::from_std(socket.into()).map_err(Err)
 }
 
@@ -90,20 +86,20 @@ fn shown(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use tokio::task::JoinHandle;
 
     use super::*;
-    use crate::health::testing::{LOOPBACK, loopback, refusing, v4};
+    use crate::health::testing::{LOOPBACK, loopback, refusing};
 
     const LIMIT: Duration = Duration::from_secs(5);
     const SHORT: Duration = Duration::from_millis(100);
 
     /// A server that answers one datagram with `answer`, or never; yields what came and from where.
-    async fn server(answer: Option<&'static [u8]>) -> (SocketAddrV4, JoinHandle<(Vec<u8>, SocketAddr)>) {
+    async fn server(answer: Option<&'static [u8]>) -> (SocketAddr, JoinHandle<(Vec<u8>, SocketAddr)>) {
         let socket = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
-        let address = v4(socket.local_addr().unwrap());
+        let address = socket.local_addr().unwrap();
         let task = tokio::spawn(async move {
             let mut read = vec![0; 2048];
             let (length, from) = socket.recv_from(&mut read).await.unwrap();
@@ -121,7 +117,7 @@ mod tests {
     #[tokio::test]
     async fn the_expected_answer_passes_and_the_payload_is_that_of_the_check() {
         let (address, task) = server(Some(b"PONG 1\r\n")).await;
-        let source = Ipv4Addr::new(127, 0, 0, 42);
+        let source = IpAddr::from([127, 0, 0, 42]);
         let elapsed = probe(
             address,
             &Origin::Address(source),
@@ -180,7 +176,7 @@ mod tests {
     #[tokio::test]
     async fn a_source_that_is_not_ours_is_a_local_fault() {
         // RFC 5737 TEST-NET-1: no host has it.
-        let source = Ipv4Addr::new(192, 0, 2, 1);
+        let source = IpAddr::from([192, 0, 2, 1]);
         let outcome = probe(refusing(), &Origin::Address(source), LIMIT, b"", None).await;
         assert_eq!(outcome, Err(ProbeFailure::SourceNotLocal(source)));
     }

@@ -2,13 +2,14 @@
 //!
 //! What the kernel decides is asked of the kernel (`route`); this says why.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::TryStreamExt as _;
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rtnetlink::{
     IpVersion, RouteMessageBuilder,
     packet_route::{
+        AddressFamily,
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
@@ -24,8 +25,8 @@ const TABLE_LOCAL: u32 = 255;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     pub priority: u32,
-    pub from: Ipv4Net,
-    pub to: Ipv4Net,
+    pub from: IpNet,
+    pub to: IpNet,
     /// Where it sends packets; `None` for rules that do something else.
     pub table: Option<u32>,
     /// It looks at more than addresses (interfaces, marks, ports).
@@ -36,7 +37,7 @@ pub struct Rule {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub table: u32,
-    pub prefix: Ipv4Net,
+    pub prefix: IpNet,
     /// Number of the interface; `None` for routes that discard, or have several next hops.
     pub interface: Option<u32>,
     /// The kernel made it because of an address.
@@ -64,7 +65,7 @@ impl Policy {
     /// Which line decides over packets from `source` to `destination`, as far as addresses tell. `None` without
     /// rules.
     #[must_use]
-    pub fn decide(&self, source: Ipv4Addr, destination: Ipv4Addr) -> Option<Decision<'_>> {
+    pub fn decide(&self, source: IpAddr, destination: IpAddr) -> Option<Decision<'_>> {
         let mut last = None;
         let matching = self.rules.iter().filter(|rule| {
             !rule.is_conditional && rule.from.contains(&source) && rule.to.contains(&destination)
@@ -88,43 +89,56 @@ impl Policy {
 }
 
 impl Network {
-    /// All rules, in their order.
+    /// All rules of both families, in their order.
     pub async fn rules(&self) -> Result<Vec<Rule>, Error> {
-        let messages = self.handle.rule().get(IpVersion::V4).execute();
-        let messages: Vec<RuleMessage> = messages
-            .try_collect()
-            .await
-            .map_err(|error| failed("list the routing rules", &error))?;
-        let mut rules: Vec<_> = messages.iter().filter_map(rule).collect();
+        let mut rules = Vec::new();
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let messages = self.handle.rule().get(version).execute();
+            let messages: Vec<RuleMessage> = messages
+                .try_collect()
+                .await
+                .map_err(|error| failed("list the routing rules", &error))?;
+            rules.extend(messages.iter().filter_map(rule));
+        }
         rules.sort_by_key(|rule| rule.priority);
         Ok(rules)
     }
 
-    /// All rules and all IPv4 routes.
+    /// All rules and all routes.
     pub async fn policy(&self) -> Result<Policy, Error> {
         let rules = self.rules().await?;
-        let routes = self
-            .handle
-            .route()
-            .get(RouteMessageBuilder::<Ipv4Addr>::new().build())
-            .execute();
-        let routes: Vec<RouteMessage> = routes
-            .try_collect()
-            .await
-            .map_err(|error| failed("list the routes", &error))?;
-        Ok(Policy {
-            rules,
-            entries: routes.iter().filter_map(entry).collect(),
-        })
+        let mut entries = Vec::new();
+        for question in [
+            RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        ] {
+            let routes = self.handle.route().get(question).execute();
+            let routes: Vec<RouteMessage> = routes
+                .try_collect()
+                .await
+                .map_err(|error| failed("list the routes", &error))?;
+            entries.extend(routes.iter().filter_map(entry));
+        }
+        Ok(Policy { rules, entries })
+    }
+}
+
+/// All addresses of a family; `None` for families that are not IP.
+fn everything(family: AddressFamily) -> Option<IpNet> {
+    match family {
+        AddressFamily::Inet => Some(IpNet::V4(Ipv4Net::default())),
+        AddressFamily::Inet6 => Some(IpNet::V6(Ipv6Net::default())),
+        _ => None,
     }
 }
 
 fn rule(message: &RuleMessage) -> Option<Rule> {
     let header = &message.header;
+    let everything = everything(header.family)?;
     let mut rule = Rule {
         priority: 0,
-        from: Ipv4Net::default(),
-        to: Ipv4Net::default(),
+        from: everything,
+        to: everything,
         table: (header.action == RuleAction::ToTable).then_some(header.table.into()),
         is_conditional: header.tos != 0,
     };
@@ -132,11 +146,11 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
         match attribute {
             RuleAttribute::Priority(priority) => rule.priority = *priority,
             RuleAttribute::Table(table) if rule.table.is_some() => rule.table = Some(*table),
-            RuleAttribute::Source(IpAddr::V4(address)) => {
-                rule.from = Ipv4Net::new(*address, header.src_len).ok()?;
+            RuleAttribute::Source(address) => {
+                rule.from = IpNet::new(*address, header.src_len).ok()?;
             }
-            RuleAttribute::Destination(IpAddr::V4(address)) => {
-                rule.to = Ipv4Net::new(*address, header.dst_len).ok()?;
+            RuleAttribute::Destination(address) => {
+                rule.to = IpNet::new(*address, header.dst_len).ok()?;
             }
             RuleAttribute::Iifname(_)
             | RuleAttribute::Oifname(_)
@@ -157,7 +171,7 @@ fn entry(message: &RouteMessage) -> Option<Entry> {
     let header = &message.header;
     let mut entry = Entry {
         table: header.table.into(),
-        prefix: Ipv4Net::default(),
+        prefix: everything(header.address_family)?,
         interface: None,
         is_of_address: header.protocol == RouteProtocol::Kernel,
         discards: matches!(
@@ -170,7 +184,10 @@ fn entry(message: &RouteMessage) -> Option<Entry> {
             RouteAttribute::Table(table) => entry.table = *table,
             RouteAttribute::Oif(interface) => entry.interface = Some(*interface),
             RouteAttribute::Destination(RouteAddress::Inet(address)) => {
-                entry.prefix = Ipv4Net::new(*address, header.destination_prefix_length).ok()?;
+                entry.prefix = IpNet::new((*address).into(), header.destination_prefix_length).ok()?;
+            }
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => {
+                entry.prefix = IpNet::new((*address).into(), header.destination_prefix_length).ok()?;
             }
             _ => {}
         }
@@ -202,21 +219,21 @@ mod tests {
             let network = Network::open().unwrap();
             let fa = network.interface("fa").await.unwrap().unwrap().index;
             let policy = network.policy().await.unwrap();
-            let pool = Ipv4Addr::new(100, 64, 0, 1);
+            let pool = IpAddr::from([100, 64, 0, 1]);
 
-            let remote = policy.decide(pool, Ipv4Addr::new(192, 168, 1, 10)).unwrap();
+            let remote = policy.decide(pool, IpAddr::from([192, 168, 1, 10])).unwrap();
             assert_eq!(remote.rule.table, Some(42));
             let entry = remote.entry.unwrap();
             assert!(entry.discards && entry.prefix.prefix_len() == 0, "{entry:?}");
 
             // Table 44 is empty and decides nothing.
-            let local = policy.decide(pool, Ipv4Addr::new(10, 7, 0, 9)).unwrap();
+            let local = policy.decide(pool, IpAddr::from([10, 7, 0, 9])).unwrap();
             assert_eq!(local.rule.table, Some(MAIN_TABLE));
             let entry = local.entry.unwrap();
             assert_eq!((entry.interface, entry.is_of_address), (Some(fa), true));
             assert_eq!(entry.prefix, "10.7.0.0/24".parse().unwrap());
 
-            let nowhere = policy.decide(pool, Ipv4Addr::new(172, 16, 0, 1)).unwrap();
+            let nowhere = policy.decide(pool, IpAddr::from([172, 16, 0, 1])).unwrap();
             assert_eq!((nowhere.rule.table, nowhere.entry), (Some(44), None));
         });
     }

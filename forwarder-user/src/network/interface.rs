@@ -1,11 +1,12 @@
 //! Interfaces: what they are called, what they are, whether they carry traffic.
 
-use std::{fmt, net::Ipv4Addr};
+use std::{fmt, net::IpAddr};
 
 use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
 use rtnetlink::packet_route::link::{
-    InfoData, InfoGeneve, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    InfoData, InfoGeneve, InfoKind, InfoVlan, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
+    LinkMessage, VlanProtocol,
 };
 
 use super::{Network, failed, one};
@@ -33,7 +34,9 @@ pub struct Interface {
     /// Number of the bond, bridge or VRF that it is a port of.
     pub controller: Option<u32>,
     /// The far end of a tunnel, in the network that carries it; `None` where it has none or several.
-    pub remote: Option<Ipv4Addr>,
+    pub remote: Option<IpAddr>,
+    /// Of a VLAN device: its tag, and the interface below.
+    pub vlan: Option<Vlan>,
     /// What somebody has noted on it (`ip link set alias`).
     pub alias: Option<String>,
     /// The kernel driver of a physical interface; `None` where sysfs does not tell.
@@ -68,10 +71,13 @@ impl Interface {
             controller: None,
             remote: None,
             alias: None,
+            vlan: None,
             driver: None,
         };
+        let mut carrier = 0;
         for attribute in &message.attributes {
             match attribute {
+                LinkAttribute::Link(index) => carrier = *index,
                 LinkAttribute::IfName(name) => interface.name.clone_from(name),
                 LinkAttribute::IfAlias(alias) => interface.alias = Some(alias.clone()),
                 LinkAttribute::Mtu(mtu_bytes) => interface.mtu_bytes = *mtu_bytes,
@@ -85,7 +91,10 @@ impl Interface {
                     for info in infos {
                         match info {
                             LinkInfo::Kind(kind) => interface.kind = InterfaceKind::from(kind),
-                            LinkInfo::Data(data) => interface.remote = remote(data),
+                            LinkInfo::Data(data) => {
+                                interface.remote = remote(data);
+                                interface.vlan = vlan(data);
+                            }
                             _ => {}
                         }
                     }
@@ -93,6 +102,11 @@ impl Interface {
                 _ => {}
             }
         }
+        // What a link in another namespace is called here, nobody knows.
+        interface.vlan = interface
+            .vlan
+            .filter(|_| carrier > 0)
+            .map(|vlan| Vlan { carrier, ..vlan });
         interface
     }
 
@@ -109,15 +123,45 @@ impl Interface {
     }
 }
 
+/// The tag of a VLAN device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vlan {
+    /// Number of the interface that carries its frames.
+    pub carrier: u32,
+    /// 1 to 4094.
+    pub id: u16,
+    /// The tag is a service tag (802.1ad) instead of a customer's (802.1Q).
+    pub is_service: bool,
+}
+
+/// The tag that a VLAN device was made with; its carrier is told elsewhere.
+fn vlan(data: &InfoData) -> Option<Vlan> {
+    let InfoData::Vlan(infos) = data else {
+        return None;
+    };
+    let id = infos.iter().find_map(|info| match info {
+        InfoVlan::Id(id) => Some(*id),
+        _ => None,
+    })?;
+    let is_service = infos.contains(&InfoVlan::Protocol(VlanProtocol::Ieee8021Ad));
+    Some(Vlan {
+        carrier: 0,
+        id,
+        is_service,
+    })
+}
+
 /// The far end that a tunnel device was made with.
-fn remote(data: &InfoData) -> Option<Ipv4Addr> {
+fn remote(data: &InfoData) -> Option<IpAddr> {
     let address = match data {
         InfoData::Vxlan(infos) => infos.iter().find_map(|info| match info {
-            InfoVxlan::Group(address) => Some(*address),
+            InfoVxlan::Group(address) => Some(IpAddr::V4(*address)),
+            InfoVxlan::Group6(address) => Some(IpAddr::V6(*address)),
             _ => None,
         }),
         InfoData::Geneve(infos) => infos.iter().find_map(|info| match info {
-            InfoGeneve::Remote(address) => Some(*address),
+            InfoGeneve::Remote(address) => Some(IpAddr::V4(*address)),
+            InfoGeneve::Remote6(address) => Some(IpAddr::V6(*address)),
             _ => None,
         }),
         _ => None,

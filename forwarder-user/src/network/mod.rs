@@ -7,14 +7,13 @@
 //! operator.
 //!
 //! A [`Network`] belongs to the network namespace of the thread that opened it, wherever it is used later.
-//! (Sysctls are the exception: the kernel shows those of the thread that reads them.) IPv4 only, as the data
-//! path.
+//! (Sysctls are the exception: the kernel shows those of the thread that reads them.) IPv4 and IPv6 alike.
 
-use std::{fmt::Display, sync::Arc};
+use std::{fmt::Display, net::IpAddr, sync::Arc};
 
 use futures_util::{Stream, TryStreamExt as _};
 use nix::errno::Errno;
-use rtnetlink::Handle;
+use rtnetlink::{Handle, packet_route::AddressFamily};
 use tokio::task::AbortHandle;
 
 use crate::error::Error;
@@ -26,6 +25,7 @@ mod genetlink;
 mod interface;
 mod making;
 mod neighbour;
+mod packet_socket;
 mod route;
 mod rule;
 mod sysctl;
@@ -37,8 +37,9 @@ mod xdp_features;
 
 pub use ethtool::{Offloads, Queues, offloads, queues};
 pub use fib::{Decision, Entry, Policy, Rule};
-pub use interface::{Interface, InterfaceKind};
+pub use interface::{Interface, InterfaceKind, Vlan};
 pub use neighbour::{Neighbour, NeighbourState};
+pub use packet_socket::PacketSocket;
 pub use route::{Route, RouteError};
 pub use rule::{MAIN_TABLE, PolicyRule, RULE_PRIORITY, Selector};
 pub use sysctl::RpFilter;
@@ -79,6 +80,19 @@ struct AbortOnDrop(AbortHandle);
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
+    }
+}
+
+/// Bits of a whole address of this family.
+pub(super) fn host_bits(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
+/// Its family, as rtnetlink has it.
+fn family(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
     }
 }
 

@@ -1,6 +1,6 @@
-//! Neighbours: the ARP entries of next hops.
+//! Neighbours: the link addresses of next hops, by ARP or neighbour discovery.
 
-use std::{fmt, net::Ipv4Addr};
+use std::{fmt, net::IpAddr};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, future};
 use nix::errno::Errno;
@@ -15,13 +15,13 @@ use rtnetlink::{
     },
 };
 
-use super::{Network, errno, failed, one};
+use super::{Network, errno, failed, family, one};
 use crate::error::Error;
 
 /// An entry of the kernel's neighbour table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Neighbour {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     pub state: NeighbourState,
     /// Where frames to it go. Valid only while the state [is usable](NeighbourState::is_usable).
     pub mac: Option<[u8; 6]>,
@@ -95,16 +95,21 @@ impl fmt::Display for NeighbourState {
 }
 
 impl Neighbour {
-    /// `None` for entries that are not IPv4 (IPv6, bridge forwarding entries).
+    /// `None` for entries that are not of IP (bridge forwarding entries).
     pub(super) fn from_message(message: &NeighbourMessage) -> Option<Self> {
-        if message.header.family != AddressFamily::Inet {
+        if !matches!(message.header.family, AddressFamily::Inet | AddressFamily::Inet6) {
             return None;
         }
         let mut address = None;
         let mut mac = None;
         for attribute in &message.attributes {
             match attribute {
-                NeighbourAttribute::Destination(NeighbourAddress::Inet(inet)) => address = Some(*inet),
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(inet)) => {
+                    address = Some((*inet).into())
+                }
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(inet6)) => {
+                    address = Some((*inet6).into());
+                }
                 NeighbourAttribute::LinkLayerAddress(bytes) => mac = bytes.as_slice().try_into().ok(),
                 _ => {}
             }
@@ -119,14 +124,17 @@ impl Neighbour {
 
 impl Network {
     /// The neighbour `address` on the interface with number `interface`; `None` if the kernel has no entry.
-    pub async fn neighbour(&self, interface: u32, address: Ipv4Addr) -> Result<Option<Neighbour>, Error> {
+    pub async fn neighbour(&self, interface: u32, address: IpAddr) -> Result<Option<Neighbour>, Error> {
         let what = format_args!("look up neighbour {address}").to_string();
         let mut message = NeighbourMessage::default();
-        message.header.family = AddressFamily::Inet;
+        message.header.family = family(address);
         message.header.ifindex = interface;
         message
             .attributes
-            .push(NeighbourAttribute::Destination(NeighbourAddress::Inet(address)));
+            .push(NeighbourAttribute::Destination(match address {
+                IpAddr::V4(address) => NeighbourAddress::Inet(address),
+                IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+            }));
         // rtnetlink itself only dumps the whole table; the kernel (since 5.0) answers for one entry.
         let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetNeighbour(message));
         request.header.flags = NLM_F_REQUEST;
@@ -146,13 +154,9 @@ impl Network {
         Ok(entry.as_ref().and_then(Neighbour::from_message))
     }
 
-    /// All IPv4 neighbours on the interface with number `interface`.
+    /// All neighbours on the interface with number `interface`.
     pub async fn neighbours(&self, interface: u32) -> Result<Vec<Neighbour>, Error> {
-        let request = self
-            .handle
-            .neighbours()
-            .get()
-            .set_address_family(AddressFamily::Inet);
+        let request = self.handle.neighbours().get();
         request
             .execute()
             .try_filter(|message| future::ready(message.header.ifindex == interface))
@@ -168,11 +172,11 @@ impl Network {
     ///
     /// # Errors
     /// The interface does not exist or is down.
-    pub async fn resolve_neighbour(&self, interface: u32, address: Ipv4Addr) -> Result<(), Error> {
+    pub async fn resolve_neighbour(&self, interface: u32, address: IpAddr) -> Result<(), Error> {
         let request = self
             .handle
             .neighbours()
-            .add(interface, address.into())
+            .add(interface, address)
             .state(KernelState::None)
             .flags(NeighbourFlags::Use)
             // Without it an existing entry is an error.
@@ -199,8 +203,8 @@ mod tests {
             let network = Network::open().unwrap();
             let index = network.interface(interface).await.unwrap().unwrap().index;
             let mut watch = network.watch().await.unwrap();
-            let present = Ipv4Addr::new(10, 7, 0, 2);
-            let absent = Ipv4Addr::new(10, 7, 0, 3);
+            let present = IpAddr::from([10, 7, 0, 2]);
+            let absent = IpAddr::from([10, 7, 0, 3]);
             assert_eq!(network.neighbour(index, present).await.unwrap(), None);
 
             network.resolve_neighbour(index, present).await.unwrap();
@@ -246,7 +250,7 @@ mod tests {
             let network = Network::open().unwrap();
             let index = network.interface("fa").await.unwrap().unwrap().index;
             let neighbour = network
-                .neighbour(index, Ipv4Addr::new(10, 7, 0, 9))
+                .neighbour(index, IpAddr::from([10, 7, 0, 9]))
                 .await
                 .unwrap()
                 .unwrap();
@@ -254,7 +258,7 @@ mod tests {
             assert_eq!(neighbour.mac, Some([2, 0, 0, 0, 0, 9]));
             assert!(
                 network
-                    .resolve_neighbour(9999, Ipv4Addr::new(10, 7, 0, 9))
+                    .resolve_neighbour(9999, IpAddr::from([10, 7, 0, 9]))
                     .await
                     .is_err()
             );

@@ -1,6 +1,6 @@
 //! Where the kernel would send a packet.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use nix::errno::Errno;
 use rtnetlink::{
@@ -9,7 +9,7 @@ use rtnetlink::{
 };
 use thiserror::Error as ThisError;
 
-use super::{Network, errno, failed};
+use super::{Network, errno, failed, host_bits};
 use crate::error::Error;
 
 /// How packets to one destination leave.
@@ -18,9 +18,9 @@ pub struct Route {
     /// Number of the interface they leave through; for a local destination, of `lo`.
     pub interface: u32,
     /// The router; `None` if the destination is on the link.
-    pub gateway: Option<Ipv4Addr>,
+    pub gateway: Option<IpAddr>,
     /// The source address that the kernel would choose (or was asked about).
-    pub source: Option<Ipv4Addr>,
+    pub source: Option<IpAddr>,
     /// The destination is an address of this host.
     pub is_local: bool,
 }
@@ -28,7 +28,7 @@ pub struct Route {
 impl Route {
     /// Whom to resolve on the link for packets to `destination`: the router, or the destination itself.
     #[must_use]
-    pub fn next_hop(&self, destination: Ipv4Addr) -> Ipv4Addr {
+    pub fn next_hop(&self, destination: IpAddr) -> IpAddr {
         self.gateway.unwrap_or(destination)
     }
 }
@@ -50,7 +50,7 @@ pub enum RouteError {
     Blackhole,
     /// The address to send from is not one of this host.
     #[error("the source address {0} is not an address of this host")]
-    SourceNotLocal(Ipv4Addr),
+    SourceNotLocal(IpAddr),
     /// The question failed.
     #[error("{}", .0.what)]
     Failed(Error),
@@ -61,10 +61,13 @@ impl Network {
     ///
     /// `from` is the source address that the packet has, which must be one of this host's; `None` lets the kernel
     /// choose. With several next hops for one route the kernel names one of them.
-    pub async fn route_to(&self, destination: Ipv4Addr, from: Option<Ipv4Addr>) -> Result<Route, RouteError> {
+    pub async fn route_to(&self, destination: IpAddr, from: Option<IpAddr>) -> Result<Route, RouteError> {
         let outcome = self.look_up(destination, from, None).await;
-        // A source that is not ours gives ENETUNREACH (EINVAL on older kernels), as does a missing route.
-        if let (Err(RouteError::NoRoute | RouteError::Blackhole), Some(source)) = (&outcome, from) {
+        // An IPv4 source that is not ours gives ENETUNREACH (EINVAL on older kernels), as does a missing route. An
+        // IPv6 source is not looked at.
+        if let (Err(RouteError::NoRoute | RouteError::Blackhole) | Ok(_), Some(source)) = (&outcome, from)
+            && (outcome.is_err() || source.is_ipv6())
+        {
             let source_is_local = self
                 .look_up(source, None, None)
                 .await
@@ -83,8 +86,8 @@ impl Network {
     /// its own: [`RouteError::Unreachable`], [`RouteError::Failed`].
     pub async fn forwarded_route(
         &self,
-        destination: Ipv4Addr,
-        source: Ipv4Addr,
+        destination: IpAddr,
+        source: IpAddr,
         interface: u32,
     ) -> Result<Route, RouteError> {
         self.look_up(destination, Some(source), Some(interface)).await
@@ -92,19 +95,14 @@ impl Network {
 
     async fn look_up(
         &self,
-        destination: Ipv4Addr,
-        from: Option<Ipv4Addr>,
+        destination: IpAddr,
+        from: Option<IpAddr>,
         by: Option<u32>,
     ) -> Result<Route, RouteError> {
-        let mut builder = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(destination, 32);
-        if let Some(from) = from {
-            builder = builder.source_prefix(from, 32);
-        }
-        if let Some(by) = by {
-            builder = builder.input_interface(by);
-        }
         let what = format_args!("look up the route to {destination}").to_string();
-        let answers = self.handle.route().get(builder.build()).execute();
+        let message = question(destination, from, by)
+            .map_err(|error| RouteError::Failed(Error::failed(format!("cannot {what}: {error}"))))?;
+        let answers = self.handle.route().get(message).execute();
         match super::one(answers, Errno::ENETUNREACH).await {
             Ok(Some(message)) => parse(&message, destination).map_err(RouteError::Failed),
             Ok(None) => Err(RouteError::NoRoute),
@@ -118,7 +116,26 @@ impl Network {
     }
 }
 
-fn parse(message: &RouteMessage, destination: Ipv4Addr) -> Result<Route, Error> {
+/// What the kernel is asked.
+///
+/// # Errors
+/// Source and destination are of different families.
+fn question(destination: IpAddr, from: Option<IpAddr>, by: Option<u32>) -> Result<RouteMessage, String> {
+    let mut builder = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(destination, host_bits(destination))
+        .map_err(|error| error.to_string())?;
+    if let Some(from) = from {
+        builder = builder
+            .source_prefix(from, host_bits(from))
+            .map_err(|error| error.to_string())?;
+    }
+    if let Some(by) = by {
+        builder = builder.input_interface(by);
+    }
+    Ok(builder.build())
+}
+
+fn parse(message: &RouteMessage, destination: IpAddr) -> Result<Route, Error> {
     let mut interface = None;
     let mut gateway = None;
     let mut source = None;
@@ -126,14 +143,17 @@ fn parse(message: &RouteMessage, destination: Ipv4Addr) -> Result<Route, Error> 
         match attribute {
             RouteAttribute::Oif(index) => interface = Some(*index),
             RouteAttribute::Gateway(RouteAddress::Inet(address))
-            | RouteAttribute::Via(RouteVia::Inet(address)) => gateway = Some(*address),
+            | RouteAttribute::Via(RouteVia::Inet(address)) => gateway = Some((*address).into()),
+            RouteAttribute::Gateway(RouteAddress::Inet6(address))
+            | RouteAttribute::Via(RouteVia::Inet6(address)) => gateway = Some((*address).into()),
             RouteAttribute::Via(via) => {
                 return Err(Error::failed(format!(
-                    "the route to {destination} has a next hop that is not IPv4 ({via:?})"
+                    "the route to {destination} has a next hop that is not IP ({via:?})"
                 ))
-                .hint("give the route an IPv4 next hop"));
+                .hint("give the route an IP next hop"));
             }
-            RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some(*address),
+            RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some((*address).into()),
+            RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => source = Some((*address).into()),
             _ => {}
         }
     }
@@ -168,10 +188,10 @@ mod tests {
             ip("route add 192.168.5.0/24 via inet6 fe80::2 dev fa");
             let network = Network::open().unwrap();
             let fa = network.interface("fa").await.unwrap().unwrap().index;
-            let own = Ipv4Addr::new(10, 7, 0, 1);
-            let pool = Ipv4Addr::new(100, 64, 0, 1);
-            let router = Ipv4Addr::new(10, 7, 0, 2);
-            let remote = |net, host| Ipv4Addr::new(192, 168, net, host);
+            let own = IpAddr::from([10, 7, 0, 1]);
+            let pool = IpAddr::from([100, 64, 0, 1]);
+            let router = IpAddr::from([10, 7, 0, 2]);
+            let remote = |net, host| IpAddr::from([192, 168, net, host]);
 
             let on_link = network.route_to(router, None).await.unwrap();
             assert_eq!(
@@ -205,7 +225,7 @@ mod tests {
                 (remote(2, 9), RouteError::Blackhole),
                 (remote(3, 9), RouteError::Prohibited),
                 (remote(4, 9), RouteError::Unreachable),
-                (Ipv4Addr::new(172, 16, 0, 1), RouteError::NoRoute),
+                (IpAddr::from([172, 16, 0, 1]), RouteError::NoRoute),
             ] {
                 assert_eq!(network.route_to(destination, None).await, Err(expected.clone()));
                 assert_eq!(network.route_to(destination, Some(pool)).await, Err(expected));
@@ -214,20 +234,63 @@ mod tests {
             ip("route add unreachable default table 77");
             set_sysctl("ip_forward", "1");
             let fb = network.interface("fb").await.unwrap().unwrap().index;
-            let client = Ipv4Addr::new(100, 64, 0, 7);
+            let client = IpAddr::from([100, 64, 0, 7]);
             let forwarded = network.forwarded_route(remote(1, 9), client, fa).await.unwrap();
             assert_eq!((forwarded.interface, forwarded.gateway), (fa, Some(router)));
             assert_eq!(
                 network.forwarded_route(remote(1, 9), client, fb).await,
                 Err(RouteError::Unreachable)
             );
-            let foreign = Ipv4Addr::new(100, 64, 0, 99);
+            let foreign = IpAddr::from([100, 64, 0, 99]);
             assert_eq!(
                 network.route_to(remote(1, 9), Some(foreign)).await,
                 Err(RouteError::SourceNotLocal(foreign))
             );
-            let failure = network.route_to(remote(5, 9), None).await.unwrap_err();
-            assert!(failure.to_string().contains("not IPv4"), "{failure}");
+            let mixed = network.route_to(remote(5, 9), None).await.unwrap();
+            assert_eq!(mixed.gateway, Some("fe80::2".parse().unwrap()));
+        });
+    }
+
+    #[test]
+    fn tells_every_kind_of_ipv6_route() {
+        in_namespace(async {
+            ip("link set lo up");
+            ip("link add fa type veth peer name fb");
+            ip("link set fa up");
+            ip("link set fb up");
+            ip("address add fd07::1/64 dev fa nodad");
+            ip("address add fd64::1/128 dev lo");
+            ip("route add fd00:1::/64 via fd07::2");
+            ip("route add blackhole fd00:2::/64");
+            ip("route add prohibit fd00:3::/64");
+            ip("route add unreachable fd00:4::/64");
+            let network = Network::open().unwrap();
+            let fa = network.interface("fa").await.unwrap().unwrap().index;
+            let address = |text: &str| -> IpAddr { text.parse().unwrap() };
+            let (own, pool, router) = (address("fd07::1"), address("fd64::1"), address("fd07::2"));
+
+            let routed = network.route_to(address("fd00:1::9"), None).await.unwrap();
+            assert_eq!(
+                (routed.interface, routed.gateway, routed.source),
+                (fa, Some(router), Some(own))
+            );
+            let from_pool = network.route_to(address("fd00:1::9"), Some(pool)).await.unwrap();
+            assert_eq!(from_pool.next_hop(address("fd00:1::9")), router);
+            assert!(network.route_to(own, None).await.unwrap().is_local);
+            for (destination, expected) in [
+                ("fd00:2::9", RouteError::Blackhole),
+                ("fd00:3::9", RouteError::Prohibited),
+                ("fd00:4::9", RouteError::Unreachable),
+                ("2001:db8::1", RouteError::NoRoute),
+            ] {
+                let found = network.route_to(address(destination), Some(pool)).await;
+                assert_eq!(found, Err(expected), "{destination}");
+            }
+            let foreign = address("fd64::99");
+            assert_eq!(
+                network.route_to(address("fd00:1::9"), Some(foreign)).await,
+                Err(RouteError::SourceNotLocal(foreign))
+            );
         });
     }
 }

@@ -3,17 +3,16 @@
 //! The data path's route lookups obey them, and so does the stack for what goes up. All rules of one priority are
 //! the agent's: that is how it knows its own again after a crash.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use nix::errno::Errno;
 use rtnetlink::packet_route::{
-    AddressFamily,
     link::{InfoData, InfoVrf, LinkAttribute, LinkInfo},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 
-use super::{Network, errno, failed, one};
+use super::{Network, errno, failed, family, host_bits, one};
 use crate::error::Error;
 
 /// Before the rule of VRFs (1000, linux/l3mdev), which would claim replies for the tunnel's own table.
@@ -32,8 +31,8 @@ pub struct PolicyRule {
 /// Which packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Selector {
-    To(Ipv4Net),
-    From(Ipv4Addr),
+    To(IpNet),
+    From(IpAddr),
 }
 
 impl Network {
@@ -99,7 +98,6 @@ impl Network {
 
 fn message(rule: &PolicyRule) -> RuleMessage {
     let mut message = RuleMessage::default();
-    message.header.family = AddressFamily::Inet;
     message.header.action = RuleAction::ToTable;
     message.attributes = vec![
         RuleAttribute::Table(rule.table),
@@ -107,13 +105,15 @@ fn message(rule: &PolicyRule) -> RuleMessage {
     ];
     match rule.packets {
         Selector::To(prefix) => {
+            message.header.family = family(prefix.addr());
             message.header.dst_len = prefix.prefix_len();
-            let network = RuleAttribute::Destination(prefix.network().into());
+            let network = RuleAttribute::Destination(prefix.network());
             message.attributes.push(network);
         }
         Selector::From(address) => {
-            message.header.src_len = 32;
-            message.attributes.push(RuleAttribute::Source(address.into()));
+            message.header.family = family(address);
+            message.header.src_len = host_bits(address);
+            message.attributes.push(RuleAttribute::Source(address));
         }
     }
     message
@@ -144,7 +144,7 @@ mod tests {
             ip("link set rb up");
             ip("route add 192.168.0.0/16 via 10.9.0.2 table 100");
             let network = Network::open().unwrap();
-            let backend = Ipv4Addr::new(192, 168, 1, 10);
+            let backend = IpAddr::from([192, 168, 1, 10]);
             let rule = PolicyRule {
                 packets: Selector::To("192.168.0.0/16".parse().unwrap()),
                 table: 100,

@@ -47,6 +47,12 @@ impl Network {
         Ok(read("ip_forward")? != 0)
     }
 
+    /// Whether IPv6 packets that come in by the interface called `interface`, or `all`, are forwarded. The kernel
+    /// looks at the interface's own setting, and writes that of `all` to every interface (ip-sysctl.rst).
+    pub fn forwards_v6(&self, interface: &str) -> Result<bool, Error> {
+        Ok(read_from("ipv6", &format!("conf/{interface}/forwarding"))? != 0)
+    }
+
     /// Whether sockets that belong to no VRF take TCP out of one.
     pub fn accepts_from_vrf(&self) -> Result<bool, Error> {
         Ok(read("tcp_l3mdev_accept")? != 0)
@@ -72,7 +78,12 @@ impl Network {
 
 /// Reads `/proc/sys/net/ipv4/<name>`, a number.
 fn read(name: &str) -> Result<u32, Error> {
-    let path = format!("/proc/sys/net/ipv4/{name}");
+    read_from("ipv4", name)
+}
+
+/// Reads `/proc/sys/net/<family>/<name>`, a number.
+fn read_from(family: &str, name: &str) -> Result<u32, Error> {
+    let path = format!("/proc/sys/net/{family}/{name}");
     let text =
         fs::read_to_string(&path).map_err(|error| Error::host(format!("cannot read {path}: {error}")))?;
     text.trim()

@@ -9,7 +9,7 @@
 //! Neighbours change state all the time. Reported is only what a sender of frames would notice: an entry
 //! became usable or unusable, or its MAC address changed.
 
-use std::{collections::HashMap, net::Ipv4Addr};
+use std::{collections::HashMap, net::IpAddr};
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _};
 use rtnetlink::{
@@ -85,6 +85,9 @@ impl Network {
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv6Rule,
         ];
         let (connection, _handle, messages) = rtnetlink::new_multicast_connection(&groups)
             .map_err(|error| Error::host(format!("cannot watch the network: {error}")))?;
@@ -136,7 +139,7 @@ struct Seen {
     /// Tunnel devices as they are now, by interface number.
     devices: HashMap<u32, TunnelDevice>,
     /// Neighbours by interface number and address. The kernel bounds its table, and thereby this one.
-    neighbours: HashMap<(u32, Ipv4Addr), Reach>,
+    neighbours: HashMap<(u32, IpAddr), Reach>,
 }
 
 /// What a sender of frames knows of a neighbour.

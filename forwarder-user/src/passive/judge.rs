@@ -12,7 +12,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::Ipv4Addr,
+    net::IpAddr,
     time::Duration,
 };
 
@@ -36,7 +36,7 @@ pub struct Member {
     /// By group and name.
     pub name: (String, String),
     /// Address and port; at another one it is another server.
-    pub address: (Ipv4Addr, u16),
+    pub address: (IpAddr, u16),
     pub active: Active,
 }
 
@@ -99,7 +99,7 @@ struct Past {
 #[derive(Debug)]
 struct Backend {
     name: (String, String),
-    address: (Ipv4Addr, u16),
+    address: (IpAddr, u16),
     group: usize,
     active: Active,
     signs: Signs,
@@ -334,6 +334,8 @@ impl Judge {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use proptest::prelude::*;
 
     use super::{super::signs::tests::limits, *};
@@ -348,7 +350,7 @@ mod tests {
         Member {
             id: BackendId(number),
             name: name(number),
-            address: (Ipv4Addr::from_bits(0x0a00_0000 + number), 80),
+            address: (IpAddr::V4(Ipv4Addr::from_bits(0x0a00_0000 + number)), 80),
             active: Active {
                 rise,
                 is_healthy: true,

@@ -232,7 +232,7 @@ fn pause(cost: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use std::{
-        net::Ipv4Addr,
+        net::{IpAddr, Ipv4Addr},
         sync::{Arc, Mutex},
     };
 
@@ -290,7 +290,7 @@ mod tests {
         let member = |id: u32| Member {
             id: BackendId(id),
             name: ("web".to_owned(), format!("web-{id}")),
-            address: (Ipv4Addr::from_bits(0x0a00_0000 + id), 80),
+            address: (IpAddr::V4(Ipv4Addr::from_bits(0x0a00_0000 + id)), 80),
             active: Active {
                 rise: None,
                 is_healthy: true,

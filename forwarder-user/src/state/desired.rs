@@ -174,8 +174,6 @@ impl Desired {
                 Protocol::Tcp => PROTOCOL_TCP,
                 Protocol::Udp => PROTOCOL_UDP,
             };
-            let address = IpAddress::from(listener.vip);
-            let vip = address.octets();
             let id = ids.listeners[name];
             let value = Listener {
                 id,
@@ -187,15 +185,18 @@ impl Desired {
                     0
                 },
             };
-            let entry = desired.vips.entry(vip).or_insert(Vip {
-                listeners: 0,
-                range_listeners: 0,
-            });
-            entry.listeners += 1;
-            if let Some(port) = listener.ports.single() {
-                let key = ListenerKey::new(address, Be16::new(port), protocol);
-                desired.listeners.insert((vip, port, protocol), (key, value));
-            } else {
+            for address in listener.vips.iter().copied().map(IpAddress::from) {
+                let vip = address.octets();
+                let entry = desired.vips.entry(vip).or_insert(Vip {
+                    listeners: 0,
+                    range_listeners: 0,
+                });
+                entry.listeners += 1;
+                if let Some(port) = listener.ports.single() {
+                    let key = ListenerKey::new(address, Be16::new(port), protocol);
+                    desired.listeners.insert((vip, port, protocol), (key, value));
+                    continue;
+                }
                 entry.range_listeners += 1;
                 for (port, bits) in listener.ports.prefixes() {
                     let key = ListenerRangeKey::new(address, protocol, Be16::new(port), bits);
@@ -205,12 +206,15 @@ impl Desired {
                 }
             }
             for source in listener.sources.iter().flatten() {
-                let bits = u32::from(source.prefix_len());
-                desired.sources.insert((
-                    id,
-                    IpAddress::from(source.network()).octets(),
-                    IpAddress::V4_PREFIX_BITS + bits,
-                ));
+                let address = IpAddress::from(source.network());
+                let before = if address.is_v4() {
+                    IpAddress::V4_PREFIX_BITS
+                } else {
+                    0
+                };
+                desired
+                    .sources
+                    .insert((id, address.octets(), before + u32::from(source.prefix_len())));
             }
         }
         desired
@@ -265,8 +269,9 @@ impl Desired {
                 nat,
                 selection,
                 persistence_secs: persistence.map_or(0, |persistence| whole_secs(persistence.timeout)),
-                persistence_bits_v4: persistence.map_or(32, |persistence| u32::from(persistence.prefix_bits)),
-                persistence_bits_v6: IpAddress::BITS,
+                persistence_bits_v4: persistence.map_or(32, |persistence| persistence.prefix_bits_v4.into()),
+                persistence_bits_v6: persistence
+                    .map_or(IpAddress::BITS, |persistence| persistence.prefix_bits_v6.into()),
                 slots: slots(Place::First, sizes.first, first),
                 overflow: slots(Place::Overflow, sizes.overflow, overflow),
             },
@@ -397,11 +402,14 @@ fn tunnels_flag(tunnels: &TunnelTables) -> u32 {
 /// The pool as the data path knows it.
 pub fn pool(snat: &config::SnatPool) -> SnatPool {
     let mut pool = SnatPool::default();
-    for (run, (first, count)) in pool.v4.runs.iter_mut().zip(&snat.ranges) {
-        *run = SnatRange {
-            first: (*first).into(),
-            count: *count,
-        };
+    for (family, is_v4) in [(&mut pool.v4, true), (&mut pool.v6, false)] {
+        let ranges = snat.ranges.iter().filter(|(first, _)| first.is_ipv4() == is_v4);
+        for (run, (first, count)) in family.runs.iter_mut().zip(ranges) {
+            *run = SnatRange {
+                first: (*first).into(),
+                count: *count,
+            };
+        }
     }
     pool
 }

@@ -7,6 +7,7 @@ use crate::{
     config::{
         Backend, Config, Group, Listener, NatMode, OnUnhealthy, Persistence, Protocol, Selection,
         TunnelCheck, TunnelMode,
+        address::{all_at_port, at_port},
     },
     error::Error,
 };
@@ -31,14 +32,11 @@ pub fn differences(before: Option<&Config>, after: &Config) -> Vec<Change> {
             Action::Change
         };
         let prefixes: Vec<_> = after.snat.prefixes.iter().map(ToString::to_string).collect();
+        let probes: Vec<_> = after.snat.probes.iter().map(|probe| probe.to_string()).collect();
         changes.push(Change {
             action,
             object: "snat".to_owned(),
-            detail: format!(
-                "{}, probes from {}",
-                prefixes.join(", "),
-                after.snat.probe_address
-            ),
+            detail: format!("{}, probes from {}", prefixes.join(", "), probes.join(" and ")),
         });
     }
     let mut compare = Compare {
@@ -189,9 +187,14 @@ fn describe_group(group: &Group) -> String {
     if !group.slow_start.is_zero() {
         text.push_str(&format!(", slow start over {:?}", group.slow_start));
     }
-    if let Some(Persistence { timeout, prefix_bits }) = group.persistence {
+    if let Some(Persistence {
+        timeout,
+        prefix_bits_v4,
+        prefix_bits_v6,
+    }) = group.persistence
+    {
         text.push_str(&format!(
-            ", clients of one /{prefix_bits} stay together for {timeout:?}"
+            ", clients of one /{prefix_bits_v4} or IPv6 /{prefix_bits_v6} stay together for {timeout:?}"
         ));
     }
     text
@@ -201,7 +204,7 @@ fn describe_backend(backend: &Backend) -> String {
     let port = backend
         .port
         .map_or_else(|| "*".to_owned(), |port| port.to_string());
-    let mut text = format!("{}:{port}, weight {}", backend.address, backend.weight);
+    let mut text = format!("{}, weight {}", at_port(backend.address, port), backend.weight);
     if backend.tier > 0 {
         text.push_str(&format!(", tier {}", backend.tier));
     }
@@ -217,8 +220,10 @@ fn describe_listener(listener: &Listener) -> String {
         Protocol::Udp => "udp",
     };
     let mut text = format!(
-        "{protocol} {}:{} to group {}, idle timeout {:?}",
-        listener.vip, listener.ports, listener.group, listener.idle_timeout
+        "{protocol} {} to group {}, idle timeout {:?}",
+        all_at_port(&listener.vips, listener.ports),
+        listener.group,
+        listener.idle_timeout
     );
     if let Some(sources) = &listener.sources {
         text.push_str(&format!(", {} prefixes of clients", sources.len()));
@@ -264,7 +269,7 @@ pub fn restart_needed(before: &Config, after: &Config) -> Vec<Error> {
         ),
         (
             "snat.probe_address",
-            before.snat.probe_address != after.snat.probe_address,
+            before.snat.probes != after.snat.probes,
             flows_stay,
         ),
         ("[interface]", before.interfaces != after.interfaces, flows_stay),

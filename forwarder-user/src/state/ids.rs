@@ -101,7 +101,11 @@ impl Ids {
             leaving_listeners,
             leaving_backends,
         };
-        let vips: HashSet<_> = config.listeners.values().map(|listener| listener.vip).collect();
+        let keys: usize = config
+            .listeners
+            .values()
+            .map(|listener| listener.vips.len())
+            .sum();
         let mut errors = Vec::new();
         for (kind, highest, capacity) in [
             (
@@ -119,7 +123,12 @@ impl Ids {
                 next.backends.values().map(|id| id.0).max(),
                 capacity.backends,
             ),
-            ("VIPs", (vips.len() as u32).checked_sub(1), capacity.vips),
+            (
+                "VIPs of listeners",
+                (keys as u32).checked_sub(1),
+                capacity.listeners,
+            ),
+            ("VIPs", (config.vips().len() as u32).checked_sub(1), capacity.vips),
         ] {
             if highest.is_some_and(|highest| highest >= capacity) {
                 errors.push(

@@ -28,7 +28,7 @@ pub fn inherited_health(
             let Some((address, port, state)) = ids.backends.get(&key).and_then(|id| addresses.get(id)) else {
                 continue;
             };
-            if (*address, *port) != (std::net::IpAddr::V4(backend.address), backend.port.unwrap_or(0)) {
+            if (*address, *port) != (backend.address, backend.port.unwrap_or(0)) {
                 continue;
             }
             match known.get(&key) {

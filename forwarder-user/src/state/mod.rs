@@ -5,7 +5,7 @@
 //! contents; `tiers` says which backends of a group serve, `tables` builds the groups' tables (`turns` for groups that
 //! select in turn) and keeps them. `plan` lists the writes that lead from one state of the tables to the next, `apply`
 //! executes them all or none, `inherit` is what an agent takes over of another's. `difference` compares configurations
-//! for people.
+//! for people. `vlans` is what the data path knows of VLAN devices.
 
 pub mod apply;
 pub mod desired;
@@ -20,3 +20,4 @@ pub mod tables;
 pub mod tiers;
 pub mod tunnels;
 pub mod turns;
+pub mod vlans;

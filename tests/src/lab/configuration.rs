@@ -2,7 +2,7 @@
 
 use std::{
     fmt::{self, Write},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     path::Path,
 };
 
@@ -120,11 +120,18 @@ impl Configuration {
     }
 
     #[must_use]
-    pub fn backend(self, group: &str, name: &str, address: Ipv4Addr, port: u16, weight: u16) -> Self {
+    pub fn backend(
+        self,
+        group: &str,
+        name: &str,
+        address: impl Into<IpAddr>,
+        port: u16,
+        weight: u16,
+    ) -> Self {
         self.table(
             &format!("group.{group}.backend.{name}"),
             &[
-                ("address", &quoted(&address)),
+                ("address", &quoted(&address.into())),
                 ("port", &port.to_string()),
                 ("weight", &weight.to_string()),
             ],
@@ -133,11 +140,18 @@ impl Configuration {
 
     /// A listener; `protocol` is `tcp` or `udp`.
     #[must_use]
-    pub fn listener(self, name: &str, vip: Ipv4Addr, port: u16, protocol: &str, group: &str) -> Self {
+    pub fn listener(
+        self,
+        name: &str,
+        vip: impl Into<IpAddr>,
+        port: u16,
+        protocol: &str,
+        group: &str,
+    ) -> Self {
         self.table(
             &format!("listener.{name}"),
             &[
-                ("vip", &quoted(&vip)),
+                ("vip", &quoted(&vip.into())),
                 ("port", &port.to_string()),
                 ("protocol", &quoted(&protocol)),
                 ("group", &quoted(&group)),
@@ -196,6 +210,6 @@ mod tests {
         let config = forwarder_user::config::load::parse(&configuration.to_string(), Path::new("lab.toml"));
         let config = config.unwrap_or_else(|errors| panic!("{errors}\n{configuration}"));
         assert_eq!(config.listeners.len(), 3);
-        assert_eq!(config.snat.probe_address, probe);
+        assert_eq!(config.snat.probes, IpAddr::V4(probe).into());
     }
 }

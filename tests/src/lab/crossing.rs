@@ -14,23 +14,27 @@ use serde_json::Value;
 
 use super::{
     Lifetime, Namespace,
-    agent::ShowLog,
+    agent::{Agent, ShowLog},
     command,
     configuration::{Check, Configuration},
     nginx::pattern,
     topology::{PORT, Peering, Server, Site},
     tunnel::Kind,
     udp::{Client, EchoServer},
+    wait_until,
 };
 
 /// For one transfer; an emulated processor takes most of it.
 const TRANSFER_DEADLINE: Duration = Duration::from_secs(120);
+/// Until the agent knows all about a tunnel.
+const MODE_DEADLINE: Duration = Duration::from_secs(10);
 /// Where the echo server listens.
 const ECHO_PORT: u16 = 5353;
 /// Datagrams from the empty one to the largest that the tightest tunnel carries whole, with the answer's name.
 const DATAGRAMS_BYTES: [usize; 4] = [0, 1, 700, 1300];
-/// More packets than the agent's probes and our echo requests send through a tunnel meanwhile.
-const FEW_PACKETS: u64 = 200;
+/// The part of what is transferred that may go through the device of a native tunnel: the agent's probes, and the first
+/// packets of a flow while the kernel resolves neighbours.
+const FEW_BYTES: u64 = 20;
 
 /// The gateway, to the client; and the router behind the tunnel.
 const NEAR_ROUTER: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 1);
@@ -45,6 +49,16 @@ pub enum Mode {
     Native,
 }
 
+impl Mode {
+    /// As configuration and status call it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Native => "native",
+        }
+    }
+}
+
 /// Builds a site behind a tunnel of this kind, starts the agent on its gateway and sends through it whatever there
 /// is, `length_bytes` in either direction.
 pub fn cross(kind: Kind, mode: Mode, length_bytes: u32) -> Result<Transferred> {
@@ -56,14 +70,19 @@ pub fn cross(kind: Kind, mode: Mode, length_bytes: u32) -> Result<Transferred> {
     let show_log = ShowLog::of(&site.lab);
     let server = site.servers.first().context("a server")?;
     site.client().route(site.networks[1].1, NEAR_ROUTER)?;
-    let _agent = site.start_agent(&configuration(&site, server, mode), "web")?;
+    let agent = site.start_agent(&configuration(&site, server, mode), "web")?;
+    await_mode(&agent, mode)?;
 
-    let before = packets(&site)?;
+    let before = bytes(&site)?;
     let transferred = transfer(&site, site.client(), server, length_bytes)?;
-    let through_device = packets(&site)? - before;
+    let through_device = bytes(&site)? - before;
+    let is_as_wanted = match mode {
+        Mode::Kernel => through_device >= 2 * u64::from(length_bytes),
+        Mode::Native => through_device < u64::from(length_bytes) / FEW_BYTES,
+    };
     ensure!(
-        (through_device > FEW_PACKETS) == (mode == Mode::Kernel),
-        "{mode:?}: {through_device} packets went through the device"
+        is_as_wanted,
+        "{mode:?}: of 2 x {length_bytes} bytes, {through_device} went through the device"
     );
     datagrams(&site, server, ECHO_PORT, &DATAGRAMS_BYTES)?;
     echo_requests(&site)?;
@@ -77,6 +96,11 @@ fn configuration(site: &Site, server: &Server, mode: Mode) -> Configuration {
         .group("echo", "full", Check::None)
         .backend("echo", server.name, server.address, ECHO_PORT, 1)
         .listener("echo", site.vip, ECHO_PORT, "udp", "echo");
+    in_mode(configuration, mode)
+}
+
+/// The configuration of a site with its tunnel in this mode; all are written for the kernel's.
+pub fn in_mode(configuration: Configuration, mode: Mode) -> Configuration {
     match mode {
         Mode::Kernel => configuration,
         Mode::Native => {
@@ -86,8 +110,23 @@ fn configuration(site: &Site, server: &Server, mode: Mode) -> Configuration {
     }
 }
 
-/// Packets that have passed the gateway's tunnel device, in and out. Aggregated ones count once.
-fn packets(site: &Site) -> Result<u64> {
+/// Waits until the agent's tunnel is in this mode.
+pub fn await_mode(agent: &Agent, mode: Mode) -> Result<()> {
+    wait_until("the tunnel's mode", MODE_DEADLINE, || {
+        let tunnel = agent.status()?.tunnels.into_iter().next().context("a tunnel")?;
+        ensure!(
+            tunnel.mode == mode.name(),
+            "{}: {:?}",
+            tunnel.mode,
+            tunnel.why_kernel
+        );
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// Bytes that have passed the gateway's tunnel device, in and out.
+fn bytes(site: &Site) -> Result<u64> {
     let said = site
         .gateway
         .run(&format!("ip -json -statistics link show dev {}", site.tunnel))?;
@@ -96,9 +135,9 @@ fn packets(site: &Site) -> Result<u64> {
     ["rx", "tx"]
         .iter()
         .map(|direction| {
-            statistics[direction]["packets"]
+            statistics[direction]["bytes"]
                 .as_u64()
-                .context("a number of packets")
+                .context("a number of bytes")
         })
         .sum()
 }

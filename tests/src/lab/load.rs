@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{Ipv4Addr, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     time::Duration,
 };
 
@@ -29,8 +29,8 @@ impl Answer {
 }
 
 /// One `curl` on a connection of its own; it gives up after two seconds.
-pub fn curl(client: &Namespace, vip: Ipv4Addr, port: u16) -> Result<Answer> {
-    let url = format!("http://{vip}:{port}/");
+pub fn curl(client: &Namespace, vip: impl Into<IpAddr>, port: u16) -> Result<Answer> {
+    let url = format!("http://{}/", SocketAddr::new(vip.into(), port));
     let output = client.output(
         "curl",
         &["--silent", "--show-error", "--fail", "--max-time", "2", &url],

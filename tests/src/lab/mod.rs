@@ -20,6 +20,7 @@ mod command;
 pub mod configuration;
 pub mod crossing;
 pub mod crowd;
+pub mod dual_stack;
 pub mod load;
 mod namespace;
 pub mod nginx;

@@ -35,7 +35,10 @@ impl Nginx {
         let name = format!("nginx-{}", namespace.role());
         let directory = lab.directory().join(&name);
         fs::create_dir(&directory)?;
-        let listen: String = ports.iter().map(|port| format!("listen {port};")).collect();
+        let listen: String = ports
+            .iter()
+            .map(|port| format!("listen {port}; listen [::]:{port};"))
+            .collect();
         let path = directory.display();
         let configuration = format!(
             r#"# One process, in the foreground: the lab stops and starts it.

@@ -3,7 +3,7 @@
 //! `read` knows the keys and what each may be alone, `rules` what they mean together; here is what comes out.
 //! How a probe is done is the module `health`'s.
 
-use std::{fmt, net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
 
 pub mod read;
 pub mod rules;
@@ -197,7 +197,7 @@ pub struct StatusRange {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TunnelCheck {
     /// An address of the far side, which answers through the tunnel.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// [`Probe::Icmp`], or [`Probe::Tcp`] with a port.
     pub check: HealthCheck,
 }

@@ -1,6 +1,6 @@
 //! The keys of `[group.NAME.health]` and `[tunnel.NAME.health]`, and the type and range of each value.
 
-use std::{net::Ipv4Addr, ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{net::IpAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use toml::de::DeValue;
 
@@ -183,7 +183,7 @@ impl Health {
 #[derive(Clone, Debug)]
 pub struct TunnelHealth {
     pub kind: OptionalField<HealthKind>,
-    pub address: Field<Ipv4Addr>,
+    pub address: Field<IpAddr>,
     pub port: OptionalField<u16>,
     pub pace: Pace,
 }

@@ -1,6 +1,9 @@
 //! From the keys of a health check to a [`HealthCheck`]: which keys belong together, and what is not written.
 
-use std::time::Duration;
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
 
 use super::{
     BodyMatch, HealthCheck, HttpProbe, Method, Probe, StatusRange, Trust, TunnelCheck,
@@ -92,7 +95,8 @@ pub fn tunnel_check(report: &Report, place: &str, health: &TunnelHealth) -> Resu
     let port = option(&health.port)?;
     let address = required(&health.address)?;
     let at = health.address.as_ref().map_err(|reported| *reported)?.at;
-    if address.is_unspecified() || address.is_loopback() || address.is_multicast() || address.is_broadcast() {
+    let is_broadcast = address == IpAddr::V4(Ipv4Addr::BROADCAST);
+    if address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_broadcast {
         let what = format!("{place}, health: {address} is not the address of a host behind the tunnel");
         return Err(error(
             report,

@@ -1,9 +1,10 @@
 //! Backends: who answers whom, and through which interface.
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::networks::{captures, in_table};
 use crate::{
+    config::address::at_port,
     config::{Ports, Probe},
     diagnose::{
         self, Diagnosis,
@@ -104,7 +105,7 @@ fn explained(facts: &Facts, backend: &Backend, attempt: &Attempt, diagnosis: &Di
 /// Is it the route, or the table that was asked for it?
 fn no_route(facts: &Facts, backend: &Backend, attempt: &Attempt, diagnosis: &Diagnosis) -> Finding {
     let network = facts.network_of(backend.address);
-    let destination = network.map_or_else(|| Ipv4Net::from(backend.address), |network| network.cidr);
+    let destination = network.map_or_else(|| IpNet::from(backend.address), |network| network.cidr);
     let decision = facts.policy.decide(attempt.source, backend.address);
     let decided = decision.as_ref().map(|decision| decision.rule);
     let configured = network.and_then(|network| Some((network.name, network.table?)));
@@ -152,7 +153,7 @@ fn no_route(facts: &Facts, backend: &Backend, attempt: &Attempt, diagnosis: &Dia
 fn refused(facts: &Facts, backend: &Backend) -> Finding {
     let port = backend.probed_port.or(backend.port).unwrap_or(0);
     let server = Host::Server(backend.address);
-    let place = format!("{}:{port}", backend.address);
+    let place = at_port(backend.address, port);
     let is_http = facts.config.groups[&backend.group]
         .health
         .as_ref()
@@ -213,7 +214,7 @@ fn forwarded_elsewhere(facts: &Facts, backend: &Backend) -> Vec<Finding> {
     };
     let egress = backend.egress.as_deref().unwrap_or("-");
     let network = facts.network_of(backend.address);
-    let destination = network.map_or_else(|| Ipv4Net::from(backend.address), |network| network.cidr);
+    let destination = network.map_or_else(|| IpNet::from(backend.address), |network| network.cidr);
     let lost = backend.astray.iter().filter(|(_, leaves_by)| {
         // Several ways may be meant, as long as replies pass the data path.
         leaves_by.as_ref().is_none_or(|name| !facts.is_attached(name))
@@ -377,7 +378,7 @@ mod tests {
         );
         facts.policy.entries.push(Entry {
             table: 42,
-            prefix: Ipv4Net::default(),
+            prefix: IpNet::default(),
             interface: None,
             is_of_address: false,
             discards: true,

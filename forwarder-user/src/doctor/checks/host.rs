@@ -47,31 +47,56 @@ fn forwarding(facts: &Facts) -> Vec<Finding> {
             .fixes([fix])
             .advice(KEEP)
     };
+    let (uses_v4, uses_v6) = facts.config.families();
+    let mut findings = Vec::new();
+    if uses_v6 && !facts.host.forwards_v6 {
+        let what = "this host does not forward IPv6: requests to tunnels and packets to next hops that have to be \
+                    resolved are dropped";
+        findings.push(off("net.ipv6.conf.all.forwarding".to_owned(), what.to_owned()).advice(
+            "if this gateway has its own IPv6 address by router advertisements, set accept_ra=2 on that interface first: \
+             forwarding switches 1 off",
+        ));
+    } else if uses_v6 {
+        let silent = facts
+            .devices
+            .iter()
+            .filter(|device| device.forwards_v6 == Some(false));
+        findings.extend(silent.map(|device| {
+            let name = &device.link.name;
+            off(
+                format!("net.ipv6.conf.{name}.forwarding"),
+                format!("IPv6 packets that come in by {name} are not forwarded"),
+            )
+        }));
+    }
+    if !uses_v4 {
+        return findings;
+    }
     if !facts.host.forwards {
         let what = "this host does not forward: requests to tunnels and packets to next hops that have to be \
                     resolved are dropped";
-        return vec![off("net.ipv4.ip_forward".to_owned(), what.to_owned())];
+        findings.push(off("net.ipv4.ip_forward".to_owned(), what.to_owned()));
+        return findings;
     }
     let silent = facts
         .devices
         .iter()
         .filter(|device| device.forwards == Some(false));
-    silent
-        .map(|device| {
-            let name = &device.link.name;
-            off(
-                format!("net.ipv4.conf.{name}.forwarding"),
-                format!("packets that come in by {name} are not forwarded"),
-            )
-        })
-        .collect()
+    findings.extend(silent.map(|device| {
+        let name = &device.link.name;
+        off(
+            format!("net.ipv4.conf.{name}.forwarding"),
+            format!("packets that come in by {name} are not forwarded"),
+        )
+    }));
+    findings
 }
 
 /// Rewritten requests to backends behind a tunnel go up the stack, which looks at their source.
 fn source_validation(facts: &Facts) -> Vec<Finding> {
     let through_stack = facts.backends.iter().filter(|backend| {
         let is_full = facts.config.groups[&backend.group].nat == NatMode::Full;
-        let egress = backend.egress.as_ref();
+        let egress = backend.egress.as_ref().filter(|_| backend.address.is_ipv4());
         is_full && egress.is_some_and(|egress| !facts.config.interfaces.contains_key(egress))
     });
     let affected: Vec<_> = through_stack.map(Backend::label).collect();

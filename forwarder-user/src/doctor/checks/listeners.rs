@@ -1,6 +1,8 @@
 //! VIPs: whether clients' packets to them get here.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use crate::doctor::{
     checks::attach,
@@ -13,7 +15,7 @@ pub(super) fn check(facts: &Facts) -> Vec<Finding> {
     for (vip, owner) in &facts.vips {
         let listeners = facts.config.listeners.iter();
         let names: Vec<_> = listeners
-            .filter(|(_, listener)| listener.vip == *vip)
+            .filter(|(_, listener)| listener.vips.contains(vip))
             .map(|(name, _)| name.clone())
             .collect();
         let finding = match owner {
@@ -25,21 +27,29 @@ pub(super) fn check(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
-fn taken(vip: Ipv4Addr, mac: [u8; 6]) -> Finding {
+fn taken(vip: IpAddr, mac: [u8; 6]) -> Finding {
     let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
-    let what = format!("another host ({mac}) answers ARP for VIP {vip}: clients may reach that one");
+    let what = format!(
+        "another host ({mac}) answers {} for VIP {vip}: clients may reach that one",
+        if vip.is_ipv4() {
+            "ARP"
+        } else {
+            "neighbour discovery"
+        }
+    );
     Finding::warning(Cause::VipTaken, vip.to_string(), what).advice(format!(
-        "if it is no gateway that shares the VIP, on that host: ip address del {vip}/32 dev DEVICE"
+        "if it is no gateway that shares the VIP, on that host: ip address del {} dev DEVICE",
+        IpNet::from(vip)
     ))
 }
 
-/// The data path answers ARP for a VIP where it is attached, so there the VIP's network has to be.
-fn unreachable(facts: &Facts, vip: Ipv4Addr) -> Option<Finding> {
+/// The data path answers ARP and neighbour discovery for a VIP where it is attached, so there the VIP's network has to be.
+fn unreachable(facts: &Facts, vip: IpAddr) -> Option<Finding> {
     let holds = |device: &&Device| {
         device
             .addresses
             .iter()
-            .any(|prefix| prefix.prefix_len() < 32 && prefix.contains(&vip))
+            .any(|prefix| prefix.prefix_len() < prefix.max_prefix_len() && prefix.contains(&vip))
     };
     let holders: Vec<_> = facts.devices.iter().filter(holds).collect();
     if holders.iter().any(|device| facts.is_attached(&device.link.name)) {
@@ -54,11 +64,14 @@ fn unreachable(facts: &Facts, vip: Ipv4Addr) -> Option<Finding> {
             .config
             .interfaces
             .keys()
-            .find_map(|name| facts.device(name)?.addresses.first());
+            .filter_map(|name| facts.device(name))
+            .flat_map(|device| &device.addresses)
+            .find(|address| address.addr().is_ipv4() == vip.is_ipv4());
         let via = own.map_or_else(|| "GATEWAY".to_owned(), |own| own.addr().to_string());
         return Some(
             Finding::warning(Cause::VipUnrouted, vip.to_string(), what).advice(format!(
-                "if there is none yet, on the clients' router: ip route replace {vip}/32 via {via}"
+                "if there is none yet, on the clients' router: ip route replace {} via {via}",
+                IpNet::from(vip)
             )),
         );
     };
@@ -72,13 +85,15 @@ fn unreachable(facts: &Facts, vip: Ipv4Addr) -> Option<Finding> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
     use crate::{
         diagnose::fix::Fix,
         doctor::{checks::testing::sound, finding::Severity},
     };
 
-    const VIP: Ipv4Addr = Ipv4Addr::new(172, 16, 0, 100);
+    const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(172, 16, 0, 100));
 
     #[test]
     fn a_vip_on_an_attached_network_has_nothing() {

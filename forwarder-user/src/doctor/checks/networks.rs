@@ -1,8 +1,8 @@
 //! Networks that must be elsewhere, but are partly here: addresses and routes of this host inside them.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::{
     config::RoutingTable,
@@ -39,12 +39,12 @@ fn vrfs(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
-fn overlap(a: &Ipv4Net, b: &Ipv4Net) -> bool {
+fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }
 
 /// The CIDRs that lead into a tunnel, and the SNAT pool, which is on no link.
-fn elsewhere(facts: &Facts) -> Vec<(Ipv4Net, String, Option<&str>)> {
+fn elsewhere(facts: &Facts) -> Vec<(IpNet, String, Option<&str>)> {
     let networks = facts.config.networks.iter().filter_map(|(name, network)| {
         let tunnel = network.tunnel.as_deref()?;
         let cidrs = network.cidrs.iter();
@@ -118,7 +118,7 @@ fn routes(facts: &Facts) -> Vec<Finding> {
 }
 
 /// Broken if a backend lies there, or if it is the pool's.
-fn finding(facts: &Facts, prefix: Ipv4Net, what: String, is_pool: bool) -> Finding {
+fn finding(facts: &Facts, prefix: IpNet, what: String, is_pool: bool) -> Finding {
     let inside = facts
         .backends
         .iter()
@@ -142,9 +142,9 @@ pub(super) fn in_table(table: u32) -> String {
 }
 
 /// Whether one of `findings` explains why packets to `address` go astray.
-pub(super) fn captures(findings: &[Finding], address: Ipv4Addr) -> bool {
+pub(super) fn captures(findings: &[Finding], address: IpAddr) -> bool {
     findings.iter().any(|finding| {
-        let prefix = finding.place.parse::<Ipv4Net>();
+        let prefix = finding.place.parse::<IpNet>();
         finding.cause == Cause::OverlappingNetwork && prefix.is_ok_and(|prefix| prefix.contains(&address))
     })
 }
@@ -177,7 +177,7 @@ mod tests {
             finding.fixes,
             [Fix::here("ip address del 192.168.1.77/24 dev eth0")]
         );
-        assert!(captures(&check(&facts), Ipv4Addr::new(192, 168, 1, 10)));
+        assert!(captures(&check(&facts), IpAddr::from([192, 168, 1, 10])));
         let mut facts = sound();
         add(&mut facts, "192.168.9.77/24");
         assert_eq!(check(&facts)[0].severity, Severity::Warning);

@@ -1,7 +1,7 @@
 //! Facts of a sound gateway, for tests to break: a client side `eth0`, a local server behind `eth1`, a remote one
 //! behind the tunnel `cen` over `wan`.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, path::Path, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, path::Path, time::Duration};
 
 use crate::{
     config,
@@ -47,6 +47,7 @@ pub(in crate::doctor) fn device(name: &str, index: u32, kind: InterfaceKind, add
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
         rp_filter: Some(crate::network::RpFilter::Off),
         forwards: Some(true),
+        forwards_v6: Some(true),
         offloads: Some(offloads(&["rx-gro"], &["rx-gro"])),
         queues: None,
         runs_programs: Some(true),
@@ -66,6 +67,7 @@ pub(in crate::doctor) fn device(name: &str, index: u32, kind: InterfaceKind, add
             controller: None,
             remote: None,
             alias: None,
+            vlan: None,
             driver: None,
         },
     }
@@ -80,7 +82,7 @@ fn backend(name: &str, address: [u8; 4], egress: &str, interface: u32, gateway: 
         probed_port: Some(80),
         route: Ok(Route {
             interface,
-            gateway: gateway.map(Ipv4Addr::from),
+            gateway: gateway.map(IpAddr::from),
             source: None,
             is_local: false,
         }),
@@ -88,7 +90,7 @@ fn backend(name: &str, address: [u8; 4], egress: &str, interface: u32, gateway: 
         astray: Vec::new(),
         attempts: vec![Attempt {
             prefix: "100.64.0.0/26".parse().unwrap(),
-            source: Ipv4Addr::new(100, 64, 0, 1),
+            source: IpAddr::from([100, 64, 0, 1]),
             outcome: Ok(Duration::from_millis(1)),
             diagnosis: None,
         }],
@@ -120,6 +122,7 @@ pub(in crate::doctor) fn sound() -> Facts {
             kernel_version: (6, 12),
             cores: 2,
             forwards: true,
+            forwards_v6: true,
             has_jit: Some(true),
             is_pool_routed: false,
             agent: None,
@@ -144,7 +147,7 @@ pub(in crate::doctor) fn sound() -> Facts {
                 entry("192.168.0.0/16", 3, false),
             ],
         },
-        vips: BTreeMap::from([(Ipv4Addr::new(172, 16, 0, 100), None)]),
+        vips: BTreeMap::from([(IpAddr::from([172, 16, 0, 100]), None)]),
         tables: BTreeMap::new(),
         backends: vec![
             backend("ecs01", [172, 16, 1, 10], "eth1", 2, None),

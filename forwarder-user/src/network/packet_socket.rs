@@ -1,0 +1,58 @@
+//! Frames that the agent writes itself, link header included (packet(7)): announcements.
+//!
+//! It only sends: opened with protocol 0, the socket gets nothing. One `unsafe` block, as neither nix nor socket2 makes
+//! a `sockaddr_ll` of an interface's number.
+
+use std::{io, mem::size_of};
+
+use nix::libc::{AF_PACKET, sockaddr_ll, socklen_t};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::error::Error;
+
+/// A socket that sends whole frames.
+#[derive(Debug)]
+pub struct PacketSocket(Socket);
+
+impl PacketSocket {
+    /// Opens it in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// No CAP_NET_RAW.
+    pub fn open() -> Result<Self, Error> {
+        let open = || {
+            let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+            socket.set_nonblocking(true)?;
+            io::Result::Ok(Self(socket))
+        };
+        open().map_err(|error| {
+            Error::host(format!("cannot open a packet socket: {error}"))
+                .hint("run as root, or grant CAP_NET_RAW")
+        })
+    }
+
+    /// Sends a frame by the interface with number `interface`.
+    ///
+    /// # Errors
+    /// The interface is gone or down, or its queue is full.
+    pub fn send(&self, interface: u32, frame: &[u8]) -> io::Result<()> {
+        self.0.send_to(frame, &address_of(interface)?).map(drop)
+    }
+}
+
+fn address_of(interface: u32) -> io::Result<SockAddr> {
+    let index = i32::try_from(interface).map_err(io::Error::other)?;
+    // SAFETY: the storage is zeroed, larger than a sockaddr_ll and aligned for any socket address; what is written is
+    // a whole one, and its length is said.
+    let ((), address) = unsafe {
+        SockAddr::try_init(|storage, length| {
+            let mut link: sockaddr_ll = std::mem::zeroed();
+            link.sll_family = AF_PACKET as u16;
+            link.sll_ifindex = index;
+            storage.cast::<sockaddr_ll>().write(link);
+            *length = size_of::<sockaddr_ll>() as socklen_t;
+            Ok(())
+        })
+    }?;
+    Ok(address)
+}

@@ -1,0 +1,72 @@
+//! IPv6 beside IPv4 in the cross-region lab: the same hosts, links and tunnel with addresses and routes of their own.
+//!
+//! Nothing of the gateway's VIPs and pool is configured on any host: who has them, the data path answers.
+
+use std::net::Ipv6Addr;
+
+use anyhow::Result;
+
+use super::{Namespace, configuration::Configuration, topology::Site};
+
+/// Back-to-origin addresses of IPv6; the first is for probes.
+pub const POOL_V6: &str = "fd64::/64";
+/// Lies in the clients' network.
+pub const VIP_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x16, 0, 0, 0, 0, 0, 0x100);
+/// The client's address.
+pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x16, 0, 0, 0, 0, 0, 0x10);
+/// ECS01's, beside the gateway.
+pub const LOCAL_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x16, 1, 0, 0, 0, 0, 0x10);
+/// ECS02's, behind the tunnel.
+pub const REMOTE_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xc0, 1, 0, 0, 0, 0, 0x10);
+
+/// Gives the hosts of a cross-region site their IPv6 addresses and routes.
+pub fn add(site: &Site) -> Result<()> {
+    let (gateway, far, client) = (&site.gateway, &site.far_router, site.client());
+    let (local, remote) = (&site.server("ecs01")?.namespace, &site.server("ecs02")?.namespace);
+    for host in [gateway, far, client, local, remote] {
+        // Labs of IPv4 do without, so that nothing is said on their links that no test asked for.
+        for interfaces in ["all", "default"] {
+            host.sysctl(&format!("net/ipv6/conf/{interfaces}/disable_ipv6"), "0")?;
+        }
+    }
+    for router in [gateway, far] {
+        router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    }
+    for (host, interface, address) in [
+        (gateway, "eth0", "fd00:16::1/64"),
+        (client, "eth0", "fd00:16::10/64"),
+        (gateway, "eth1", "fd00:16:1::1/64"),
+        (local, "eth0", "fd00:16:1::10/64"),
+        (gateway, site.tunnel, "fd42::1/64"),
+        (far, site.tunnel, "fd42::2/64"),
+        (far, "eth1", "fd00:c0:1::1/64"),
+        (remote, "eth0", "fd00:c0:1::10/64"),
+    ] {
+        // Without the second that a new address waits for objections (RFC 4862 §5.4): these are known to be free.
+        host.run(&format!("ip address add {address} dev {interface} nodad"))?;
+    }
+    let route = |host: &Namespace, to: &str, via: &str| -> Result<()> {
+        host.run(&format!("ip route add {to} via {via}")).map(drop)
+    };
+    route(gateway, "fd00:c0::/32", "fd42::2")?;
+    route(client, "fd00:16::/32", "fd00:16::1")?;
+    for to in ["fd00:16::/32", POOL_V6] {
+        route(local, to, "fd00:16:1::1")?;
+        route(far, to, "fd42::1")?;
+        route(remote, to, "fd00:c0:1::1")?;
+    }
+    Ok(())
+}
+
+/// What the agent has to know of it: the pool's prefix and the networks, beside those of IPv4.
+pub fn configuration(site: &Site) -> Configuration {
+    let text = site.configuration(&[]).to_string();
+    let mut text = text.replace("prefixes = [", &format!("prefixes = [\"{POOL_V6}\", "));
+    for (v4, v6) in [
+        ("172.16.0.0/12", "fd00:16::/32"),
+        ("192.168.0.0/16", "fd00:c0::/32"),
+    ] {
+        text = text.replace(&format!("\"{v4}\""), &format!("\"{v4}\", \"{v6}\""));
+    }
+    Configuration::from_text(text)
+}
