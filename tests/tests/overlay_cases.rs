@@ -178,8 +178,7 @@ impl Tunnel {
         if self.kind.is_udp() {
             let meaning = TunnelPort {
                 kind: self.kind,
-                protocol: if self.kind == TunnelKind::FOU { 4 } else { 0 },
-                reserved: 0,
+                reserved: [0; 3],
             };
             tables.tunnel_ports.insert(self.port, meaning);
         }

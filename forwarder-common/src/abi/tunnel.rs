@@ -142,9 +142,7 @@ pub struct TunnelPeer {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 pub struct TunnelPort {
     pub kind: TunnelKind,
-    /// IP protocol number of what FOU carries at this port; else zero.
-    pub protocol: u8,
-    pub reserved: u16,
+    pub reserved: [u8; 3],
 }
 
 /// Key of the table of endpoints: what all packets of a tunnel that come in have in common.

@@ -111,11 +111,16 @@ fn peer<T: Tables>(tables: &T, route: &Route, is_v4: bool) -> Option<PeerId> {
         Route::Interface { ifindex } => (ifindex, MacAddress::default()),
         Route::None | Route::ForwardingDisabled => return None,
     };
-    tables.tunnel_hop(&TunnelHopKey {
-        ifindex,
-        mac,
-        version: if is_v4 { 4 } else { 6 },
-    })
+    let find = |mac| {
+        tables.tunnel_hop(&TunnelHopKey {
+            ifindex,
+            mac,
+            version: if is_v4 { 4 } else { 6 },
+        })
+    };
+    // Devices without Ethernet give their neighbours an address as well: some bytes of their own IP address (Linux 6.12,
+    // `arp_constructor`).
+    find(mac).or_else(|| find(MacAddress::default()))
 }
 
 /// The next hop on the way to a far end. `false`: its neighbour is not known yet, and until then packets go to the stack,

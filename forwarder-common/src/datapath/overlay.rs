@@ -283,18 +283,13 @@ fn in_udp<P: Packet, T: Tables>(packet: &mut P, tables: &T, outer: &Outer) -> Op
             let offset = offset + GeneveHeader::LEN + geneve.options_len();
             Some(carried(vni, 0, ETHERTYPE_BRIDGED, offset))
         }
-        TunnelKind::FOU => {
-            let ethertype = ethertype_of(meaning.protocol)?;
-            Some(carried(Be32::new(0), meaning.protocol, ethertype, offset))
-        }
         _ => {
-            let gue = packet.header::<GueHeader>(offset).ok()?;
-            if gue.version_len == 0 && { gue.flags } == Be16::new(0) {
-                let protocol = gue.protocol;
-                let offset = offset + GueHeader::LEN;
+            let gue = *packet.header::<GueHeader>(offset).ok()?;
+            if meaning.kind == TunnelKind::GUE && gue.version_len == 0 && { gue.flags } == Be16::ZERO {
+                let (protocol, offset) = (gue.protocol, offset + GueHeader::LEN);
                 return Some(carried(Be32::new(0), protocol, ethertype_of(protocol)?, offset));
             }
-            // Version 1: the first bits are those of an IP header.
+            // FOU, and version 1 of GUE: the first bits are those of an IP header.
             let protocol = match gue.version_len >> 4 {
                 4 => PROTOCOL_IPIP,
                 6 => PROTOCOL_IPV6,

@@ -151,6 +151,9 @@ async fn run_on(
     };
     if on_stop == OnStop::Detach {
         probe_addresses.remove(&agent).await;
+        if let Err(error) = agent.network.remove_made_tunnels(|_| false).await {
+            error!(%error, "tunnel devices stay behind");
+        }
         if let Err(error) = policy::remove(&agent.network).await {
             error!(%error, "policy rules stay behind");
         }

@@ -10,13 +10,46 @@ use tracing::{info, warn};
 
 use super::Agent;
 use crate::{
-    config::TunnelMode,
+    config::{Config, RoutingTable, TunnelMode},
     error::Error,
+    network::Network,
     state::tunnels::{self, Surveyed, Underlay},
 };
 
 /// Why a tunnel is in kernel mode though the configuration would have it native; `None`: it is native.
 pub(super) type Verdicts = BTreeMap<String, Option<String>>;
+
+/// Makes the devices of tunnels that the configuration describes, and removes those that it does not any more.
+///
+/// # Errors
+/// The first device that cannot be made.
+pub(super) async fn make_tunnels(network: &Network, config: &Config) -> Result<(), Error> {
+    let is_wanted = |name: &str| {
+        config
+            .tunnels
+            .get(name)
+            .is_some_and(|tunnel| tunnel.made.is_some())
+    };
+    network.remove_made_tunnels(is_wanted).await?;
+    for (name, tunnel) in &config.tunnels {
+        let Some(made) = &tunnel.made else { continue };
+        let mut networks = Vec::new();
+        for behind in config
+            .networks
+            .values()
+            .filter(|it| it.tunnel.as_ref() == Some(name))
+        {
+            let table = match behind.table {
+                Some(RoutingTable::Number(number)) => Some(number),
+                _ => None,
+            };
+            networks.extend(behind.cidrs.iter().map(|cidr| ((*cidr).into(), table)));
+        }
+        network.make_tunnel(name, made, &networks).await?;
+        info!(tunnel = name, "its device was made");
+    }
+    Ok(())
+}
 
 impl Agent {
     /// Looks at all tunnel devices that may be native. Tells what is new about them.

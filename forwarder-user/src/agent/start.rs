@@ -61,6 +61,7 @@ impl Agent {
         pins: &Arc<PinDirectory>,
     ) -> Result<(Self, Inspector), Error> {
         let started_at = Instant::now();
+        super::native::make_tunnels(&network, &config).await?;
         let mut links = Vec::new();
         for name in config.interfaces.keys().chain(config.tunnels.keys()) {
             links.push(existing(&network, name).await?);

@@ -123,8 +123,38 @@ pub struct Interface {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tunnel {
     pub mode: TunnelMode,
+    /// The device that the agent makes; `None`: the operator makes it.
+    pub made: Option<MadeTunnel>,
     /// `None`: whether it carries packets is only seen by the backends behind it.
     pub health: Option<TunnelCheck>,
+}
+
+/// A tunnel device that the agent makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MadeTunnel {
+    pub kind: MadeKind,
+    pub remote: IpAddr,
+    /// Of the family of `remote`; `None`: as the route says.
+    pub local: Option<IpAddr>,
+    /// VNI of VXLAN and Geneve, key of GRE.
+    pub id: Option<u32>,
+    /// UDP destination port, of kinds over UDP.
+    pub port: Option<u16>,
+    /// Zero: the inner packet's.
+    pub ttl: u8,
+    /// `None`: what the interface to `remote` leaves.
+    pub mtu_bytes: Option<u32>,
+}
+
+/// Kinds of tunnels that the agent makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MadeKind {
+    Vxlan,
+    Geneve,
+    Gre,
+    Gretap,
+    /// IP in IP.
+    Ipip,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

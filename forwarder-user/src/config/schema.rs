@@ -18,13 +18,21 @@ use ipnet::IpNet;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    NatMode, OnStop, OnUnhealthy, Ports, Protocol, Redirect, Selection, TunnelMode, XdpMode,
+    MadeKind, NatMode, OnStop, OnUnhealthy, Ports, Protocol, Redirect, Selection, TunnelMode, XdpMode,
     health::read::{HEALTH, Health, TUNNEL_HEALTH, TunnelHealth},
     reader::{Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, one_of},
 };
 
 /// Range of `agent.max_flows`.
 pub const MAX_FLOWS: RangeInclusive<u32> = 1024..=16_777_216;
+/// A network of VXLAN or Geneve has 24 bits (RFC 7348 §5, RFC 8926 §3.4).
+pub const VNI: RangeInclusive<u32> = 0..=0x00ff_ffff;
+/// A key of GRE has 32 bits (RFC 2890 §2.1).
+pub const GRE_KEY: RangeInclusive<u32> = 0..=u32::MAX;
+/// Zero is the inner packet's.
+pub const TTL: RangeInclusive<u8> = 0..=255;
+/// What IPv6 needs at least (RFC 8200 §5), up to what IP can carry.
+pub const TUNNEL_MTU: RangeInclusive<u32> = 1280..=65_535;
 /// Range of `agent.max_slots`; the upper end is 512 MiB of 4-byte slots.
 pub const MAX_SLOTS: RangeInclusive<u32> = 1024..=134_217_728;
 /// Range of a group's `slow_start`, in milliseconds.
@@ -109,7 +117,9 @@ const INTERFACE: Shape = Shape {
 };
 const TUNNEL: Shape = Shape {
     header: "tunnel.NAME",
-    keys: &["mode", "health"],
+    keys: &[
+        "mode", "kind", "remote", "local", "vni", "key", "port", "ttl", "mtu", "health",
+    ],
 };
 const NETWORK: Shape = Shape {
     header: "network.NAME",
@@ -228,6 +238,14 @@ pub struct Interface {
 #[derive(Clone, Debug)]
 pub struct Tunnel {
     pub mode: OptionalField<TunnelMode>,
+    pub kind: OptionalField<MadeKind>,
+    pub remote: OptionalField<IpAddr>,
+    pub local: OptionalField<IpAddr>,
+    pub vni: OptionalField<u32>,
+    pub key: OptionalField<u32>,
+    pub port: OptionalField<u16>,
+    pub ttl: OptionalField<u8>,
+    pub mtu: OptionalField<u32>,
     pub health: Result<Option<TunnelHealth>, Reported>,
 }
 
@@ -341,6 +359,14 @@ impl Document {
             }),
             tunnels: file.named("tunnel", &TUNNEL, interface_name, |table| Tunnel {
                 mode: table.optional("mode", tunnel_mode),
+                kind: table.optional("kind", made_kind),
+                remote: table.optional("remote", outer_address),
+                local: table.optional("local", outer_address),
+                vni: table.optional("vni", integer(VNI)),
+                key: table.optional("key", integer(GRE_KEY)),
+                port: table.optional("port", integer(PORT)),
+                ttl: table.optional("ttl", integer(TTL)),
+                mtu: table.optional("mtu", integer(TUNNEL_MTU)),
                 health: table.optional_table("health", &TUNNEL_HEALTH, TunnelHealth::read),
             }),
             networks: file.named("network", &NETWORK, name, |table| Network {
@@ -573,6 +599,24 @@ fn pin_directory(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
     } else {
         Err(wrong().hint("a directory of its own in a BPF file system, such as \"/sys/fs/bpf/forwarder\""))
     }
+}
+
+fn made_kind(value: &DeValue<'_>) -> Result<MadeKind, Wrong> {
+    one_of(&[
+        ("vxlan", MadeKind::Vxlan),
+        ("geneve", MadeKind::Geneve),
+        ("gre", MadeKind::Gre),
+        ("gretap", MadeKind::Gretap),
+        ("ipip", MadeKind::Ipip),
+    ])(value)
+}
+
+/// An address in the network that carries a tunnel.
+fn outer_address(value: &DeValue<'_>) -> Result<IpAddr, Wrong> {
+    let is_host = |address: &IpAddr| !address.is_unspecified() && !address.is_multicast();
+    parsed(value)
+        .filter(is_host)
+        .ok_or_else(|| Wrong::must_be("the address of a host, such as \"203.0.113.2\" or \"2001:db8::2\""))
 }
 
 fn tunnel_mode(value: &DeValue<'_>) -> Result<TunnelMode, Wrong> {

@@ -17,9 +17,9 @@ use forwarder_common::abi::snat::{MAX_RANGES, PORTS_PER_ADDRESS};
 use ipnet::IpNet;
 
 use super::{
-    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, NatMode, Network, OnStop, OnUnhealthy,
-    Passive, PerFamily, Persistence, Ports, Protocol, Redirect, RoutingTable, Selection, SnatPool,
-    TableSizes, Tunnel, TunnelMode, XdpMode,
+    Agent, Backend, Config, Group, HealthCheck, Interface, Listener, MadeKind, MadeTunnel, NatMode, Network,
+    OnStop, OnUnhealthy, Passive, PerFamily, Persistence, Ports, Protocol, Redirect, RoutingTable, Selection,
+    SnatPool, TableSizes, Tunnel, TunnelMode, XdpMode,
     address::{DEFAULT_BACKEND_RANGES, count, family_name, hosts, not_for_hosts, plus, without_mapped},
     health::{
         read::HealthKind,
@@ -620,8 +620,68 @@ impl<'d> Check<'d> {
         };
         Ok(Tunnel {
             mode: or(&tunnel.mode, TunnelMode::Auto)?,
+            made: self.made_tunnel(&place, tunnel)?,
             health,
         })
+    }
+
+    /// The device that the agent is to make for a tunnel.
+    fn made_tunnel(&self, place: &str, tunnel: &schema::Tunnel) -> Result<Option<MadeTunnel>, Reported> {
+        let kind = match &tunnel.kind {
+            Ok(kind) => kind.as_ref(),
+            Err(reported) => return Err(*reported),
+        };
+        let (local, remote) = (option(&tunnel.local)?, option(&tunnel.remote)?);
+        let (vni, key, port) = (option(&tunnel.vni)?, option(&tunnel.key)?, option(&tunnel.port)?);
+        let Some(kind) = kind else {
+            let rest = [
+                ("remote", remote.is_some()),
+                ("local", local.is_some()),
+                ("vni", vni.is_some()),
+                ("key", key.is_some()),
+                ("port", port.is_some()),
+                ("ttl", option(&tunnel.ttl)?.is_some()),
+                ("mtu", option(&tunnel.mtu)?.is_some()),
+            ];
+            let Some((name, _)) = rest.iter().find(|(_, is_written)| *is_written) else {
+                return Ok(None);
+            };
+            let what = format!("{place}: {name} is for a tunnel whose device the agent makes");
+            return Err(self.error(None, what, "write kind as well, or make the device yourself"));
+        };
+        let wrong = |what: &str, hint: &str| Err(self.error(kind.at, format!("{place}: {what}"), hint));
+        let is_vni = matches!(kind.value, MadeKind::Vxlan | MadeKind::Geneve);
+        let is_gre = matches!(kind.value, MadeKind::Gre | MadeKind::Gretap);
+        let Some(remote) = remote else {
+            return wrong("remote is missing", "write the address of the far end");
+        };
+        if local.is_some_and(|local| local.is_ipv4() != remote.is_ipv4()) {
+            return wrong(
+                "local and remote are of two families",
+                "write both as IPv4 or as IPv6",
+            );
+        }
+        if is_vni && vni.is_none() {
+            return wrong(
+                "vni is missing",
+                "write the number of the network, as at the far end",
+            );
+        }
+        if (!is_vni && (vni.is_some() || port.is_some())) || (!is_gre && key.is_some()) {
+            return wrong(
+                "it has keys of another kind",
+                "vni and port are for vxlan and geneve, key is for gre and gretap",
+            );
+        }
+        Ok(Some(MadeTunnel {
+            kind: kind.value,
+            remote,
+            local,
+            id: vni.or(key),
+            port,
+            ttl: or(&tunnel.ttl, 64)?,
+            mtu_bytes: option(&tunnel.mtu)?,
+        }))
     }
 
     fn network(&self, name: &str, network: &schema::Network) -> Result<Network, Reported> {

@@ -766,6 +766,7 @@ mod tests {
             kind,
             controller: None,
             remote: None,
+            alias: None,
             vlan: None,
             driver: None,
         }

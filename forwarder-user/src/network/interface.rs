@@ -37,6 +37,8 @@ pub struct Interface {
     pub remote: Option<IpAddr>,
     /// Of a VLAN device: its tag, and the interface below.
     pub vlan: Option<Vlan>,
+    /// What somebody has noted on it (`ip link set alias`).
+    pub alias: Option<String>,
     /// The kernel driver of a physical interface; `None` where sysfs does not tell.
     pub driver: Option<String>,
 }
@@ -68,6 +70,7 @@ impl Interface {
             },
             controller: None,
             remote: None,
+            alias: None,
             vlan: None,
             driver: None,
         };
@@ -76,6 +79,7 @@ impl Interface {
             match attribute {
                 LinkAttribute::Link(index) => carrier = *index,
                 LinkAttribute::IfName(name) => interface.name.clone_from(name),
+                LinkAttribute::IfAlias(alias) => interface.alias = Some(alias.clone()),
                 LinkAttribute::Mtu(mtu_bytes) => interface.mtu_bytes = *mtu_bytes,
                 LinkAttribute::Address(mac) if is_ethernet => {
                     interface.mac = mac.as_slice().try_into().ok();

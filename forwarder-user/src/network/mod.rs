@@ -23,6 +23,7 @@ mod ethtool;
 mod fib;
 mod genetlink;
 mod interface;
+mod making;
 mod neighbour;
 mod packet_socket;
 mod route;

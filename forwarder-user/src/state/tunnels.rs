@@ -38,15 +38,9 @@ impl TunnelTables {
     /// Adds what comes in, and what its port means.
     pub fn add_endpoint(&mut self, key: TunnelEndpointKey, value: TunnelEndpoint) {
         if key.kind.is_udp() {
-            let protocol = if key.kind == TunnelKind::FOU {
-                key.detail
-            } else {
-                0
-            };
             let meaning = TunnelPort {
                 kind: key.kind,
-                protocol,
-                reserved: 0,
+                reserved: [0; 3],
             };
             self.ports.insert(key.port.get(), meaning);
         }

@@ -121,7 +121,12 @@ impl Setting {
             .insert(PeerId(1), peer.peer().expect("a possible tunnel"));
         let key = TunnelHopKey {
             ifindex: TUNNEL_SIDE.ifindex,
-            mac: next,
+            // What a neighbour's link address is on devices without Ethernet is of no meaning.
+            mac: if kind.is_ethernet() {
+                next
+            } else {
+                MacAddress::default()
+            },
             version: if self.is_inner_v6 { 6 } else { 4 },
         };
         world.tunnel_hops.insert(key, PeerId(1));
@@ -159,8 +164,7 @@ impl Setting {
         if kind.is_udp() {
             let meaning = TunnelPort {
                 kind,
-                protocol: if kind == TunnelKind::FOU { detail } else { 0 },
-                reserved: 0,
+                reserved: [0; 3],
             };
             world.tunnel_ports.insert(port, meaning);
         }

@@ -66,6 +66,7 @@ pub(in crate::doctor) fn device(name: &str, index: u32, kind: InterfaceKind, add
             kind,
             controller: None,
             remote: None,
+            alias: None,
             vlan: None,
             driver: None,
         },
