@@ -275,6 +275,10 @@ impl Store for Memory {
                 );
                 Some(MapWrite::Source(*key, old.map(|(_, value)| value)))
             }
+            MapWrite::TunnelPort(..)
+            | MapWrite::TunnelEndpoint(..)
+            | MapWrite::TunnelHop(..)
+            | MapWrite::TunnelPeer(..) => unreachable!("no tunnel here is native: {write}"),
             MapWrite::ListenerCounters(_) | MapWrite::BackendCounters(_) => None,
         };
         self.check(write);
