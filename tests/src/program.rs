@@ -21,7 +21,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, LpmTrie, MapError, PerCpuArray, PerCpuValues, Queue, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, MapError, PerCpuArray, PerCpuValues, Queue, RingBuf, lpm_trie::Key},
     programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp},
     util::nr_cpus,
 };
@@ -231,6 +231,7 @@ impl Kernel {
         self.set_array(map_name::SLOTS, &tables.slots)?;
         self.set_array(map_name::BACKENDS, &tables.backends)?;
         self.set_array(map_name::FLOWS, &tables.flows)?;
+        self.drain_held_fragments()?;
         self.drain_free_flows()?;
         let mut queue = self.free_flows()?;
         for id in &tables.free_flows {
@@ -264,6 +265,13 @@ impl Kernel {
             reason_counters: self.reason_counters()?,
             ..tables.clone()
         })
+    }
+
+    /// Takes what the program has handed to the agent, which would not be able to hold any more.
+    fn drain_held_fragments(&mut self) -> Result<()> {
+        let mut held = RingBuf::try_from(self.map(map_name::HELD)?)?;
+        while held.next().is_some() {}
+        Ok(())
     }
 
     /// What was counted per reason.

@@ -93,6 +93,7 @@ fn site(tags: Tags) -> Result<Site> {
     Ok(Site {
         clients: vec![client],
         far_router: gateway.clone(),
+        carrier: None,
         gateway,
         remote_client: None,
         servers: vec![Server {
@@ -138,8 +139,9 @@ fn play(tags: Tags, mode: &str) -> Result<()> {
         agent.packets("request_to_stack")?,
     );
     println!("{tags:?}, {mode}: {transferred}; {straight} requests straight, {by_stack} by the stack");
+    // Generic XDP leaves aggregated packets to the stack, which segments them.
     ensure!(
-        straight > by_stack,
+        straight > 0 && (mode == "generic" || straight > by_stack),
         "{straight} requests left straight from XDP, {by_stack} by the stack"
     );
     show_log.all_is_well();

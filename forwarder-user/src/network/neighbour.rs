@@ -122,6 +122,10 @@ impl Neighbour {
     }
 }
 
+fn is_of_every_link(address: IpAddr) -> bool {
+    address.is_multicast() || matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
+}
+
 impl Network {
     /// The neighbour `address` on the interface with number `interface`; `None` if the kernel has no entry.
     pub async fn neighbour(&self, interface: u32, address: IpAddr) -> Result<Option<Neighbour>, Error> {
@@ -154,13 +158,15 @@ impl Network {
         Ok(entry.as_ref().and_then(Neighbour::from_message))
     }
 
-    /// All neighbours on the interface with number `interface`.
+    /// All neighbours on the interface with number `interface`, but for groups and link-local addresses of IPv6: every
+    /// link has those.
     pub async fn neighbours(&self, interface: u32) -> Result<Vec<Neighbour>, Error> {
         let request = self.handle.neighbours().get();
         request
             .execute()
             .try_filter(|message| future::ready(message.header.ifindex == interface))
             .try_filter_map(|message| future::ok(Neighbour::from_message(&message)))
+            .try_filter(|neighbour| future::ready(!is_of_every_link(neighbour.address)))
             .try_collect()
             .await
             .map_err(|error| failed("list the neighbours", &error))
