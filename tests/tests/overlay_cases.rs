@@ -104,7 +104,7 @@ fn tunnels() -> Vec<Tunnel> {
 }
 
 fn address(text: &str) -> IpAddr {
-    text.parse().unwrap()
+    text.parse().expect("an address")
 }
 
 fn mac(octets: Mac) -> MacAddress {
@@ -187,7 +187,7 @@ impl Tunnel {
 }
 
 fn socket(text: &str) -> SocketAddrV4 {
-    text.parse().unwrap()
+    text.parse().expect("an address")
 }
 
 /// Inner packets with the names of what is special about them.

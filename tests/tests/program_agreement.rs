@@ -44,7 +44,6 @@ const SIZES: Sizes = Sizes {
     flows: 1024,
     flow_keys_v6: 1,
     flow_keys: 1024,
-    flow_keys_v6: 1,
     slots: 131_072,
     groups: 16,
     backends: 1024,
