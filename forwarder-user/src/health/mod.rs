@@ -513,7 +513,7 @@ mod tests {
         let _watch = start(
             known.to_vec(),
             HashMap::from([(name.clone(), Health::Healthy)]),
-            LOOPBACK,
+            LOOPBACK.into(),
             sender,
         );
         let mut seen = HashSet::new();

@@ -129,10 +129,7 @@ mod tests {
         .unwrap();
         assert!(elapsed < LIMIT);
         let (read, from) = task.await.unwrap();
-        assert_eq!(
-            (read.as_slice(), from.ip()),
-            (&b"PING\x00\r\n"[..], source)
-        );
+        assert_eq!((read.as_slice(), from.ip()), (&b"PING\x00\r\n"[..], source));
     }
 
     #[tokio::test]
