@@ -43,7 +43,7 @@ pub(super) async fn make_tunnels(network: &Network, config: &Config) -> Result<(
                 Some(RoutingTable::Number(number)) => Some(number),
                 _ => None,
             };
-            networks.extend(behind.cidrs.iter().map(|cidr| ((*cidr).into(), table)));
+            networks.extend(behind.cidrs.iter().map(|cidr| (*cidr, table)));
         }
         network.make_tunnel(name, made, &networks).await?;
         info!(tunnel = name, "its device was made");

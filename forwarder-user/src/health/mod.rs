@@ -536,7 +536,7 @@ mod tests {
                 target("up", listener.local_addr().unwrap()),
                 target("down", refusing()),
             ],
-            LOOPBACK.into(),
+            LOOPBACK,
             sender,
         );
         let up = next_of(&mut reports, "up").await;
@@ -622,7 +622,7 @@ mod tests {
         let (sender, mut reports) = mpsc::channel(16);
         let watch = fresh(
             vec![kept.clone(), target("removed", refusing())],
-            LOOPBACK.into(),
+            LOOPBACK,
             sender,
         );
         assert_eq!(
@@ -771,7 +771,7 @@ mod tests {
                 target("silent", silent.address),
                 target("up", listener.local_addr().unwrap()),
             ],
-            LOOPBACK.into(),
+            LOOPBACK,
             sender,
         );
         // Several rounds pass before the silent one's first timeout of 2 s.

@@ -131,7 +131,7 @@ mod tests {
         let (read, from) = task.await.unwrap();
         assert_eq!(
             (read.as_slice(), from.ip()),
-            (&b"PING\x00\r\n"[..], source.into())
+            (&b"PING\x00\r\n"[..], source)
         );
     }
 

@@ -105,7 +105,7 @@ impl Neighbour {
         for attribute in &message.attributes {
             match attribute {
                 NeighbourAttribute::Destination(NeighbourAddress::Inet(inet)) => {
-                    address = Some((*inet).into())
+                    address = Some((*inet).into());
                 }
                 NeighbourAttribute::Destination(NeighbourAddress::Inet6(inet6)) => {
                     address = Some((*inet6).into());

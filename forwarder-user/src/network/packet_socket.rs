@@ -1,12 +1,12 @@
 //! Frames that the agent writes itself, link header included (packet(7)): announcements.
 //!
-//! It only sends: opened with protocol 0, the socket gets nothing. One `unsafe` block, as neither nix nor socket2 makes
-//! a `sockaddr_ll` of an interface's number.
+//! It only sends: opened with protocol 0, the socket gets nothing. `unsafe` is needed as neither nix nor socket2 makes a
+//! socket address of an interface's number.
 
 use std::{io, mem::size_of};
 
 use nix::libc::{AF_PACKET, sockaddr_ll, socklen_t};
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, SockAddr, SockAddrStorage, Socket, Type};
 
 use crate::error::Error;
 
@@ -41,18 +41,18 @@ impl PacketSocket {
 }
 
 fn address_of(interface: u32) -> io::Result<SockAddr> {
-    let index = i32::try_from(interface).map_err(io::Error::other)?;
-    // SAFETY: the storage is zeroed, larger than a sockaddr_ll and aligned for any socket address; what is written is
-    // a whole one, and its length is said.
-    let ((), address) = unsafe {
-        SockAddr::try_init(|storage, length| {
-            let mut link: sockaddr_ll = std::mem::zeroed();
-            link.sll_family = AF_PACKET as u16;
-            link.sll_ifindex = index;
-            storage.cast::<sockaddr_ll>().write(link);
-            *length = size_of::<sockaddr_ll>() as socklen_t;
-            Ok(())
-        })
-    }?;
-    Ok(address)
+    let link = sockaddr_ll {
+        sll_family: AF_PACKET as u16,
+        sll_protocol: 0,
+        sll_ifindex: i32::try_from(interface).map_err(io::Error::other)?,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    let mut storage = SockAddrStorage::zeroed();
+    // SAFETY: a sockaddr_ll is a socket address: it is plain data, and fits the storage in size and alignment.
+    *unsafe { storage.view_as::<sockaddr_ll>() } = link;
+    // SAFETY: the storage begins with a whole sockaddr_ll, whose family and length these are.
+    Ok(unsafe { SockAddr::new(storage, size_of::<sockaddr_ll>() as socklen_t) })
 }
