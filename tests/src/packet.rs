@@ -633,7 +633,7 @@ pub fn wrong_checksums(frame: &[u8]) -> Vec<&'static str> {
     match ip.protocol {
         TCP if fold(pseudo + sum(segment)) != 0xffff => wrong.push("TCP"),
         UDP if (segment[6..8] != [0, 0] || !is_v4) && fold(pseudo + sum(segment)) != 0xffff => {
-            wrong.push("UDP")
+            wrong.push("UDP");
         }
         ICMP if fold(sum(segment)) != 0xffff => wrong.push("ICMP"),
         ICMPV6 if fold(pseudo + sum(segment)) != 0xffff => wrong.push("ICMPv6"),

@@ -345,7 +345,7 @@ pub const fn check_congestion(inner_tos: u8, outer_tos: u8) -> Result<(), Stop> 
 
 /// The inner packet's type of service behind the tunnel (RFC 6040 §4.2).
 #[inline(always)]
-const fn decapsulated_tos(inner_tos: u8, outer_tos: u8) -> u8 {
+pub const fn decapsulated_tos(inner_tos: u8, outer_tos: u8) -> u8 {
     match (inner_tos & ECN, outer_tos & ECN) {
         (ECN_NOT_ECT, _) | (ECN_CE, _) => inner_tos,
         (_, ECN_CE) => inner_tos | ECN_CE,

@@ -76,6 +76,8 @@ fn stages<P: Packet, T: Tables, E: Env>(
     rewrite::check_ttl(&walk.frame)?;
     if walk.inside.is_tunnel() {
         overlay::check_congestion(walk.frame.tos, walk.inside.outer_tos)?;
+        // For a header that is written anew; see `rewrite::leave`.
+        walk.frame.tos = overlay::decapsulated_tos(walk.frame.tos, walk.inside.outer_tos);
     }
     translate::check(walk)?;
     next_hop::resolve(tables, env, settings, walk)?;

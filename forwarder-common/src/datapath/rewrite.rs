@@ -187,7 +187,10 @@ pub fn leave<P: Packet, T: Tables>(
         // The kernel writes the link header as it sends.
         return Ok(());
     }
-    if walk.inside.is_tunnel() {
+    // A packet of the other family by now has a new header, with nothing but a link header before it where that is for the
+    // stack.
+    let is_translated = walk.frame.is_v4() != (walk.inside.ethertype == ETHERTYPE_IPV4);
+    if walk.inside.is_tunnel() && !is_translated {
         overlay::carry_congestion(packet, &walk.inside)?;
         if !is_sent {
             return overlay::strip(packet, &walk.inside);

@@ -1,7 +1,7 @@
 //! Frames that the agent writes itself, link header included (packet(7)): announcements.
 //!
-//! It only sends: opened with protocol 0, the socket gets nothing. `unsafe` is needed as neither nix nor socket2 makes a
-//! socket address of an interface's number.
+//! It only sends: opened with protocol 0, the socket gets nothing. Two `unsafe` blocks, as neither nix nor socket2 makes
+//! a `sockaddr_ll` of an interface's number.
 
 use std::{io, mem::size_of};
 
@@ -51,8 +51,8 @@ fn address_of(interface: u32) -> io::Result<SockAddr> {
         sll_addr: [0; 8],
     };
     let mut storage = SockAddrStorage::zeroed();
-    // SAFETY: a sockaddr_ll is a socket address: it is plain data, and fits the storage in size and alignment.
+    // SAFETY: the storage is larger than a sockaddr_ll and aligned for any socket address.
     *unsafe { storage.view_as::<sockaddr_ll>() } = link;
-    // SAFETY: the storage begins with a whole sockaddr_ll, whose family and length these are.
+    // SAFETY: a whole sockaddr_ll was just written.
     Ok(unsafe { SockAddr::new(storage, size_of::<sockaddr_ll>() as socklen_t) })
 }

@@ -71,6 +71,7 @@ mod tests {
                 is_service,
             }),
             driver: None,
+            alias: None,
         }
     }
 

@@ -25,8 +25,11 @@ enum Family {
     V6,
 }
 
-/// Errors with what they are called: type and code in IPv4, in IPv6, and the four bytes behind the checksum.
-const ERRORS: [(&str, (u8, u8), (u8, u8), u32); 7] = [
+/// An ICMP type and code.
+type Kind = (u8, u8);
+
+/// Errors with what they are called: what they are in IPv4, in IPv6, and the four bytes behind the checksum.
+const ERRORS: [(&str, Kind, Kind, u32); 7] = [
     ("network unreachable", (3, 0), (1, 0), 0),
     ("administratively prohibited", (3, 13), (1, 1), 0),
     ("host unreachable", (3, 1), (1, 3), 0),

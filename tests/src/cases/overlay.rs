@@ -274,7 +274,7 @@ impl Setting {
     }
 
     /// What comes out of the tunnel is left to its device.
-    fn to_device(&self, inner: &Builder) -> Step {
+    fn to_device(self, inner: &Builder) -> Step {
         let frame = self.received(inner);
         Step::new(&SERVER_SIDE, frame, Verdict::PASS, Reason::TUNNEL_TO_STACK)
     }

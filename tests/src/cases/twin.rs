@@ -5,7 +5,7 @@
 use std::{collections::HashMap, hash::Hash};
 
 use forwarder_common::{
-    abi::{flow::FlowState, settings::flag, snat::SnatRanges},
+    abi::{flow::FlowState, settings::flag},
     wire::IpAddress,
 };
 
@@ -101,7 +101,7 @@ fn in_ipv6(tables: &MemoryTables) -> MemoryTables {
         kept.address = twin(kept.address);
     }
     let pool = &mut tables.settings.pool;
-    pool.v6 = std::mem::replace(&mut pool.v4, SnatRanges::default());
+    pool.v6 = std::mem::take(&mut pool.v4);
     for run in &mut pool.v6.runs {
         run.first = twin(run.first);
     }

@@ -11,8 +11,6 @@ use crate::{
     network::InterfaceKind,
 };
 
-/// The largest MTU of a veth in native mode without multi-buffer programs: a page less headroom and tail.
-const VETH_NATIVE_MTU_BYTES: u32 = 3506;
 const LRO: &str = "rx-lro";
 const GRO_HW: &str = "rx-gro-hw";
 
@@ -70,8 +68,6 @@ fn expected_mode(device: &Device, wanted: &config::Interface) -> (&'static str, 
     } else if device.runs_programs == Some(false) {
         let driver = link.driver.clone().unwrap_or_else(|| link.kind.to_string());
         ("generic", format!("the driver ({driver}) runs no XDP programs"))
-    } else if is_veth && link.mtu_bytes > VETH_NATIVE_MTU_BYTES {
-        generic("the MTU is more than native mode takes in one buffer")
     } else if wanted.redirect == config::Redirect::Auto && !device.takes_redirects.unwrap_or(!is_veth) {
         generic("frames cannot leave straight from XDP: the other end of the veth has neither XDP nor GRO")
     } else if device.runs_programs.is_none() {
@@ -343,7 +339,7 @@ mod tests {
         wanted.redirect = Redirect::Off;
         assert_eq!(mode(&eth0, &wanted, None).0, "native");
         eth0.link.mtu_bytes = 9000;
-        assert_eq!(mode(&eth0, &wanted, None).0, "generic");
+        assert_eq!(mode(&eth0, &wanted, None).0, "native");
         eth0.runs_programs = Some(false);
         wanted.mode = XdpMode::Native;
         assert!(native_impossible(&eth0, &wanted).is_some());
