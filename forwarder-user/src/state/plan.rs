@@ -5,7 +5,7 @@
 //! the reverse order, after all that comes. A group's table alternates between two places of the slot table: the
 //! new one is written in full, then the group's entry is replaced, in one write.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, net::SocketAddr};
 
 use forwarder_common::{
     abi::{
@@ -17,7 +17,7 @@ use forwarder_common::{
             PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
         },
     },
-    wire::IpAddress,
+    wire::{Be16, IpAddress},
 };
 
 use super::{
@@ -322,8 +322,9 @@ impl fmt::Display for MapWrite {
                 };
                 write!(
                     f,
-                    "backend {}: {:?}:{:?} {state}",
-                    id.0, backend.address, backend.port
+                    "backend {}: {} {state}",
+                    id.0,
+                    at(backend.address, backend.port)
                 )
             }
             Self::Backend(id, None) => write!(f, "remove backend {}", id.0),
@@ -343,16 +344,21 @@ impl fmt::Display for MapWrite {
                 "{}source {:?}/{} of listener {}",
                 if value.is_some() { "" } else { "remove " },
                 key.address,
-                key.prefix_bits - 32,
+                key.prefix_bits
+                    - 32
+                    - if key.address.is_v4() {
+                        IpAddress::V4_PREFIX_BITS
+                    } else {
+                        0
+                    },
                 key.listener.get()
             ),
             Self::ListenerRange(key, value) => {
                 write!(
                     f,
-                    "{}listener {:?}:{:?} ({} bits) protocol {:?}",
+                    "{}listener {} ({} bits) protocol {:?}",
                     if value.is_some() { "" } else { "remove " },
-                    key.vip,
-                    key.port,
+                    at(key.vip, key.port),
                     key.prefix_bits + 16 - ListenerRangeKey::BITS,
                     key.protocol,
                 )?;
@@ -364,21 +370,29 @@ impl fmt::Display for MapWrite {
             Self::Listener(key, Some(value)) => {
                 write!(
                     f,
-                    "listener {:?}:{:?} protocol {:?}: group {}",
-                    key.vip, key.port, key.protocol, value.group.0
+                    "listener {} protocol {:?}: group {}",
+                    at(key.vip, key.port),
+                    key.protocol,
+                    value.group.0
                 )
             }
             Self::Listener(key, None) => {
                 write!(
                     f,
-                    "remove listener {:?}:{:?} protocol {:?}",
-                    key.vip, key.port, key.protocol
+                    "remove listener {} protocol {:?}",
+                    at(key.vip, key.port),
+                    key.protocol
                 )
             }
             Self::ListenerCounters(id) => write!(f, "clear counters of listener {}", id.0),
             Self::BackendCounters(id) => write!(f, "clear counters of backend {}", id.0),
         }
     }
+}
+
+/// An address and a port as one writes them together.
+fn at(address: IpAddress, port: Be16) -> SocketAddr {
+    SocketAddr::new(address.to_std(), port.get())
 }
 
 #[cfg(test)]
