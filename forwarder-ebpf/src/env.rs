@@ -107,18 +107,16 @@ impl Env for KernelEnv {
         let Some(mut entry) = maps::held_fragment() else {
             return false;
         };
-        let held = entry.as_mut_ptr();
+        // SAFETY: the kernel's memory, as large as the struct, for whose integers all bytes are values.
+        let held = unsafe { &mut *entry.as_mut_ptr() };
+        held.key = fragment::key(frame);
+        held.ingress_ifindex = self.ingress_ifindex;
         // The verifier refuses a length that may be zero; see `packet::forwarder_sum`.
         let len = masked::<{ HELD_BYTES as u64 - 1 }>(frame.total_len as usize - 1) as u32 + 1;
-        // SAFETY: the entry is as large as the struct, whose fields are written one by one; the helper writes `len` bytes
-        // at most, which is no more than the array has, and checks the offset.
-        let loaded = unsafe {
-            (*held).key = fragment::key(frame);
-            (*held).ingress_ifindex = self.ingress_ifindex;
-            (*held).len = len;
-            let packet = (&raw mut (*held).packet).cast();
-            bpf_xdp_load_bytes(self.ctx.cast(), frame.network_offset, packet, len)
-        };
+        held.len = len;
+        let packet = held.packet.as_mut_ptr().cast();
+        // SAFETY: the helper writes `len` bytes at most, which is no more than the array has, and checks the offset.
+        let loaded = unsafe { bpf_xdp_load_bytes(self.ctx.cast(), frame.network_offset, packet, len) };
         if loaded < 0 {
             entry.discard(0);
             return false;

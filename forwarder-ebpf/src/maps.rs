@@ -357,13 +357,12 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference> {
-        // SAFETY: as for `vip`.
-        unsafe {
-            if key.is_v4() {
-                FLOW_INDEX.get(key.v4())
-            } else {
-                FLOW_INDEX_V6.get(key)
-            }
+        if key.is_v4() {
+            // SAFETY: as for `vip`.
+            unsafe { FLOW_INDEX.get(key.v4()) }
+        } else {
+            // SAFETY: as for `vip`.
+            unsafe { FLOW_INDEX_V6.get(key) }
         }
     }
 
