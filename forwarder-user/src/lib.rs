@@ -22,6 +22,7 @@ pub mod doctor;
 pub mod error;
 pub mod explain;
 pub mod flows;
+pub mod fragments;
 pub mod health;
 pub mod inspect;
 pub mod metrics;

@@ -4,7 +4,7 @@
 //! keeps what each end acknowledged last, and of an idle connection that is what it expects. Both are told, or
 //! the one that is not would find out only when it sends.
 
-use std::{io, net::SocketAddr};
+use std::net::SocketAddr;
 
 use forwarder_common::{
     abi::flow::{FlowBinding, FlowEntry},
@@ -17,21 +17,15 @@ use forwarder_common::{
         tcp::{FLAG_RST, TcpHeader},
     },
 };
-use socket2::{Domain, Protocol, Socket, Type};
 use tracing::debug;
 
-use crate::error::Error;
+use crate::{error::Error, network::raw::RawSockets};
 
 /// Linux's default for packets of a host's own.
 const TTL: u8 = 64;
-/// IPPROTO_RAW (linux/in.h): the sender writes the IP header itself.
-const PROTOCOL_RAW: i32 = 255;
-
-/// Raw sockets: the resets carry a VIP or an SNAT address as their source, which this host does not own.
+/// Sends them: they carry a VIP or an SNAT address as their source, which this host does not own.
 pub struct ResetSender {
-    v4: Socket,
-    /// `None`: this host has no IPv6.
-    v6: Option<Socket>,
+    sockets: RawSockets,
 }
 
 impl ResetSender {
@@ -40,21 +34,8 @@ impl ResetSender {
     /// # Errors
     /// When the kernel refuses, for want of CAP_NET_RAW.
     pub fn open() -> Result<Self, Error> {
-        let open = |domain| {
-            let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(PROTOCOL_RAW)))?;
-            socket.set_nonblocking(true)?;
-            io::Result::Ok(socket)
-        };
-        match open(Domain::IPV4) {
-            Ok(v4) => Ok(Self {
-                v4,
-                v6: open(Domain::IPV6).ok(),
-            }),
-            Err(error) => Err(
-                Error::host(format!("cannot open a raw socket for resets: {error}"))
-                    .hint("run as root, or grant CAP_NET_RAW"),
-            ),
-        }
+        let sockets = RawSockets::open("resets")?;
+        Ok(Self { sockets })
     }
 
     /// Tells both ends of an established connection; how many resets left. An end that is still in the handshake takes
@@ -64,7 +45,7 @@ impl ResetSender {
             return 0;
         }
         let sent = resets(entry).into_iter().filter(|(to, packet)| {
-            match self.send(packet, *to) {
+            match self.sockets.send(packet, *to) {
                 Ok(_) => true,
                 // The other end finds out by itself when it sends next.
                 Err(error) => {
@@ -74,16 +55,6 @@ impl ResetSender {
             }
         });
         sent.count() as u64
-    }
-
-    fn send(&self, packet: &[u8], to: SocketAddr) -> io::Result<usize> {
-        let socket = if to.is_ipv4() {
-            Some(&self.v4)
-        } else {
-            self.v6.as_ref()
-        };
-        let socket = socket.ok_or(io::ErrorKind::Unsupported)?;
-        socket.send_to(packet, &to.into())
     }
 }
 
@@ -141,13 +112,10 @@ fn reset(
     let sum = u32::from(fold(pseudo)) + sum_bytes(bytemuck::bytes_of(&tcp));
     tcp.checksum = Be16::from_raw(finish(sum));
     packet.extend_from_slice(bytemuck::bytes_of(&tcp));
-    // Linux wants no port here: the socket's protocol is not TCP.
-    let port = if destination.is_v4() {
-        destination_port.get()
-    } else {
-        0
-    };
-    (SocketAddr::new(destination.to_std(), port), packet)
+    (
+        SocketAddr::new(destination.to_std(), destination_port.get()),
+        packet,
+    )
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ use crate::{
     },
     diagnose::{self, Diagnosis, Subject},
     error::Error,
+    fragments::FragmentHolder,
     health::{self, Health, ProbeFailure, Report, Target},
     inspect,
     network::{self, Network},
@@ -259,6 +260,8 @@ struct Agent {
     names: watch::Sender<Arc<Names>>,
     started_at: Instant,
     announcer: Announcer,
+    /// Sends on what came too early, until the agent ends.
+    _fragments: FragmentHolder,
     /// Every backend has been heard of once.
     is_ready: bool,
 }

@@ -26,6 +26,7 @@ use crate::{
         attach::{self, Attachment},
         flows::{Sweeper, Timeouts},
         free_list::Handover,
+        held::HeldMaps,
         maps,
         object::{self, Sizes},
         pin::PinDirectory,
@@ -34,6 +35,7 @@ use crate::{
         watch::BackendWatch,
     },
     error::Error,
+    fragments::FragmentHolder,
     inspect::Inspector,
     network::{self, Network},
     pool_watch::PoolWatch,
@@ -73,6 +75,7 @@ impl Agent {
         let program_log = program_log(&mut ebpf);
         let live_maps = LiveMaps::open(&ebpf)?;
         let backend_watch = BackendWatch::open(&ebpf)?;
+        let held_maps = HeldMaps::open(&mut ebpf)?;
         let (control, mut flow_maps, counters) = maps::take(&mut ebpf, &sizes, Some(pins))?;
         let before = reader::read(&control)?;
         let capacity = Capacity {
@@ -87,6 +90,7 @@ impl Agent {
 
         let reset_sender = ResetSender::open()?;
         let announcer = Announcer::open()?;
+        let fragments = FragmentHolder::start(held_maps)?;
         let mut handover = Handover::open(old_lists, sizes.flows)?;
         handover.advance(&mut flow_maps)?;
         let mut attachments = Vec::new();
@@ -172,6 +176,7 @@ impl Agent {
             names,
             started_at,
             announcer,
+            _fragments: fragments,
             is_ready: false,
         };
         agent.look_for_trouble().await?;

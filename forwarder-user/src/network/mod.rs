@@ -26,6 +26,7 @@ mod interface;
 mod making;
 mod neighbour;
 mod packet_socket;
+pub mod raw;
 mod route;
 mod rule;
 mod sysctl;
