@@ -186,11 +186,14 @@ mod kind {
     pub(super) const PERCPU_ARRAY: u32 = 6;
     pub(super) const LPM_TRIE: u32 = 11;
     pub(super) const QUEUE: u32 = 22;
+    pub(super) const RINGBUF: u32 = 27;
 }
 
 /// The kernel's `struct htab_elem` without key and value, and a bucket (kernel/bpf/hashtab.c, Linux 6.18).
 const HASH_ELEMENT_BYTES: u64 = 48;
 const HASH_BUCKET_BYTES: u64 = 16;
+/// The pages of a ring buffer's positions, and what keeps track of its pages (kernel/bpf/ringbuf.c, Linux 6.18).
+const RINGBUF_EXTRA_BYTES: u64 = 4 * 4096;
 /// `struct lpm_trie_node` without the key's data and the value; an entry may need an intermediate node as well.
 const LPM_NODE_BYTES: u64 = 40;
 
@@ -219,6 +222,8 @@ fn table(map: &MapLayout, sizes: &Sizes, cpus: u64) -> TableNeeds {
         // Each CPU's copy of the value, and the pointer to them.
         kind::PERCPU_ARRAY => (value, count * (padded * cpus + 8)),
         kind::QUEUE => (value, (count + 1) * value),
+        // Its entries are bytes, beside pages of positions.
+        kind::RINGBUF => (1, count + RINGBUF_EXTRA_BYTES),
         // An array: the index takes nothing.
         _ => (value, count * padded),
     };
