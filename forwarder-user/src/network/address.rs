@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use nix::errno::Errno;
 use rtnetlink::{
     AddressMessageBuilder,
-    packet_route::address::{AddressAttribute, AddressMessage, AddressScope, CacheInfo},
+    packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope, CacheInfo},
 };
 
 use super::{Network, errno, failed, host_bits};
@@ -39,7 +39,11 @@ impl Network {
         let message = request.message_mut();
         match address {
             IpAddr::V4(_) => message.header.scope = AddressScope::Host,
-            IpAddr::V6(_) => message.attributes.push(AddressAttribute::CacheInfo(deprecated())),
+            IpAddr::V6(_) => message.attributes.extend([
+                AddressAttribute::CacheInfo(deprecated()),
+                // Or sockets cannot use it until the kernel has looked for a duplicate, on a loopback device too.
+                AddressAttribute::Flags(AddressFlags::Nodad),
+            ]),
         }
         match request.execute().await {
             Ok(()) => Ok(true),
