@@ -96,7 +96,8 @@ pub fn build(entries: &[Entry], turns: &mut [Turn], slots: &mut [u32]) -> bool {
     }
 }
 
-/// Identity of a backend: FNV-1a over the 4 or 16 octets of its address and over its port, which unlike names are the same everywhere.
+/// Identity of a backend: FNV-1a over the 4 or 16 octets of its address and over its port, which unlike names are the
+/// same everywhere.
 pub fn identity(address: &[u8], port: u16) -> u64 {
     let bytes = address.iter().copied().chain(port.to_be_bytes());
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {

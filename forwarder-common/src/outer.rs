@@ -3,8 +3,8 @@
 //! The agent calls this when it fills the table of peers; `datapath::overlay` copies the result and writes into it what
 //! differs between packets. Fields that do are zero here, and the sums over the rest are part of the result.
 //!
-//! References: VXLAN RFC 7348, Geneve RFC 8926, GRE RFC 2784 and RFC 2890, IP in IP RFC 2003, RFC 4213 and RFC 2473, GUE
-//! draft-ietf-intarea-gue.
+//! References: VXLAN RFC 7348, Geneve RFC 8926, GRE RFC 2784 and RFC 2890, IP in IP RFC 2003, RFC 4213 and RFC 2473,
+//! GUE draft-ietf-intarea-gue.
 
 use bytemuck::{Zeroable, bytes_of};
 
@@ -89,7 +89,8 @@ pub struct Far<'a> {
     pub has_checksum: bool,
     /// Flow label of an outer IPv6 packet.
     pub flow_label: u32,
-    /// How many tunnels may be nested in an outer IPv6 packet, as an option that says so (RFC 2473 §4.1.1); not for UDP.
+    /// How many tunnels may be nested in an outer IPv6 packet, as an option that says so (RFC 2473 §4.1.1); not for
+    /// UDP.
     pub limit: Option<u8>,
     /// The tunnel device; zero where there is none.
     pub ifindex: u32,
@@ -151,8 +152,8 @@ impl Far<'_> {
         self.limit.is_some() && !self.local.is_v4() && !self.kind.is_udp()
     }
 
-    /// The table's entry; `None` if addresses of two families, a number of more than 24 bits or options of a wrong length make
-    /// one impossible.
+    /// The table's entry; `None` if addresses of two families, a number of more than 24 bits or options of a wrong
+    /// length make one impossible.
     pub fn peer(&self) -> Option<TunnelPeer> {
         let is_v4 = self.local.is_v4();
         let is_vni = matches!(self.kind, TunnelKind::VXLAN | TunnelKind::GENEVE);

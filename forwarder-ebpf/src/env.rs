@@ -28,8 +28,6 @@ pub(crate) struct KernelEnv {
     pub(crate) ctx: *mut c_void,
     pub(crate) hook: Hook,
     pub(crate) ingress_ifindex: u32,
-    /// Is this a function of its own? Then it calls no others, for the sake of the stack.
-    pub(crate) is_nested: bool,
 }
 
 impl Env for KernelEnv {
@@ -45,7 +43,8 @@ impl Env for KernelEnv {
 
     #[inline(always)]
     fn route(&mut self, key: &FlowKey) -> Route {
-        // In a map, as the stack is short, and the verifier refuses misaligned accesses there, which the compiler makes.
+        // In a map, as the stack is short, and the verifier refuses misaligned accesses there, which the compiler
+        // makes.
         let Some(lookup) = maps::scratch() else {
             return Route::None;
         };
@@ -91,7 +90,7 @@ impl Env for KernelEnv {
         settings: &Settings,
         walk: &mut Walk,
     ) -> Result<(), Stop> {
-        if self.hook == Hook::Tcx || self.is_nested {
+        if self.hook == Hook::Tcx {
             return next_hop::find(tables, self, settings, walk);
         }
         maps::lend(walk);

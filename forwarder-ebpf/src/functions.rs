@@ -1,5 +1,5 @@
-//! What packets need seldom, as functions of their own in BPF as well: each has a stack frame of its own, of the 512 bytes
-//! that a chain of calls has together, and the verifier looks at it once.
+//! What packets need seldom, as functions of their own in BPF as well: each has a stack frame of its own, of the 512
+//! bytes that a chain of calls has together, and the verifier looks at it once.
 //!
 //! A function takes numbers and its program's context, whose type differs by hook, and answers with a number, an
 //! [`Outcome`]. Everything else stands in maps: see `datapath::Walk`.
@@ -67,8 +67,8 @@ pub(crate) fn icmp(env: &KernelEnv) -> Result<(), Stop> {
     }
 }
 
-/// Functions for which native and generic XDP are the same: their names, the context's type, and how a packet is made of
-/// it.
+/// Functions for which native and generic XDP are the same: their names, the context's type, and how a packet is made
+/// of it.
 macro_rules! of_context {
     ($icmp:ident $error:ident $translate:ident $context:ty, $packet:expr) => {
         #[inline(never)]
@@ -168,7 +168,6 @@ extern "C" fn forwarder_next_hop(ctx: *mut xdp_md, is_native: u32, ingress_ifind
             Hook::XdpGeneric
         },
         ingress_ifindex,
-        is_nested: true,
     };
     number(next_hop::find(&mut KernelTables, &mut env, settings, walk))
 }

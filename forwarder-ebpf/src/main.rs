@@ -52,7 +52,6 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
         ctx: ctx.as_ptr(),
         hook: if GENERIC { Hook::XdpGeneric } else { Hook::Xdp },
         ingress_ifindex,
-        is_nested: false,
     };
     let mut packet = XdpPacket::<GENERIC> { ctx };
     let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings, walk);
@@ -87,7 +86,6 @@ pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
         ctx: ctx.as_ptr(),
         hook: Hook::Tcx,
         ingress_ifindex,
-        is_nested: false,
     };
     let mut packet = SkbPacket::new(ctx);
     let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings, walk);
@@ -108,7 +106,8 @@ pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
     }
 }
 
-/// Answers the agent's question about a packet that is not there, see `datapath::inquiry`. Changes nothing but the answer.
+/// Answers the agent's question about a packet that is not there, see `datapath::inquiry`. Changes nothing but the
+/// answer.
 #[xdp]
 pub(crate) fn forwarder_ask(ctx: XdpContext) -> u32 {
     let context = ctx.as_ptr();
@@ -120,7 +119,6 @@ pub(crate) fn forwarder_ask(ctx: XdpContext) -> u32 {
         ctx: context,
         hook: Hook::XdpGeneric,
         ingress_ifindex: inquiry.ingress_ifindex,
-        is_nested: false,
     };
     let route = env.route(&inquiry.key());
     inquiry.answer(route, KernelTables::next_free_flow());

@@ -110,8 +110,8 @@ pub(crate) fn scratch() -> Option<*mut [u64; SCRATCH_WORDS]> {
     SCRATCH.get_ptr_mut(0)
 }
 
-/// Makes the compiler forget what it knows of the walk, and write what it has put off: the next function finds the walk in
-/// its map, where the compiler does not see it look.
+/// Makes the compiler forget what it knows of the walk, and write what it has put off: the next function finds the
+/// walk in its map, where the compiler does not see it look.
 #[inline(always)]
 pub(crate) fn lend(walk: &Walk) {
     // SAFETY: moves a register onto itself. `black_box` would do, but takes eight bytes of stack each time.
@@ -161,8 +161,9 @@ impl Gauge for Live {
     }
 }
 
-/// The slow path, the choice of a backend and the searches for it, as functions of their own in BPF as well: inlined, each of their
-/// rounds multiplies what the verifier has to follow behind it (more than 1 000 000 instructions, Linux 6.18).
+/// The slow path, the choice of a backend and the searches for it, as functions of their own in BPF as well: inlined,
+/// each of their rounds multiplies what the verifier has to follow behind it (more than 1 000 000 instructions, Linux
+/// 6.18).
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn forwarder_choose(hash: u32, now_secs: u32) -> i64 {

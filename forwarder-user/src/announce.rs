@@ -1,10 +1,10 @@
 //! Tells the neighbours whose addresses these are now: gratuitous ARP and unsolicited neighbour advertisements.
 //!
-//! VIPs and the pool's addresses are on no interface; the data path answers who asks for them. Hosts that knew them at
-//! another gateway don't ask, so they are told when the agent starts, when an address comes, and when a link comes back:
-//! twice, two seconds apart (RFC 5227 §2.3; RFC 4861 §7.2.6 allows three). And who asks for an IPv6 address asks its
-//! solicited-node multicast group (RFC 4291 §2.7.1), which a NIC or a switch lets through to members only: so the agent
-//! is one, on every Ethernet interface whose network has the address.
+//! VIPs and the pool's addresses are on no interface; the data path answers who asks for them. Hosts that knew them
+//! at another gateway don't ask, so they are told when the agent starts, when an address comes, and when a link comes
+//! back: twice, two seconds apart (RFC 5227 §2.3; RFC 4861 §7.2.6 allows three). And who asks for an IPv6 address
+//! asks its solicited-node multicast group (RFC 4291 §2.7.1), which a NIC or a switch lets through to members only:
+//! so the agent is one, on every Ethernet interface whose network has the address.
 //!
 //! Only where this matters: an address that is reached by a route is nobody's neighbour. Of a large pool the first
 //! [`MAX_POOL_ADDRESSES`] of each family are told of; the others are found by asking.

@@ -1,8 +1,8 @@
 //! Fragments that came before their packet's first: held here, and sent on when that has passed.
 //!
-//! The data path knows the flow of a fragment only from the first, and cannot keep a packet itself. It hands early ones
-//! over (`datapath::fragment`); here they wait for a second at most. Memory is bounded: of too many, the oldest go. What
-//! is sent on leaves by a raw socket and the host's routes, as in a tunnel in kernel mode.
+//! The data path knows the flow of a fragment only from the first, and cannot keep a packet itself. It hands early
+//! ones over (`datapath::fragment`); here they wait for a second at most. Memory is bounded: of too many, the oldest
+//! go. What is sent on leaves by a raw socket and the host's routes, as in a tunnel in kernel mode.
 //!
 //! Without an agent, early fragments are lost; those in order are not its business.
 

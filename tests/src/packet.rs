@@ -205,8 +205,8 @@ impl Builder {
         self
     }
 
-    /// An extension header of IPv6 behind those there are, with this number; its first byte, the number of what follows,
-    /// is filled in.
+    /// An extension header of IPv6 behind those there are, with this number; its first byte, the number of what
+    /// follows, is filled in.
     #[must_use]
     pub fn extension(mut self, number: u8, bytes: Vec<u8>) -> Self {
         assert!(bytes.len().is_multiple_of(8));
@@ -275,8 +275,8 @@ impl Builder {
         }
     }
 
-    /// The ICMP error of this type and code about this packet, from the address that it was for: it quotes what fits the
-    /// size that every path carries.
+    /// The ICMP error of this type and code about this packet, from the address that it was for: it quotes what fits
+    /// the size that every path carries.
     #[must_use]
     pub fn reported(&self, kind: u8, code: u8, rest: u32) -> Self {
         let is_v4 = self.source.is_ipv4();
@@ -661,9 +661,9 @@ pub fn is_reset(frame: &[u8]) -> bool {
     ip(frame).is_some_and(|ip| ip.protocol == TCP && ip.segment[13] & segment::RST != 0)
 }
 
-/// The same packet in IPv6: of each address the last four octets are those of the IPv4 address, behind `prefix`. `None`
-/// for what has no such twin: other protocols than TCP and UDP, fragments, options, checksums that are not right, lengths
-/// that lie.
+/// The same packet in IPv6: of each address the last four octets are those of the IPv4 address, behind `prefix`.
+/// `None` for what has no such twin: other protocols than TCP and UDP, fragments, options, checksums that are not
+/// right, lengths that lie.
 pub fn in_ipv6(frame: &[u8], prefix: [u8; 12]) -> Option<Vec<u8>> {
     let offset = network_offset(frame)?;
     let header = frame.get(offset..offset + 20)?;

@@ -1,9 +1,9 @@
 //! Health checks of many backends: 10 000 of them every two seconds, on real sockets of the loopback device.
 //!
 //! Every address of 127.0.0.0/8 is this host's, so one listener on all of them stands for all backends. What is
-//! expected: every backend is asked in every interval, and never are many due at once. When probes really begin is printed
-//! beside it, but not judged: a machine that lets the scheduler's thread wait makes a burst of whatever was due. So is
-//! what it costs.
+//! expected: every backend is asked in every interval, and never are many due at once. When probes really begin is
+//! printed beside it, but not judged: a machine that lets the scheduler's thread wait makes a burst of whatever was
+//! due. So is what it costs.
 
 use std::{
     collections::HashMap,

@@ -1,7 +1,8 @@
 //! Ring 3: tunnels that the programs handle themselves, against an ordinary device of the kernel at the far end.
 //!
-//! The site is that of the other tests, but that the interface which carries the tunnel has the XDP program as well, and
-//! the tunnel is in native mode. That packets of flows do not touch the gateway's own device is told by its counters.
+//! The site is that of the other tests, but that the interface which carries the tunnel has the XDP program as well,
+//! and the tunnel is in native mode. That packets of flows do not touch the gateway's own device is told by its
+//! counters.
 
 use std::{
     io::{Read as _, Write as _},
@@ -34,7 +35,8 @@ const FAR: Ipv4Addr = Ipv4Addr::new(169, 254, 42, 2);
 /// Packets that the gateway's own device may see: probes, what opens a flow, pings.
 const FEW_PACKETS: u64 = 500;
 
-/// All servers in one group, by TCP and UDP; the tunnel in this mode, and `wan`, which carries it, an interface if `wan`.
+/// All servers in one group, by TCP and UDP; the tunnel in this mode, and `wan`, which carries it, an interface if
+/// `wan`.
 fn configuration(site: &Site, servers: &[&str], nat: &str, mode: &str, wan: bool) -> Result<Configuration> {
     let mut configuration = site.configuration(&[]);
     if wan {

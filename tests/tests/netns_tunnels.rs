@@ -1,4 +1,5 @@
-//! Ring 3: the kinds of tunnels that any kernel can make, end to end: a device with an Ethernet header, and one without.
+//! Ring 3: the kinds of tunnels that any kernel can make, end to end: a device with an Ethernet header, and one
+//! without.
 //!
 //! `vm_tunnels.rs` does the same with all others, which take modules that a kernel may lack.
 

@@ -1,9 +1,9 @@
 //! `cargo xtask test`: the rings of tests, from the cheapest to the most real.
 //!
-//! Which ring a file of integration tests belongs to is told by its name, so a new file is never left
-//! out: `netns_*` need root and network namespaces, `program_*` and `parity*` need the kernel's BPF, all
-//! others need nothing, and `vm_*` need a machine that only the `vm` ring boots. Here a test that can't run fails (`FORWARDER_TESTS_STRICT=1`), and so does a ring
-//! in which no test ran; plain `cargo test` lets both pass.
+//! Which ring a file of integration tests belongs to is told by its name, so a new file is never left out: `netns_*`
+//! need root and network namespaces, `program_*` and `parity*` need the kernel's BPF, all others need nothing, and
+//! `vm_*` need a machine that only the `vm` ring boots. Here a test that can't run fails
+//! (`FORWARDER_TESTS_STRICT=1`), and so does a ring in which no test ran; plain `cargo test` lets both pass.
 
 use std::{
     collections::BTreeSet,

@@ -27,7 +27,8 @@ pub struct FragmentFlow {
     pub seen_secs: u32,
 }
 
-/// Bytes of a packet that is held at most: what an Ethernet frame takes, and a power of two, as the verifier wants a mask.
+/// Bytes of a packet that is held at most: what an Ethernet frame takes, and a power of two, as the verifier wants a
+/// mask.
 pub const HELD_BYTES: usize = 2048;
 
 /// A fragment that came before its packet's first: the agent sends it on when that has passed.

@@ -1,8 +1,8 @@
 //! Tunnels that the programs handle themselves, without the kernel's device.
 //!
-//! What goes out is a matter of a [`TunnelPeer`]: the finished outer headers, made by the agent (`crate::outer`), in which the
-//! data path only writes what differs between packets. So it knows nothing of kinds when it sends, and sends all of them
-//! alike.
+//! What goes out is a matter of a [`TunnelPeer`]: the finished outer headers, made by the agent (`crate::outer`), in
+//! which the data path only writes what differs between packets. So it knows nothing of kinds when it sends, and
+//! sends all of them alike.
 //!
 //! What comes in is recognised by its [`TunnelEndpointKey`]: addresses, kind and number must be those of a tunnel. A
 //! UDP port ([`TunnelPort`]) or an IP protocol says what kind to look for, which costs next to nothing for packets that
@@ -122,8 +122,8 @@ pub struct TunnelPeer {
     pub flags: u16,
     /// Folded sum of the outer IP header as it stands in [`Self::outer`].
     pub ip_sum: u16,
-    /// Folded sum of all behind the outer IP header as it stands in [`Self::outer`], and of the addresses and protocol of
-    /// its pseudo-header.
+    /// Folded sum of all behind the outer IP header as it stands in [`Self::outer`], and of the addresses and
+    /// protocol of its pseudo-header.
     pub udp_sum: u16,
     /// First UDP source port, host byte order.
     pub source_port: u16,

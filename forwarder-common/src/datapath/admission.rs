@@ -30,12 +30,17 @@ pub const fn admit(frame: &Frame) -> Result<(), Stop> {
     }
 }
 
+/// Is this one of our addresses, a VIP or an SNAT address?
+#[inline(always)]
+pub fn is_own<T: Tables>(tables: &T, settings: &Settings, address: IpAddress) -> bool {
+    settings.pool.contains(address) || tables.vip(&VipKey { address }).is_some()
+}
+
 /// A packet from one of our own addresses has come back to us, or is forged. In DNAT mode it would even keep that
 /// source and so share its 5-tuple with the flow that holds the binding.
 #[inline(always)]
 pub fn refuse_own_source<T: Tables>(tables: &T, settings: &Settings, frame: &Frame) -> Result<(), Stop> {
-    let source = frame.key.source;
-    if settings.pool.contains(source) || tables.vip(&VipKey { address: source }).is_some() {
+    if is_own(tables, settings, frame.key.source) {
         return Err(Stop::drop(Reason::OWN_SOURCE));
     }
     Ok(())

@@ -3,16 +3,15 @@
 //! So none of them has to be an address of the host: the stack never takes a packet to one for its own, never
 //! answers one with a reset, and never calls a source one "martian". Requests for other addresses pass.
 
-use super::{Outcome, Packet, Stop, Tables, Verdict, parse::Frame};
+use super::{Outcome, Packet, Stop, Tables, Verdict, admission, parse::Frame};
 use crate::{
     abi::{
         interface::{Interface, InterfaceKey},
-        listener::VipKey,
         reason::Reason,
         settings::Settings,
     },
     wire::{
-        IpAddress, LinkPair,
+        LinkPair,
         arp::{ArpPacket, HARDWARE_ETHERNET, OPERATION_REPLY, OPERATION_REQUEST},
         ethernet::{ETHERTYPE_IPV4, EthernetHeader},
     },
@@ -36,9 +35,7 @@ pub fn answer<P: Packet, T: Tables>(
         && arp.protocol_len == 4
         // A sender that asks for its own address announces it, or looks for a duplicate of ours.
         && { arp.sender_address } != asked;
-    let address = IpAddress::from_v4(asked);
-    let is_ours = tables.vip(&VipKey { address }).is_some() || settings.pool.contains(address);
-    if !is_request || !is_ours {
+    if !is_request || !admission::is_own(tables, settings, asked.into()) {
         return Err(Stop::pass(Reason::NOT_IP));
     }
     let Some(Interface { mac, .. }) = tables.interface(&InterfaceKey { ifindex }).copied() else {

@@ -62,9 +62,9 @@ pub enum Found {
     /// The packet belongs to a flow, and the walk has its [`Hit`].
     Hit,
     /// The packet opens a TCP connection in place of one that has ended, or is ending: of two FINs that pass on two
-    /// CPUs at once one may go unrecorded, and a client that has one outstanding sends no SYN from that port. The new one takes over the entry and
-    /// its binding: the client's own clock and sequence numbers tell the backend old from new (RFC 6191),
-    /// just as without a gateway.
+    /// CPUs at once one may go unrecorded, and a client that has one outstanding sends no SYN from that port. The new
+    /// one takes over the entry and its binding: the client's own clock and sequence numbers tell the backend old
+    /// from new (RFC 6191), just as without a gateway.
     ///
     /// Or the packet repeats a SYN that a backend has not answered which takes no new flows any more: what it opened
     /// has not begun yet, so it can as well begin elsewhere.
@@ -114,8 +114,8 @@ enum Place {
 
 /// Looks for the flow that a packet with this 5-tuple would belong to; `hit` gets its number and direction.
 ///
-/// Not in the return value: where there is none, the compiler would leave the number undefined and might still spill it,
-/// which the verifier refuses ("R1 !read_ok", Linux 6.18).
+/// Not in the return value: where there is none, the compiler would leave the number undefined and might still spill
+/// it, which the verifier refuses ("R1 !read_ok", Linux 6.18).
 #[inline(always)]
 fn locate<T: Tables>(tables: &T, settings: &Settings, key: &FlowKey, hit: &mut Hit) -> Result<Place, Stop> {
     let binding = SnatBinding {

@@ -7,12 +7,11 @@
 //! A fragment that comes before its packet's first is handed to the agent, which sends it on when that has passed
 //! (`Env::hold`): a program cannot keep a packet.
 
-use super::{Env, Hook, Packet, Stop, Tables, Walk, parse::Frame};
+use super::{Env, Hook, Packet, Stop, Tables, Walk, admission, parse::Frame};
 use crate::{
     abi::{
         flow::{Direction, FlowState},
         fragment::{FragmentFlow, FragmentKey},
-        listener::VipKey,
         reason::Reason,
         settings::Settings,
     },
@@ -111,8 +110,7 @@ fn without_first<T: Tables>(tables: &T, settings: &Settings, walk: &Walk) -> Rea
     if !matches!(walk.frame.key.protocol as u8, PROTOCOL_TCP | PROTOCOL_UDP) {
         return Reason::UNSUPPORTED_PROTOCOL;
     }
-    let address = walk.frame.key.destination.copied();
-    if tables.vip(&VipKey { address }).is_none() && !settings.pool.contains(address) {
+    if !admission::is_own(tables, settings, walk.frame.key.destination.copied()) {
         return Reason::NOT_OURS;
     }
     Reason::FRAGMENT_HELD

@@ -1,9 +1,10 @@
 //! ICMP: echo requests to VIPs, and errors about packets of flows (RFC 792, RFC 4443).
 //!
-//! An error quotes the packet it is about as its sender saw it, behind the gateway's translation. It goes on to the end
-//! that sent that packet, with the quote as that end knows it (RFC 5508 §4.2, RFC 3022 §4.3), and itself addressed like
-//! the flow's own packets: a client hears of everything beyond the gateway from the VIP, a backend in full NAT from the
-//! SNAT address, since its network may admit no other. In DNAT mode, where the backend sees clients, it sees who reports.
+//! An error quotes the packet it is about as its sender saw it, behind the gateway's translation. It goes on to the
+//! end that sent that packet, with the quote as that end knows it (RFC 5508 §4.2, RFC 3022 §4.3), and itself
+//! addressed like the flow's own packets: a client hears of everything beyond the gateway from the VIP, a backend in
+//! full NAT from the SNAT address, since its network may admit no other. In DNAT mode, where the backend sees
+//! clients, it sees who reports.
 //!
 //! So path MTU discovery works through the gateway, and traceroute shows it as a hop.
 
@@ -13,7 +14,7 @@ use super::{
     Packet, Stop, Tables, Walk, echo, flow,
     parse::Frame,
     rewrite::{self, Ports, Rewrite},
-    translate,
+    translate, transport_checksum,
 };
 use crate::{
     abi::{
@@ -22,7 +23,7 @@ use crate::{
         settings::Settings,
     },
     wire::{
-        Be16, Field16, IpAddress, WireHeader,
+        Field16, IpAddress, WireHeader,
         checksum::Delta,
         icmp::{
             IcmpHeader, TYPE_PARAMETER_PROBLEM, TYPE_TIME_EXCEEDED, TYPE_UNREACHABLE,
@@ -30,8 +31,7 @@ use crate::{
         },
         ipv4::{Ipv4Header, PROTOCOL_TCP, PROTOCOL_UDP},
         ipv6::Ipv6Header,
-        tcp::TcpHeader,
-        udp::{CHECKSUM_NONE, UdpHeader},
+        udp::CHECKSUM_NONE,
     },
 };
 
@@ -201,12 +201,7 @@ fn rewrite_quote<P: Packet>(
     ports.source = rewrite.destination_port;
     ports.destination = rewrite.source_port;
     let is_tcp = protocol == PROTOCOL_TCP;
-    let checksum_offset = transport_offset
-        + if is_tcp {
-            TcpHeader::CHECKSUM_OFFSET
-        } else {
-            UdpHeader::CHECKSUM_OFFSET
-        };
+    let checksum_offset = transport_offset + transport_checksum::offset(is_tcp);
     // Of TCP the quote may end before the checksum.
     let end = (frame.transport_offset + frame.transport_len) as usize;
     if checksum_offset + Field16::LEN > end {
@@ -216,12 +211,7 @@ fn rewrite_quote<P: Packet>(
     let before = field.value;
     if is_tcp || before != CHECKSUM_NONE {
         let after = rewrite.addresses.and(rewrite.ports).apply(before);
-        // RFC 768: a computed zero is sent as all ones.
-        field.value = if !is_tcp && after == CHECKSUM_NONE {
-            Be16::new(0xffff)
-        } else {
-            after
-        };
+        field.value = transport_checksum::sent(is_tcp, after);
         change = change.replace16(before, field.value);
     }
     Ok(change)

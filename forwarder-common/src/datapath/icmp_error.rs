@@ -4,8 +4,9 @@
 //! §2.4 (c)), comes from the address that the packet was for, and goes where it came from, one for one and never
 //! longer than by its own headers: nothing to amplify.
 //!
-//! There is none about ICMP, to no address that many hosts share, and no more than a thousand a second; none in tcx, where the kernel may still owe the checksum of what would be quoted, nor for a packet in
-//! generic XDP with a partial checksum, which the kernel would complete in the middle of the message.
+//! There is none about ICMP, to no address that many hosts share, and no more than a thousand a second; none in tcx,
+//! where the kernel may still owe the checksum of what would be quoted, nor for a packet in generic XDP with a
+//! partial checksum, which the kernel would complete in the middle of the message.
 
 use super::{
     ChecksumOffload, Packet, Stop, Tables,

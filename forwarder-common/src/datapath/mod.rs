@@ -2,15 +2,17 @@
 //!
 //! `pipeline::forward` runs the stages in order. A stage is a pure function of the packet and two things from
 //! outside, [`Tables`] (maps) and [`Env`] (routes). It returns what the next stage needs or a [`Stop`].
-//! Nothing in the walk is random and only `persistence` reads a clock, so the same packet and tables give the same
-//! result in a test, in `forwarder explain` and in the kernel.
+//! Nothing in the walk is random, and the clock ([`Tables::now_secs`]) is read only where entries age: of `persistence`,
+//! of fragments, of the ICMP budget. So the same packet and tables give the same result in a test, in `forwarder
+//! explain` and in the kernel.
 //!
 //! What stages hand on is one struct, [`Walk`]: in the kernel it stands in a map, as the stack has 512 bytes. Small
 //! structs that may end up on the stack are aligned to 8: the verifier refuses misaligned accesses there ("misaligned
 //! stack access", all kernels), while the compiler, which is told that packet bytes may be misaligned, merges copies
 //! into 8-byte steps.
 //!
-//! Until `rewrite::apply` no byte of the packet is changed; from there on no policy decides.
+//! Until `rewrite::apply` no byte of the packet is changed; from there on no policy decides. Answers are made in place,
+//! by the stage that finds that there is one to give, and end the walk.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -112,7 +114,7 @@ pub struct Outcome {
     pub reason: Reason,
 }
 
-/// An early end of the walk; the packet is unchanged.
+/// An early end of the walk: the packet is unchanged, or has become the answer that is sent back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stop(pub Outcome);
 

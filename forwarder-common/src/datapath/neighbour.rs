@@ -2,9 +2,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Outcome, Packet, Stop, Tables, Verdict, parse::Frame, rewrite};
+use super::{Outcome, Packet, Stop, Tables, Verdict, admission, parse::Frame, rewrite};
 use crate::{
-    abi::{interface::InterfaceKey, listener::VipKey, reason::Reason, settings::Settings},
+    abi::{interface::InterfaceKey, reason::Reason, settings::Settings},
     wire::{
         Be16, Be32, IpAddress, LinkPair, MacAddress, WireHeader, checksum,
         ethernet::EthernetHeader,
@@ -53,7 +53,8 @@ pub fn answer<P: Packet, T: Tables>(
     }
     let message = packet.header::<Message>(offset)?;
     let asked = message.target;
-    let is_ours = tables.vip(&VipKey { address: asked }).is_some() || settings.pool.contains(asked);
+    // A mapped address is not one of IPv6, whatever we have of IPv4.
+    let is_ours = !asked.is_v4() && admission::is_own(tables, settings, asked);
     if message.icmp.icmp_type != TYPE_NEIGHBOUR_SOLICITATION
         || message.icmp.code != 0
         || frame.key.source == IpAddress::UNSPECIFIED

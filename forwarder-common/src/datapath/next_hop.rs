@@ -118,13 +118,14 @@ fn peer<T: Tables>(tables: &T, route: &Route, is_v4: bool) -> Option<PeerId> {
             version: if is_v4 { 4 } else { 6 },
         })
     };
-    // Devices without Ethernet give their neighbours an address as well: some bytes of their own IP address (Linux 6.12,
+    // Devices without Ethernet give their neighbours an address as well: some bytes of their own IP address (Linux
+    // 6.12,
     // `arp_constructor`).
     find(mac).or_else(|| find(MacAddress::default()))
 }
 
-/// The next hop on the way to a far end. `false`: its neighbour is not known yet, and until then packets go to the stack,
-/// whose device makes it ask. `key` is room to work in.
+/// The next hop on the way to a far end. `false`: its neighbour is not known yet, and until then packets go to the
+/// stack, whose device makes it ask. `key` is room to work in.
 #[inline(always)]
 fn into_tunnel<T: Tables, E: Env>(
     tables: &T,

@@ -1,13 +1,13 @@
 //! Tunnels in the data path: what is inside a packet of ours, and putting headers in front of one.
 //!
-//! [`recognise`] only reads. The walk then looks at the inner packet where it stands; the outer headers are taken off when
-//! the packet is sent on ([`strip`], or [`encapsulate`] when it goes into another tunnel), so a packet that turns out to be
-//! somebody else's reaches the kernel's device as it came. What is not exactly what a tunnel of ours sends (options that
-//! must be understood, checksums in GRE, fragments) is left to the kernel as well.
+//! [`recognise`] only reads. The walk then looks at the inner packet where it stands; the outer headers are taken off
+//! when the packet is sent on ([`strip`], or [`encapsulate`] when it goes into another tunnel), so a packet that
+//! turns out to be somebody else's reaches the kernel's device as it came. What is not exactly what a tunnel of ours
+//! sends (options that must be understood, checksums in GRE, fragments) is left to the kernel as well.
 //!
-//! Outer UDP checksums of what comes in are not checked: RFC 7348 §4.1 and RFC 8926 §3.3 leave it open, and the inner packet
-//! has its own. Those of what goes out are computed without walking the payload: an inner TCP or UDP packet with a right
-//! checksum sums to a number that its headers tell (Linux calls that local checksum offload).
+//! Outer UDP checksums of what comes in are not checked: RFC 7348 §4.1 and RFC 8926 §3.3 leave it open, and the inner
+//! packet has its own. Those of what goes out are computed without walking the payload: an inner TCP or UDP packet
+//! with a right checksum sums to a number that its headers tell (Linux calls that local checksum offload).
 //!
 //! The ECN field follows RFC 6040: copied on the way in, and a mark of congestion is carried over on the way out. The
 //! kernel's devices do the same but for one thing: they write ECT(0) outside where there is a mark inside.
@@ -19,6 +19,7 @@ use super::{
     fragment::part,
     hash, parse,
     rewrite::{Tags, write_link},
+    transport_checksum,
 };
 use crate::{
     abi::{
@@ -32,12 +33,11 @@ use crate::{
         ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
         ipv4::{Ipv4Header, PROTOCOL_TCP, PROTOCOL_UDP},
         ipv6::{Ipv6Header, NEXT_DESTINATION, TunnelLimit},
-        tcp::TcpHeader,
         tunnel::{
             ETHERTYPE_BRIDGED, GeneveHeader, GreHeader, GreKey, GueHeader, PROTOCOL_GRE, PROTOCOL_IPIP,
             PROTOCOL_IPV6, VxlanHeader,
         },
-        udp::{CHECKSUM_NONE, UdpHeader},
+        udp::{self, CHECKSUM_NONE, UdpHeader},
     },
 };
 
@@ -105,8 +105,8 @@ struct Carried {
     offset: usize,
 }
 
-/// Looks whether the frame is a packet of one of our tunnels, and notes in the walk what is inside. Its length fields were
-/// checked then, outer and inner.
+/// Looks whether the frame is a packet of one of our tunnels, and notes in the walk what is inside. Its length fields
+/// were checked then, outer and inner.
 #[inline(always)]
 pub fn recognise<P: Packet, T: Tables>(packet: &mut P, tables: &T, walk: &mut Walk) {
     walk.inside.network_offset = 0;
@@ -176,7 +176,7 @@ fn look_inside<P: Packet, T: Tables>(
     if network_offset + total_len > outer.end {
         return None;
     }
-    inside.link = packet.header::<EthernetHeader>(0).ok()?.link;
+    inside.link = packet.header::<EthernetHeader>(0).ok()?.link();
     inside.ethertype = ethertype;
     inside.outer_tos = outer.tos;
     inside.ifindex = endpoint.ifindex;
@@ -432,6 +432,18 @@ struct Block([u32; OUTER_BLOCK_LEN / 4]);
 
 impl WireHeader for Block {}
 
+impl Block {
+    /// Word by word: an assignment of the whole would become a loop over bytes.
+    #[inline(always)]
+    const fn set(&mut self, words: &[u32; OUTER_BLOCK_LEN / 4]) {
+        let mut number = 0;
+        while number < words.len() {
+            self.0[number] = words[number];
+            number += 1;
+        }
+    }
+}
+
 /// Puts the walk's rewritten packet into the tunnel of its next hop.
 ///
 /// # Errors
@@ -458,8 +470,8 @@ pub fn encapsulate<P: Packet, T: Tables>(
     push(packet, peer, hop.link, hop.tags(), &inner)
 }
 
-/// Puts the headers of `peer` in front of the inner packet, in a frame with these link addresses and tags. What stood in
-/// front of the inner packet is gone.
+/// Puts the headers of `peer` in front of the inner packet, in a frame with these link addresses and tags. What stood
+/// in front of the inner packet is gone.
 ///
 /// # Errors
 /// As [`encapsulate`].
@@ -491,10 +503,12 @@ pub fn push<P: Packet>(
     for (number, block) in peer.outer.iter().enumerate() {
         let end = (number + 1) * OUTER_BLOCK_LEN;
         if end <= outer_len {
-            *packet.header(start + end - OUTER_BLOCK_LEN)? = Block(*block);
+            packet.header::<Block>(start + end - OUTER_BLOCK_LEN)?.set(block);
         }
     }
-    *packet.header(start + outer_len - OUTER_BLOCK_LEN)? = Block(peer.outer_end);
+    packet
+        .header::<Block>(start + outer_len - OUTER_BLOCK_LEN)?
+        .set(&peer.outer_end);
 
     let dscp = if peer.flags & peer_flag::INHERIT_DSCP != 0 {
         carrier.tos
@@ -545,12 +559,13 @@ pub fn push<P: Packet>(
         // The length counts twice: in the header and in the pseudo-header.
         let sum = u32::from(peer.udp_sum) + payload_sum + u32::from(udp.source_port.raw());
         let checksum = finish(sum + 2 * u32::from(udp.len.raw()));
-        udp.checksum = Be16::from_raw(if checksum == 0 { 0xffff } else { checksum });
+        udp.checksum = udp::computed(Be16::from_raw(checksum));
     }
     Ok(())
 }
 
-/// Takes off what stands in front of the inner packet, for the stack, to which it is as if it had come without a tunnel.
+/// Takes off what stands in front of the inner packet, for the stack, to which it is as if it had come without a
+/// tunnel.
 #[inline(always)]
 pub fn strip<P: Packet>(packet: &mut P, inside: &Inside) -> Result<(), Stop> {
     packet.move_start(inside.network_offset as i32 - EthernetHeader::LEN as i32)?;
@@ -569,8 +584,7 @@ fn distinct_word<P: Packet>(packet: &mut P, inner: &Inner) -> Result<u16, Stop> 
         return Ok(0);
     }
     let offset = match inner.protocol {
-        PROTOCOL_TCP => TcpHeader::CHECKSUM_OFFSET,
-        PROTOCOL_UDP => UdpHeader::CHECKSUM_OFFSET,
+        PROTOCOL_TCP | PROTOCOL_UDP => transport_checksum::offset(inner.protocol == PROTOCOL_TCP),
         _ => 2,
     };
     Ok(packet

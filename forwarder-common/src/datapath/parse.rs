@@ -102,10 +102,15 @@ pub enum Kind {
     Fragment,
 }
 
-/// Reads the headers of a packet, or of what is inside, into the walk.
+/// Reads the headers of a packet, or of what is inside, into the walk. `frame_len` in bytes.
 #[inline(always)]
-pub fn frame<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<Kind, Stop> {
+pub fn frame<P: Packet>(packet: &mut P, walk: &mut Walk, frame_len: usize) -> Result<Kind, Stop> {
     let Walk { frame, inside, .. } = walk;
+    // What not every packet has would else be that of the packet before.
+    frame.key.source_port = Be16::ZERO;
+    frame.key.destination_port = Be16::ZERO;
+    frame.tcp_flags = 0;
+    frame.acknowledgment = Be32::new(0);
     frame.vlans = [Be16::new(0); 2];
     frame.vlan_count = 0;
     frame.network_offset = 0;
@@ -121,8 +126,8 @@ pub fn frame<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<Kind, Stop> {
         }
     };
     let (protocol, transport_offset) = match ethertype {
-        ETHERTYPE_IPV4 => ipv4(packet, frame)?,
-        ETHERTYPE_IPV6 => ipv6(packet, frame)?,
+        ETHERTYPE_IPV4 => ipv4(packet, frame, frame_len)?,
+        ETHERTYPE_IPV6 => ipv6(packet, frame, frame_len)?,
         ETHERTYPE_ARP => return Ok(Kind::Arp),
         _ => return Err(Stop::pass(Reason::NOT_IP)),
     };
@@ -159,9 +164,8 @@ pub(super) fn link<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<Be16,
 
 /// Reads an IPv4 header: the protocol, and where it starts.
 #[inline(always)]
-fn ipv4<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop> {
+fn ipv4<P: Packet>(packet: &mut P, frame: &mut Frame, frame_len: usize) -> Result<(u8, u32), Stop> {
     let offset = frame.network_offset as usize;
-    let frame_len = packet.frame_len();
     let ip = packet.header::<Ipv4Header>(offset)?;
     let header_len = ip.header_len();
     let total_len = ip.total_len.get() as usize;
@@ -191,9 +195,8 @@ fn ipv4<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop>
 
 /// Reads an IPv6 header and the extension headers behind it: the protocol, and where it starts.
 #[inline(always)]
-fn ipv6<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop> {
+fn ipv6<P: Packet>(packet: &mut P, frame: &mut Frame, frame_len: usize) -> Result<(u8, u32), Stop> {
     let offset = frame.network_offset as usize;
-    let frame_len = packet.frame_len();
     let ip = packet.header::<Ipv6Header>(offset)?;
     let payload_len = ip.payload_len.get() as usize;
     if ip.version() != 6 || offset + Ipv6Header::LEN + payload_len > frame_len {
@@ -251,8 +254,6 @@ fn ipv6<P: Packet>(packet: &mut P, frame: &mut Frame) -> Result<(u8, u32), Stop>
 #[inline(always)]
 fn transport<P: Packet>(packet: &mut P, frame: &mut Frame, protocol: u8) -> Result<Kind, Stop> {
     let (offset, len) = (frame.transport_offset as usize, frame.transport_len as usize);
-    frame.tcp_flags = 0;
-    frame.acknowledgment = Be32::new(0);
     let (source_port, destination_port) = match (protocol, frame.is_v4()) {
         (PROTOCOL_TCP, _) => {
             let tcp = packet.header::<TcpHeader>(offset)?;

@@ -28,8 +28,9 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
     walk: &mut Walk,
 ) -> Outcome {
     let frame_bytes = packet.frame_len();
-    let outcome = match stages(packet, tables, env, settings, walk) {
-        // An answer to what came through a tunnel would have to go back through it; it does from the device's tcx program.
+    let outcome = match stages(packet, tables, env, settings, walk, frame_bytes) {
+        // An answer to what came through a tunnel would have to go back through it; it does from the device's tcx
+        // program.
         Err(Stop(refusal)) if refusal.reason.is_refusal() && walk.inside.is_tunnel() => {
             Stop::pass(Reason::TUNNEL_TO_STACK).0
         }
@@ -49,6 +50,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     env: &mut E,
     settings: &Settings,
     walk: &mut Walk,
+    frame_bytes: usize,
 ) -> Result<Outcome, Stop> {
     // Only native XDP can take headers off and put them on: elsewhere the stack holds on to what it knows of them.
     walk.inside.network_offset = 0;
@@ -56,7 +58,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     if env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0 {
         packet.recognise(tables, walk);
     }
-    match parse::frame(packet, walk)? {
+    match parse::frame(packet, walk, frame_bytes)? {
         Kind::Flow => find_or_open(tables, settings, walk)?,
         Kind::Fragment => match tables.follow(settings, walk) {
             fragment::FOUND => {}

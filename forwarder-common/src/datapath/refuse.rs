@@ -1,10 +1,11 @@
 //! Answers a packet that goes no further, so that its sender knows at once instead of waiting for minutes.
 //!
-//! Of those that may not open a flow,
-//! TCP gets a reset (RFC 9293 §3.5.2, group 1): the SYN itself, turned round. Its options and data stay, which no
-//! receiver reads in a reset, so no length changes and the checksum is updated, whoever was to compute it. UDP gets
-//! ICMP "port unreachable", which sockets report as "connection refused". A packet whose time to live has ended, or that does
-//! not fit, gets its ICMP message. Where there can be none (`icmp_error`), it is dropped.
+//! What may not open a flow: of TCP it gets a reset (RFC 9293 §3.5.2, group 1): the SYN itself, turned round. Its
+//! options and data stay, which no receiver reads in a reset, so no length changes and the checksum is updated, whoever
+//! was to compute it. Of UDP it gets ICMP "port unreachable", which sockets report as "connection refused".
+//!
+//! A packet whose time to live has ended, or that does not fit, gets its ICMP message. Where there can be none
+//! (`icmp_error`), it is dropped.
 
 use super::{
     Outcome, Packet, Stop, Tables, Verdict, Walk, echo,

@@ -187,8 +187,8 @@ pub fn leave<P: Packet, T: Tables>(
         // The kernel writes the link header as it sends.
         return Ok(());
     }
-    // A packet of the other family by now has a new header, with nothing but a link header before it where that is for the
-    // stack.
+    // A packet of the other family by now has a new header, with nothing but a link header before it where that is
+    // for the stack.
     let is_translated = walk.frame.is_v4() != (walk.inside.ethertype == ETHERTYPE_IPV4);
     if walk.inside.is_tunnel() && !is_translated {
         overlay::carry_congestion(packet, &walk.inside)?;

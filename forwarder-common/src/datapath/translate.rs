@@ -12,6 +12,7 @@ use super::{
     fragment::part,
     parse::Frame,
     rewrite::{self, Rewrite},
+    transport_checksum,
 };
 use crate::{
     abi::{flow::HopKind, reason::Reason},
@@ -20,8 +21,7 @@ use crate::{
         ethernet::EthernetHeader,
         ipv4::{Ipv4Header, PROTOCOL_UDP},
         ipv6::Ipv6Header,
-        tcp::TcpHeader,
-        udp::{CHECKSUM_NONE, UdpHeader},
+        udp::{self, CHECKSUM_NONE},
     },
 };
 
@@ -121,21 +121,13 @@ pub fn header<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
     }
 }
 
-/// A word that differs between packets of a flow, for want of an identification (RFC 7915 §5.1): the transport checksum,
-/// which covers sequence numbers and payload.
+/// A word that differs between packets of a flow, for want of an identification (RFC 7915 §5.1): the transport
+/// checksum, which covers sequence numbers and payload.
 #[inline(always)]
 fn distinct_word<P: Packet>(packet: &mut P, frame: &Frame) -> Result<Be16, Stop> {
-    Ok(packet.header::<Field16>(checksum_offset(frame))?.value)
-}
-
-#[inline(always)]
-const fn checksum_offset(frame: &Frame) -> usize {
-    frame.transport_offset as usize
-        + if frame.is_tcp() {
-            TcpHeader::CHECKSUM_OFFSET
-        } else {
-            UdpHeader::CHECKSUM_OFFSET
-        }
+    Ok(packet
+        .header::<Field16>(transport_checksum::field_offset(frame))?
+        .value)
 }
 
 /// Gives a datagram without a checksum one.
@@ -144,7 +136,7 @@ fn complete<P: Packet>(packet: &mut P, frame: &Frame, rewrite: &Rewrite) -> Resu
     if frame.key.protocol as u8 != PROTOCOL_UDP {
         return Ok(());
     }
-    let offset = checksum_offset(frame);
+    let offset = transport_checksum::field_offset(frame);
     if { packet.header::<Field16>(offset)?.value } != CHECKSUM_NONE {
         return Ok(());
     }
@@ -158,10 +150,7 @@ fn complete<P: Packet>(packet: &mut P, frame: &Frame, rewrite: &Rewrite) -> Resu
         PROTOCOL_UDP,
         frame.transport_len,
     );
-    let checksum = match checksum::finish(u32::from(checksum::fold(pseudo)) + sum) {
-        0 => u16::MAX,
-        checksum => checksum,
-    };
-    packet.header::<Field16>(offset)?.value = Be16::from_raw(checksum);
+    let checksum = checksum::finish(u32::from(checksum::fold(pseudo)) + sum);
+    packet.header::<Field16>(offset)?.value = udp::computed(Be16::from_raw(checksum));
     Ok(())
 }

@@ -21,18 +21,24 @@ use crate::{
         Be16, Field16,
         checksum::{self, Delta},
         tcp::TcpHeader,
-        udp::{CHECKSUM_NONE, UdpHeader},
+        udp::{self, CHECKSUM_NONE, UdpHeader},
     },
 };
 
+/// Where the checksum stands in a header of TCP, else of UDP, in bytes.
 #[inline(always)]
-const fn field_offset(frame: &Frame) -> usize {
-    frame.transport_offset as usize
-        + if frame.is_tcp() {
-            TcpHeader::CHECKSUM_OFFSET
-        } else {
-            UdpHeader::CHECKSUM_OFFSET
-        }
+pub const fn offset(is_tcp: bool) -> usize {
+    if is_tcp {
+        TcpHeader::CHECKSUM_OFFSET
+    } else {
+        UdpHeader::CHECKSUM_OFFSET
+    }
+}
+
+/// Where a packet's checksum stands, in bytes from the frame's start.
+#[inline(always)]
+pub const fn field_offset(frame: &Frame) -> usize {
+    frame.transport_offset as usize + offset(frame.is_tcp())
 }
 
 #[inline(always)]
@@ -108,24 +114,20 @@ pub fn update<P: Packet>(
         State::Partial { sum } if is_sent && matches!(P::CHECKSUM_OFFLOAD, ChecksumOffload::LostOnSend) => {
             // The sum covers the field, which holds the sum of the old pseudo-header; the delta makes it the
             // sum of the new one and accounts for the new ports.
-            zero_as_ones(
-                frame,
+            sent(
+                frame.is_tcp(),
                 Be16::from_raw(checksum::finish(sum + u32::from(both.folded()))),
             )
         }
         State::Partial { .. } => change.addresses.apply_to_partial(old),
         State::Complete if !frame.is_tcp() && old == CHECKSUM_NONE => CHECKSUM_NONE,
-        State::Complete => zero_as_ones(frame, both.apply(old)),
+        State::Complete => sent(frame.is_tcp(), both.apply(old)),
     };
     Ok(())
 }
 
-/// RFC 768: a computed checksum of zero is sent as all ones, as zero means "none". TCP has no such rule.
+/// A computed checksum as it is sent; TCP sends a zero as it is.
 #[inline(always)]
-fn zero_as_ones(frame: &Frame, field: Be16) -> Be16 {
-    if !frame.is_tcp() && field == CHECKSUM_NONE {
-        Be16::new(0xffff)
-    } else {
-        field
-    }
+pub const fn sent(is_tcp: bool, checksum: Be16) -> Be16 {
+    if is_tcp { checksum } else { udp::computed(checksum) }
 }

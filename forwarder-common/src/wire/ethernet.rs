@@ -26,6 +26,14 @@ pub struct EthernetHeader {
 
 impl WireHeader for EthernetHeader {}
 
+impl EthernetHeader {
+    /// A copy of the addresses; see [`IpAddress::copied`](super::IpAddress::copied).
+    #[inline(always)]
+    pub const fn link(&self) -> LinkPair {
+        LinkPair([self.link.0[0], self.link.0[1], self.link.0[2]])
+    }
+}
+
 /// A VLAN tag, seen from behind the EtherType that announces it.
 #[repr(C, packed)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]

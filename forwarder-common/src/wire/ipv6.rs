@@ -148,8 +148,8 @@ impl ExtensionHeader {
     }
 }
 
-/// A destination options header with one option: how many tunnels may be nested (RFC 2473 §4.1.1). Linux puts it in front of
-/// what an IPv6 tunnel carries.
+/// A destination options header with one option: how many tunnels may be nested (RFC 2473 §4.1.1). Linux puts it in
+/// front of what an IPv6 tunnel carries.
 #[repr(C, packed)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct TunnelLimit {

@@ -207,8 +207,9 @@ impl IpAddress {
         ])
     }
 
-    /// A copy, word by word. The compiler makes of a plain one a call that copies byte by byte, where it knows neither the
-    /// alignment nor that source and destination are different places (LLVM 22, BPF): 16 loops instead of 4 moves.
+    /// A copy, word by word. The compiler makes of a plain one a call that copies byte by byte, where it knows
+    /// neither the alignment nor that source and destination are different places (LLVM 22, BPF): 16 loops instead of
+    /// 4 moves.
     #[inline(always)]
     pub const fn copied(&self) -> Self {
         let [a, b, c, d] = self.0;

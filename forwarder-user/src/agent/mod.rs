@@ -362,11 +362,14 @@ impl Agent {
                     Request::Order(order, reply) => reply.send(self.ordered(&order)),
                     Request::Change { submission, apply, reply } => {
                         let outcome = self.submitted(&submission, apply);
-                        let is_changed = apply && outcome.is_ok();
+                        let followed = if apply && outcome.is_ok() {
+                            self.follow_change(&health, &tunnels, &mut unheard).await
+                        } else {
+                            Ok(())
+                        };
+                        // Whoever reads "applied" may rely on its rules and routes as well.
                         reply.send(outcome);
-                        if is_changed {
-                            self.follow_change(&health, &tunnels, &mut unheard).await?;
-                        }
+                        followed?;
                     }
                 },
             }

@@ -1,7 +1,7 @@
 //! Tunnels that the programs handle themselves: looking at the devices, and keeping the tables in line with them.
 //!
-//! Whatever changes on the network may change a tunnel (a neighbour, a forwarding entry, a route to a far end), so all are
-//! looked at again each time; that is a few questions to the kernel per device.
+//! Whatever changes on the network may change a tunnel (a neighbour, a forwarding entry, a route to a far end), so
+//! all are looked at again each time; that is a few questions to the kernel per device.
 
 use std::collections::BTreeMap;
 

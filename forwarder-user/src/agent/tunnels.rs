@@ -1,8 +1,9 @@
 //! Tunnels: their health, apart from the backends' behind them, and what it means for those.
 //!
-//! While a tunnel is unhealthy, the checked backends behind it are *held*: unhealthy at once, whatever their own probes
-//! say, with the tunnel as the cause, as asking the servers would only find out the same later. When it is healthy again
-//! they are let go: the next success of a backend's own probe, which is asked for promptly, makes it healthy.
+//! While a tunnel is unhealthy, the checked backends behind it are *held*: unhealthy at once, whatever their own
+//! probes say, with the tunnel as the cause, as asking the servers would only find out the same later. When it is
+//! healthy again they are let go: the next success of a backend's own probe, which is asked for promptly, makes it
+//! healthy.
 
 use std::collections::BTreeMap;
 

@@ -365,3 +365,27 @@ fn refused(what: &str, error: &(dyn std::error::Error + 'static)) -> Error {
 pub fn kernel_error(what: &str, error: &(dyn std::error::Error + 'static)) -> Error {
     refused(what, error)
 }
+
+#[cfg(test)]
+mod tests {
+    use object::{Object as _, ObjectSection as _, ObjectSymbol as _, RelocationTarget};
+
+    use super::OBJECT;
+
+    /// In BPF they are functions that go byte by byte; the walk copies its structs word by word.
+    #[test]
+    fn the_programs_call_no_memory_functions() {
+        let object = object::File::parse(OBJECT).expect("an ELF file");
+        let called: Vec<_> = object
+            .sections()
+            .flat_map(|section| section.relocations())
+            .filter_map(|(_, relocation)| match relocation.target() {
+                RelocationTarget::Symbol(symbol) => object.symbol_by_index(symbol).ok()?.name().ok(),
+                _ => None,
+            })
+            .collect();
+        assert!(called.contains(&"forwarder_open"), "calls are seen: {called:?}");
+        let copies: Vec<_> = called.iter().filter(|name| name.starts_with("mem")).collect();
+        assert!(copies.is_empty(), "{copies:?}; `llvm-objdump -dr` shows where");
+    }
+}

@@ -2,13 +2,11 @@
 
 use std::marker::PhantomData;
 
-use bytemuck::Zeroable as _;
+use bytemuck::Pod;
 
 use forwarder_common::{
     abi::{reason::Reason, settings::Settings},
-    datapath::{
-        ChecksumOffload, Env, Outcome, Packet, Stop, Tables, Walk, parse::Frame, pipeline, translate,
-    },
+    datapath::{ChecksumOffload, Env, Outcome, Packet, Stop, Tables, parse::Frame, pipeline, translate},
     wire::{
         Be16, Field16, WireHeader,
         checksum::{self, Delta},
@@ -40,8 +38,13 @@ fn forward_as<K: Kind, T: Tables, E: Env>(
     settings: &Settings,
 ) -> (Outcome, Vec<u8>) {
     let mut packet = MemoryPacket::<K>::new(frame.to_vec());
-    let outcome = pipeline::forward(&mut packet, tables, env, settings, &mut Walk::zeroed());
+    let outcome = pipeline::forward(&mut packet, tables, env, settings, &mut left_over());
     (outcome, packet.bytes)
+}
+
+/// In the kernel a walk begins with what the CPU's last packet left, so nothing may depend on that.
+fn left_over<W: Pod>() -> W {
+    bytemuck::pod_read_unaligned(&vec![0xa5; size_of::<W>()])
 }
 
 /// How a program's packets treat checksums.

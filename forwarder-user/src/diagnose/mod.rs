@@ -76,8 +76,8 @@ pub async fn diagnose(network: &Network, subject: &Subject, failure: &ProbeFailu
     verdict::from_evidence(subject, &evidence)
 }
 
-/// Explains why the probe of a tunnel's far side, at `address`, ended in `failure`: its device is missing or down, or it is
-/// not, and what is beyond it does not answer. Asks the kernel only.
+/// Explains why the probe of a tunnel's far side, at `address`, ended in `failure`: its device is missing or down, or
+/// it is not, and what is beyond it does not answer. Asks the kernel only.
 pub async fn tunnel(network: &Network, name: &str, address: IpAddr, failure: &ProbeFailure) -> Diagnosis {
     match network.interface(name).await {
         Ok(device) => verdict::tunnel(name, address, failure, device.as_ref()),

@@ -1,8 +1,9 @@
 //! The gRPC probe: `grpc.health.v1.Health/Check` over HTTP/2 without TLS.
 //!
 //! The call is hyper's HTTP/2 with two messages of one field each, so they are written and read by hand: a code
-//! generator and its runtime would be ten times as much. The protocol: <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>,
-//! the service: <https://github.com/grpc/grpc-proto/blob/master/grpc/health/v1/health.proto>.
+//! generator and its runtime would be ten times as much. The protocol:
+//! <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>, the service:
+//! <https://github.com/grpc/grpc-proto/blob/master/grpc/health/v1/health.proto>.
 
 use std::{convert::Infallible, net::SocketAddr, time::Duration};
 

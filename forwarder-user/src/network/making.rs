@@ -1,7 +1,7 @@
 //! Tunnel devices that the agent makes where the configuration says what they are, and the routes into them.
 //!
-//! Such a device is marked as the agent's, and only marked ones are changed or removed. Everything else treats it as any
-//! other: probes leave by it, and what XDP does not handle passes it.
+//! Such a device is marked as the agent's, and only marked ones are changed or removed. Everything else treats it as
+//! any other: probes leave by it, and what XDP does not handle passes it.
 
 use std::net::IpAddr;
 
@@ -166,8 +166,8 @@ impl MadeTunnel {
 }
 
 impl Network {
-    /// Makes the device `name`, up, with routes to these networks through it, in a routing table where one is named. One that
-    /// an earlier agent has made of the same settings stays.
+    /// Makes the device `name`, up, with routes to these networks through it, in a routing table where one is named.
+    /// One that an earlier agent has made of the same settings stays.
     ///
     /// # Errors
     /// There is a device of that name that somebody else has made, or the kernel refuses.

@@ -1,7 +1,7 @@
 //! Frames that the agent writes itself, link header included (packet(7)): announcements.
 //!
-//! It only sends: opened with protocol 0, the socket gets nothing. Two `unsafe` blocks, as neither nix nor socket2 makes
-//! a `sockaddr_ll` of an interface's number.
+//! It only sends: opened with protocol 0, the socket gets nothing. Two `unsafe` blocks, as neither nix nor socket2
+//! makes a `sockaddr_ll` of an interface's number.
 
 use std::{io, mem::size_of};
 

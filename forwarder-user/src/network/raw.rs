@@ -1,4 +1,5 @@
-//! Packets that the agent writes itself, from addresses that are not this host's (raw(7), ipv6(7)): the host routes them.
+//! Packets that the agent writes itself, from addresses that are not this host's (raw(7), ipv6(7)): the host routes
+//! them.
 
 use std::{io, net::SocketAddr};
 

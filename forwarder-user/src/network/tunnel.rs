@@ -1,4 +1,5 @@
-//! Tunnel devices as their owner made them: what the programs need to know to do a device's work, and what stands in the way.
+//! Tunnel devices as their owner made them: what the programs need to know to do a device's work, and what stands in
+//! the way.
 //!
 //! Only what a device was told is read here; which packets that means is `state::tunnels`' business. What XDP cannot do
 //! for a device is collected as words, see [`TunnelDevice::obstacles`].
@@ -494,8 +495,8 @@ impl Network {
             .map_err(|error| failed("list the forwarding entries", &error))
     }
 
-    /// The interface by which packets to `remote` leave, and the source address that the kernel would choose (or was asked
-    /// about); `None`: no route.
+    /// The interface by which packets to `remote` leave, and the source address that the kernel would choose (or was
+    /// asked about); `None`: no route.
     pub async fn way_to(&self, remote: IpAddr, from: Option<IpAddr>) -> Option<(u32, Option<IpAddr>)> {
         let request = match (remote, from) {
             (IpAddr::V4(remote), from) => {

@@ -1,8 +1,8 @@
-//! From tunnel devices to the tables with which the programs do their work: who is a far end, what comes in, which next hop
-//! on a device leads where.
+//! From tunnel devices to the tables with which the programs do their work: who is a far end, what comes in, which
+//! next hop on a device leads where.
 //!
-//! A device is handled *natively* or not at all: [`tables`] says for each which, and why not. Peers keep their numbers from
-//! one time to the next, as flows remember them.
+//! A device is handled *natively* or not at all: [`tables`] says for each which, and why not. Peers keep their
+//! numbers from one time to the next, as flows remember them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -79,8 +79,8 @@ impl Surveyed {
         remotes.filter(|remote| !remote.is_multicast()).collect()
     }
 
-    /// The far end behind an inner link address: the entry for it, or else the only one for all others. Zeros stand for kinds
-    /// without link addresses.
+    /// The far end behind an inner link address: the entry for it, or else the only one for all others. Zeros stand
+    /// for kinds without link addresses.
     fn far_end(&self, mac: [u8; 6]) -> Option<FarEnd> {
         let mut entries = self.far_ends.iter().filter(|far| far.mac == mac).peekable();
         let by_default = self.far_ends.iter().filter(|far| far.mac == [0; 6]);
@@ -169,8 +169,8 @@ impl Surveyed {
     }
 }
 
-/// The tables of these devices, and for each by name why the programs do not do its work, if they do not. At most `room`
-/// entries of a kind; `before` says which numbers peers have had.
+/// The tables of these devices, and for each by name why the programs do not do its work, if they do not. At most
+/// `room` entries of a kind; `before` says which numbers peers have had.
 pub fn tables(
     devices: &[Surveyed],
     before: &TunnelTables,

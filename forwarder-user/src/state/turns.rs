@@ -29,8 +29,9 @@ pub fn cycle(entries: &[Entry], size: u32) -> Vec<BackendId> {
             1 + weight * spare / sum
         }
     };
-    // A backend's turns are 1 / turns of the cycle apart. The first is the later the further back the backend stands, or
-    // those with the same weight would all be due together. In 2^-32 of the cycle, which keeps a million slots apart.
+    // A backend's turns are 1 / turns of the cycle apart. The first is the later the further back the backend stands,
+    // or those with the same weight would all be due together. In 2^-32 of the cycle, which keeps a million slots
+    // apart.
     let count = weighted.clone().count() as u64;
     let mut due: Vec<(u64, BackendId)> = (0..)
         .zip(weighted)

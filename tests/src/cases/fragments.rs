@@ -245,6 +245,22 @@ pub(super) fn all() -> Vec<Case> {
                     .all([to_stack(0), to_stack(1), to_stack(2)]),
             ),
         );
+        let reset = from_client(segment::RST | segment::ACK, CLIENT, WEB);
+        cases.push(
+            family.done(
+                family
+                    .case("A fragment after another's reset is none", world())
+                    .then(to_stack(0))
+                    .then(Step::dropped(
+                        match family {
+                            Family::V4 => reset.build(),
+                            Family::V6 => reset.in_v6().build(),
+                        },
+                        Reason::NOT_A_SYN,
+                    ))
+                    .then(to_stack(1)),
+            ),
+        );
         let oldest = family.cut(&from_client(segment::ACK, CLIENT, WEB).payload(600));
         cases.push(
             family.done(

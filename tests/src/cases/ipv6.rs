@@ -107,6 +107,11 @@ fn neighbours() -> Vec<Case> {
             world(),
         )
         .then(answered(in_v6(SNAT))),
+        Case::new(
+            "A neighbour solicitation for the mapped form of a VIP passes",
+            world(),
+        )
+        .then(passed(solicitation(VIP.to_ipv6_mapped()))),
         Case::new("A neighbour solicitation for another address passes", world())
             .then(passed(solicitation(in_v6(*SERVER.ip())))),
         Case::new(

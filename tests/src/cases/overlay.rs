@@ -1,7 +1,7 @@
 //! Tunnels that the programs handle themselves: every kind, over both families, around both families.
 //!
-//! The tunnel device is the interface `tunnel0`, behind which [`REMOTE`]'s server is; the far end is a host on the servers'
-//! side, so what goes into the tunnel leaves there and what comes out of it came in there.
+//! The tunnel device is the interface `tunnel0`, behind which [`REMOTE`]'s server is; the far end is a host on the
+//! servers' side, so what goes into the tunnel leaves there and what comes out of it came in there.
 
 use std::net::{IpAddr, Ipv4Addr};
 

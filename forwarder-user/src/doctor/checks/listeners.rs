@@ -43,7 +43,8 @@ fn taken(vip: IpAddr, mac: [u8; 6]) -> Finding {
     ))
 }
 
-/// The data path answers ARP and neighbour discovery for a VIP where it is attached, so there the VIP's network has to be.
+/// The data path answers ARP and neighbour discovery for a VIP where it is attached, so there the VIP's network has
+/// to be.
 fn unreachable(facts: &Facts, vip: IpAddr) -> Option<Finding> {
     let holds = |device: &&Device| {
         device
