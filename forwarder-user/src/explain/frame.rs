@@ -7,6 +7,7 @@ use std::{
 
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TcpHeader, TransportSlice};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::config::{Protocol, address::at_port};
 
@@ -105,7 +106,7 @@ fn as_v6(address: IpAddr) -> [u8; 16] {
 }
 
 /// A packet as people read it; what its bytes do not tell is absent.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PacketSummary {
     /// `tcp`, `udp`, `icmp`, `icmpv6`, `arp` or a protocol number; `?` where it cannot be read.
     pub protocol: String,
