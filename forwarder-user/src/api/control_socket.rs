@@ -101,7 +101,10 @@ pub fn bind_control(path: &Path, group: Option<&str>) -> Result<ControlSocket, E
         chown(path, None, Some(group.gid.as_raw()))
             .and_then(|()| fs::set_permissions(path, Permissions::from_mode(GROUP_MODE)))
             .map_err(|error| {
-                let what = format!("cannot give the control socket to the group {}: {error}", group.name);
+                let what = format!(
+                    "cannot give the control socket to the group {}: {error}",
+                    group.name
+                );
                 Error::host(what).hint("this needs CAP_CHOWN, or that the agent's user is in the group")
             })?;
     }
@@ -111,9 +114,13 @@ pub fn bind_control(path: &Path, group: Option<&str>) -> Result<ControlSocket, E
 fn find_group(name: &str) -> Result<Group, Error> {
     match Group::from_name(name) {
         Ok(Some(group)) => Ok(group),
-        Ok(None) => Err(Error::host(format!("agent.control_group: there is no group \"{name}\""))
-            .hint(format!("`groupadd --system {name}` makes it"))),
-        Err(error) => Err(Error::host(format!("cannot look the group \"{name}\" up: {error}"))),
+        Ok(None) => Err(
+            Error::host(format!("agent.control_group: there is no group \"{name}\""))
+                .hint(format!("`groupadd --system {name}` makes it")),
+        ),
+        Err(error) => Err(Error::host(format!(
+            "cannot look the group \"{name}\" up: {error}"
+        ))),
     }
 }
 
@@ -233,7 +240,10 @@ mod tests {
         let directory = directory();
         let path = directory.path().join("control.sock");
         let error = bind_control(&path, Some("no-such-group")).unwrap_err();
-        assert_eq!(error.what, "agent.control_group: there is no group \"no-such-group\"");
+        assert_eq!(
+            error.what,
+            "agent.control_group: there is no group \"no-such-group\""
+        );
         assert!(!path.exists());
     }
 }

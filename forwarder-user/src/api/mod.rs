@@ -535,6 +535,10 @@ mod tests {
         let mut text = serde_json::to_string_pretty(&description).unwrap();
         text.push('\n');
         assert_same_as_file("docs/openapi.json", &text);
-        assert!(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/api.md").exists());
+        assert!(
+            Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("../docs/api.md")
+                .exists()
+        );
     }
 }

@@ -1,21 +1,42 @@
-//! What the metrics address serves to everybody who reaches it: metrics for Prometheus.
+//! What the metrics address serves to everybody who reaches it: metrics for Prometheus, and a page for people.
+//!
+//! ```text
+//! GET /metrics         Prometheus text, see `metrics`
+//! GET /                the status page, with page.css, page.js, page.svg
+//! GET /status.json     the same `Status` as the control API's, which the page draws
+//! GET /reasons.json    what each reason of a dropped packet means
+//! ```
 //!
 //! There is no access control, so the address is a loopback one unless the operator says otherwise, and nothing can
-//! be changed here.
+//! be changed here. The page is files of `page/`, in the binary; it loads nothing from elsewhere, and browsers are told
+//! to let it load nothing.
 
 use std::{future::Future, io::ErrorKind, net::SocketAddr};
 
 use axum::{
-    Router,
+    Json, Router,
     extract::State,
-    http::{StatusCode, header::CONTENT_TYPE},
+    http::{
+        HeaderValue, StatusCode,
+        header::{
+            CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderMap, REFERRER_POLICY,
+            X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+        },
+    },
+    middleware::map_response,
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{MethodRouter, get},
 };
+use forwarder_common::abi::reason::DESCRIPTIONS;
+use serde::Serialize;
 use tokio::net::TcpListener;
 
-use super::{StatusSource, questions::ANSWER_TIMEOUT, serve};
-use crate::{error::Error, metrics};
+use super::{Refusal, StatusSource, questions::ANSWER_TIMEOUT, serve};
+use crate::{error::Error, metrics, status::Status};
+
+/// The page loads its own files, and nothing else; nobody shows it in a frame.
+const CONTENT_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; \
+                              connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// Takes the address that Prometheus scrapes. Call it within a Tokio runtime.
 ///
@@ -39,15 +60,20 @@ pub(super) fn listen(address: SocketAddr, what: &str, key: &str) -> Result<TcpLi
                 format!("`ss -ltnp 'sport = :{port}'` shows who has it: another agent? Else change {key}")
             }
             ErrorKind::AddrNotAvailable => {
-                format!("{} is not an address of this host: see `ip address`", address.ip())
+                format!(
+                    "{} is not an address of this host: see `ip address`",
+                    address.ip()
+                )
             }
-            ErrorKind::PermissionDenied => format!("port {port} needs CAP_NET_BIND_SERVICE; take one from 1024 on"),
+            ErrorKind::PermissionDenied => {
+                format!("port {port} needs CAP_NET_BIND_SERVICE; take one from 1024 on")
+            }
             _ => format!("change {key}"),
         })
     })
 }
 
-/// Serves the metrics until `stop` completes; open connections then get a second to end.
+/// Serves metrics and page until `stop` completes; open connections then get a second to end.
 ///
 /// # Errors
 /// The listener fails for good.
@@ -58,7 +84,25 @@ pub async fn serve_metrics(
 ) -> Result<(), Error> {
     let app = Router::new()
         .route("/metrics", get(answer_metrics))
-        .route("/", get(answer_front_page))
+        .route("/status.json", get(answer_status))
+        .route("/reasons.json", get(answer_reasons))
+        .route(
+            "/",
+            file("text/html; charset=utf-8", include_str!("../page/index.html")),
+        )
+        .route(
+            "/page.css",
+            file("text/css; charset=utf-8", include_str!("../page/page.css")),
+        )
+        .route(
+            "/page.js",
+            file("text/javascript; charset=utf-8", include_str!("../page/page.js")),
+        )
+        .route(
+            "/page.svg",
+            file("image/svg+xml", include_str!("../page/page.svg")),
+        )
+        .layer(map_response(careful))
         .with_state(source);
     serve(listener, app, stop).await
 }
@@ -70,11 +114,45 @@ async fn answer_metrics(State(source): State<StatusSource>) -> Response {
     }
 }
 
-async fn answer_front_page() -> String {
-    format!(
-        "forwarder {}\n\n/metrics  for Prometheus\n\nFor people: `forwarder status`, on this host.\n",
-        env!("CARGO_PKG_VERSION")
-    )
+async fn answer_status(State(source): State<StatusSource>) -> Result<Json<Status>, Refusal> {
+    Ok(Json(source.ask(ANSWER_TIMEOUT).await?))
+}
+
+/// What a reason means, for the page.
+#[derive(Serialize)]
+struct ReasonText {
+    name: &'static str,
+    text: &'static str,
+    hint: &'static str,
+}
+
+async fn answer_reasons() -> Json<Vec<ReasonText>> {
+    let texts = DESCRIPTIONS.iter().map(|description| ReasonText {
+        name: description.name,
+        text: description.text,
+        hint: description.hint,
+    });
+    Json(texts.collect())
+}
+
+/// A file of the page.
+fn file(content_type: &'static str, text: &'static str) -> MethodRouter<StatusSource> {
+    get(move || async move { ([(CONTENT_TYPE, content_type)], text) })
+}
+
+/// Tells browsers what the page may do, and to ask again: the next agent's page may be another.
+async fn careful(mut response: Response) -> Response {
+    let headers: &mut HeaderMap = response.headers_mut();
+    for (name, value) in [
+        (CONTENT_SECURITY_POLICY, CONTENT_POLICY),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (X_FRAME_OPTIONS, "DENY"),
+        (REFERRER_POLICY, "no-referrer"),
+        (CACHE_CONTROL, "no-store"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    response
 }
 
 #[cfg(test)]
@@ -104,8 +182,6 @@ mod tests {
             "{head}"
         );
         assert_eq!(body, metrics::render(&sample()));
-        let (_, body) = exchange(connect().await, "GET /", "").await;
-        assert!(body.contains("/metrics"), "{body}");
         let (head, _) = exchange(connect().await, "GET /elsewhere", "").await;
         assert!(head.starts_with("http/1.1 404"), "{head}");
 
@@ -135,5 +211,65 @@ mod tests {
                 .hint
                 .is_some_and(|hint| hint.contains("192.0.2.1 is not an address"))
         );
+    }
+
+    /// What one request is answered with.
+    async fn answered(request_line: &str) -> (String, String) {
+        let listener = bind_metrics("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (source, requests) = StatusSource::channel();
+        answer_all(requests);
+        let server = tokio::spawn(serve_metrics(listener, source, std::future::pending()));
+        let answer = exchange(TcpStream::connect(address).await.unwrap(), request_line, "").await;
+        server.abort();
+        answer
+    }
+
+    #[tokio::test]
+    async fn the_page_has_all_it_names_and_loads_nothing_from_elsewhere() {
+        let (head, page) = answered("GET /").await;
+        assert!(head.contains("content-type: text/html"), "{head}");
+        assert!(
+            head.contains("content-security-policy: default-src 'none';"),
+            "{head}"
+        );
+        let mut files = 0;
+        for attribute in ["href=\"", "src=\""] {
+            for name in page
+                .split(attribute)
+                .skip(1)
+                .filter_map(|rest| rest.split('"').next())
+            {
+                let (head, body) = answered(&format!("GET /{name}")).await;
+                assert!(
+                    head.starts_with("http/1.1 200") && !body.is_empty(),
+                    "{name}: {head}"
+                );
+                files += 1;
+            }
+        }
+        assert!(files >= 5, "{files}");
+        for file in ["page.css", "page.js"] {
+            let (head, body) = answered(&format!("GET /{file}")).await;
+            assert!(head.contains("x-content-type-options: nosniff"), "{head}");
+            let foreign = body.replace("http://www.w3.org/2000/svg", "");
+            assert!(!foreign.contains("http"), "{file} names a foreign place");
+            assert!(!body.contains("innerHTML"), "{file} writes markup");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_page_s_numbers_are_the_api_s() {
+        let (_, body) = answered("GET /status.json").await;
+        assert_eq!(serde_json::from_str::<Status>(&body).unwrap(), sample());
+        let (_, body) = answered("GET /reasons.json").await;
+        for description in DESCRIPTIONS {
+            assert!(
+                body.contains(&format!("\"name\":\"{}\"", description.name)),
+                "{body}"
+            );
+        }
+        let (head, _) = answered("POST /status.json").await;
+        assert!(head.starts_with("http/1.1 405"), "{head}");
     }
 }

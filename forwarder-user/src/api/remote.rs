@@ -195,7 +195,12 @@ async fn only_with_token(State(token): State<Option<Token>>, request: Request, n
         return next.run(request).await;
     }
     let hint = "send `Authorization: Bearer TOKEN` with what is in agent.api.token_file";
-    Refusal::new(ErrorCode::Unauthorized, "the token is missing or wrong", Some(hint)).into_response()
+    Refusal::new(
+        ErrorCode::Unauthorized,
+        "the token is missing or wrong",
+        Some(hint),
+    )
+    .into_response()
 }
 
 /// Connections whose TLS has been agreed on. Clients that dawdle over that hold up nobody else.
@@ -324,7 +329,11 @@ mod tests {
             ("GET /v1/openapi.json", &bearer, "200"),
             ("GET /v1/status", "", "401"),
             ("GET /v1/status", "Authorization: Bearer 0011\r\n", "401"),
-            ("GET /v1/status", &format!("Authorization: Basic {TOKEN}\r\n"), "401"),
+            (
+                "GET /v1/status",
+                &format!("Authorization: Basic {TOKEN}\r\n"),
+                "401",
+            ),
             // Without the token nothing is told, not even what there is.
             ("GET /v1/nothing", "", "401"),
             ("POST /v1/apply", &bearer, "405"),

@@ -451,7 +451,10 @@ impl<'d> Check<'d> {
         }
         if tls.is_none() && !listen.value.ip().is_loopback() {
             return wrong(
-                &format!("the token would cross the network to {} unencrypted", listen.value.ip()),
+                &format!(
+                    "the token would cross the network to {} unencrypted",
+                    listen.value.ip()
+                ),
                 "write certificate and key, or listen on 127.0.0.1 or ::1",
             );
         }
