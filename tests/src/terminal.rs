@@ -7,6 +7,7 @@ use std::{
     fmt::Write as _,
     fs::File,
     io::{Read as _, Write as _},
+    num::NonZeroU16,
     os::fd::{AsFd as _, OwnedFd},
     process::{Child, Command, ExitStatus},
     time::{Duration, Instant},
@@ -45,6 +46,8 @@ impl Drop for Terminal {
 impl Terminal {
     /// Starts a program on a terminal of this size.
     pub fn start(mut command: Command, columns: u16, rows: u16) -> Result<Self> {
+        let (some_rows, some_columns) = (NonZeroU16::new(rows), NonZeroU16::new(columns));
+        let (some_rows, some_columns) = some_rows.zip(some_columns).context("a terminal without room")?;
         let size = Winsize {
             ws_row: rows,
             ws_col: columns,
@@ -65,7 +68,7 @@ impl Terminal {
             child,
             master: File::from(master),
             slave,
-            parser: Parser::new(rows, columns, 0),
+            parser: Parser::new(some_rows, some_columns, 0),
         })
     }
 
@@ -161,7 +164,7 @@ const PALETTE: [&str; 16] = [
 
 /// A screen as a picture.
 pub fn picture(screen: &Screen) -> String {
-    let (rows, columns) = screen.size();
+    let (rows, columns) = (screen.size().0.get(), screen.size().1.get());
     let width = u32::from(columns) * CELL.0 + 2 * MARGIN;
     let height = u32::from(rows) * CELL.1 + 2 * MARGIN;
     let mut svg = format!(
@@ -198,7 +201,7 @@ fn run(screen: &Screen, row: u16, start: u16, svg: &mut String) -> u16 {
     };
     let mut symbols = String::from(first);
     let mut length = 1;
-    while let Some(next) = look(start + length).filter(|_| start + length < screen.size().1) {
+    while let Some(next) = look(start + length).filter(|_| start + length < screen.size().1.get()) {
         if (&next.0, &next.1, next.2, next.3, next.4) != (&text, &ground, bold, dim, is_shape) {
             break;
         }
@@ -309,7 +312,8 @@ mod tests {
 
     #[test]
     fn a_screen_becomes_text_and_shapes() {
-        let mut parser = Parser::new(2, 10, 0);
+        let size = (NonZeroU16::new(2).unwrap(), NonZeroU16::new(10).unwrap());
+        let mut parser = Parser::new(size.0, size.1, 0);
         parser.process("\x1b[31;1m<a>\x1b[0m ▁█\x1b[7m b".as_bytes());
         let svg = picture(parser.screen());
         assert!(
