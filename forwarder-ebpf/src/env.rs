@@ -110,7 +110,7 @@ impl Env for KernelEnv {
         let held = unsafe { &mut *entry.as_mut_ptr() };
         held.key = fragment::key(frame);
         held.ingress_ifindex = self.ingress_ifindex;
-        // The verifier refuses a length that may be zero; see `packet::forwarder_sum`.
+        // The verifier refuses a length that may be zero; see `packet::forwarder_sum_xdp`.
         let len = masked::<{ HELD_BYTES as u64 - 1 }>(frame.total_len as usize - 1) as u32 + 1;
         held.len = len;
         let packet = held.packet.as_mut_ptr().cast();

@@ -224,7 +224,6 @@ fn replies_shrink_to_a_narrow_link_by_icmp_alone() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs \"fragmentation needed\" in tcx, which sends what does not fit"]
 fn replies_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
     let path = Path {
         uplink_mtu_bytes: Some(NARROW_BYTES),
@@ -234,7 +233,6 @@ fn replies_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs the gateway's own ICMP errors to go back through native tunnels"]
 fn replies_of_a_native_tunnel_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
     let path = Path {
         uplink_mtu_bytes: Some(NARROW_BYTES),
