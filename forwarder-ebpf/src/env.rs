@@ -15,7 +15,11 @@ use forwarder_common::{
     wire::{Be32, LinkPair, MacAddress},
 };
 
-use crate::{functions, maps, packet::masked};
+use crate::{
+    functions,
+    maps::{self, KernelTables},
+    packet::masked,
+};
 
 /// Linux's AF_INET.
 const AF_INET: u8 = 2;
@@ -56,7 +60,7 @@ impl Env for KernelEnv {
         lookup.dport = key.destination_port.raw();
         // Zero, for no MTU check, which the stack or the egress device makes.
         lookup.__bindgen_anon_1.tot_len = 0;
-        lookup.ifindex = self.ingress_ifindex;
+        lookup.ifindex = KernelTables::bond_or(self.ingress_ifindex);
         // TOS or flow label.
         lookup.__bindgen_anon_2.flowinfo = 0;
         if key.is_v4() {

@@ -105,6 +105,7 @@ fn site(tags: Tags) -> Result<Site> {
             nginx,
         }],
         vip: Ipv4Addr::new(10, 0, 5, 100),
+        is_ipv6: false,
         interfaces: &["trunk"],
         tunnel: "",
         networks: [

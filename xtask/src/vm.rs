@@ -61,7 +61,7 @@ struct Chosen<'a> {
 ///
 /// Of ring 3 only what needs no load: an emulated processor is too slow for the load tests' bounds, and for the
 /// million flows of `program_explain`.
-const TESTS: [Test; 9] = [
+const TESTS: [Test; 10] = [
     ("program_budget", &["--nocapture"], 120, None),
     ("program_cases", &[], 240, None),
     ("program_tables", &[], 240, None),
@@ -72,10 +72,11 @@ const TESTS: [Test; 9] = [
     (
         "vm_tunnels",
         &["--test-threads=1", "--nocapture"],
-        1500,
+        2400,
         Some("6.12"),
     ),
     ("vm_vlan", &["--test-threads=1", "--nocapture"], 300, Some("6.12")),
+    ("vm_bond", &["--test-threads=1", "--nocapture"], 400, Some("6.12")),
     ("netns_forward", &["--test-threads=1", "generic_xdp"], 400, None),
 ];
 

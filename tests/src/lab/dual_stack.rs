@@ -46,9 +46,6 @@ pub(super) fn allow(host: &Namespace) -> Result<()> {
 
 /// Gives gateway, client, far router and server of a peering site their IPv6 addresses and routes; the tunnel has its own.
 pub(super) fn add_peering([gateway, client, far, server]: [&Namespace; 4]) -> Result<()> {
-    for router in [gateway, far] {
-        router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
-    }
     for (host, interface, address) in [
         (gateway, "eth0", "fd00:18::1/64"),
         (client, "eth0", "fd00:18::10/64"),

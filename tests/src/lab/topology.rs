@@ -239,6 +239,11 @@ impl Site {
         transit.address("wan", "198.51.100.2/30")?;
         gateway.forward()?;
         transit.forward()?;
+        if is_ipv6 || peering.kind.is_over_ipv6() {
+            for router in [&gateway, &transit] {
+                router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+            }
+        }
         if peering.kind.is_over_ipv6() {
             gateway.run("ip address add 2001:db8:51::1/64 dev wan nodad")?;
             transit.run("ip address add 2001:db8:51::2/64 dev wan nodad")?;
