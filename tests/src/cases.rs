@@ -32,6 +32,7 @@ use crate::{
 mod families;
 mod fragments;
 mod icmp_errors;
+pub mod measured;
 mod ipv6;
 mod overlay;
 mod selection;

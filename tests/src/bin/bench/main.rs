@@ -3,9 +3,10 @@
 
 mod client;
 mod failover;
+mod packets;
 mod tables;
 
-use std::{fs, process::ExitCode};
+use std::{fs, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use forwarder_tests::lab;
@@ -32,6 +33,12 @@ enum Name {
     },
     /// Time to build and swap tables, requests lost by swaps, and the cost of passive checks
     Tables,
+    /// What a packet costs, in nanoseconds, beside the least that it could
+    Packets {
+        /// The benchmark's own BPF programs
+        #[arg(long, env = "BENCH_OBJECT")]
+        object: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -45,6 +52,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.name {
         Name::Failover { on_unhealthy } => failover::run(on_unhealthy.as_deref()),
         Name::Tables => tables::run(),
+        Name::Packets { object } => packets::run(&object),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
