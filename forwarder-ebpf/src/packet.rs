@@ -131,10 +131,10 @@ macro_rules! sum_function {
                 // SAFETY: `len` is at most SCRATCH_MASK + 1, and there are 8 bytes behind that.
                 unsafe { padding.write_unaligned(0) };
                 let padded = masked::<SCRATCH_MASK>(len as usize + 3) & !3;
+                let nothing = core::ptr::null_mut();
                 // SAFETY: these bytes of the buffer were just written; the helper only reads them.
-                let block =
-                    unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, scratch.cast(), padded as u32, 0) };
-                total = u32::from(fold(total + u32::from(fold(block as u32))));
+                let block = unsafe { bpf_csum_diff(nothing, 0, scratch.cast(), padded as u32, 0) } as u32;
+                total = u32::from(fold(total + u32::from(fold(block))));
                 offset += len;
                 left -= len;
             }
@@ -424,16 +424,15 @@ impl Packet for SkbPacket {
     #[inline(always)]
     fn cut_and_grow(&mut self, len: usize, _network_offset: usize, front: usize) -> Result<(), Stop> {
         let skb = self.ctx.skb.skb;
-        // SAFETY: the context is the one the kernel passed in; the helpers check lengths. The second one makes room behind
-        // the link header.
-        let is_done = unsafe {
-            bpf_skb_change_tail(skb, len as u32, 0) == 0
-                && bpf_skb_adjust_room(skb, front as i32, BPF_ADJ_ROOM_MAC, 0) == 0
-        };
-        if is_done {
-            Ok(())
-        } else {
-            Err(Stop::drop(Reason::INTERNAL))
+        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
+        if unsafe { bpf_skb_change_tail(skb, len as u32, 0) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
         }
+        // Behind the link header.
+        // SAFETY: as above.
+        if unsafe { bpf_skb_adjust_room(skb, front as i32, BPF_ADJ_ROOM_MAC, 0) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
     }
 }

@@ -32,8 +32,8 @@ use crate::{
 mod families;
 mod fragments;
 mod icmp_errors;
-pub mod measured;
 mod ipv6;
+pub mod measured;
 mod overlay;
 mod selection;
 mod twin;
