@@ -56,6 +56,26 @@ pub struct Scenario {
     pub reserved: u32,
 }
 
+/// What packets that arrive at the far end have to be, and how many were.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Arrivals {
+    /// The last eight bytes of all packets sent, in machine order.
+    pub mark: u64,
+    /// Packets that were as they have to be, and others that end with the mark.
+    pub good: u64,
+    pub bad: u64,
+    /// Length of the frame.
+    pub len: u32,
+    /// How far from the end the inner IPv4 addresses stand, source first; the destination it has to be.
+    pub addresses_back: u32,
+    pub destination: u32,
+    /// The source of the last packet, and its port.
+    pub source: u32,
+    pub source_port: u16,
+    pub reserved: [u16; 3],
+}
+
 /// A flow of the minimal program, by addresses and ports as they stand in a packet. Aligned as the verifier wants it on
 /// the stack.
 #[repr(C, align(8))]

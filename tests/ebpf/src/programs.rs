@@ -4,19 +4,21 @@ use core::{ffi::c_void, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_NOEXIST, xdp_action, xdp_md},
+    bindings::{BPF_NOEXIST, TC_ACT_OK, TC_ACT_SHOT, xdp_action, xdp_md},
     helpers::generated::{bpf_redirect, bpf_xdp_adjust_head},
-    macros::{map, xdp},
+    macros::{classifier, map, xdp},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, Queue},
-    programs::XdpContext,
+    programs::{TcContext, XdpContext},
 };
-use forwarder_bench_ebpf::{CHECKED_BYTES, FloorEntry, FloorKey, Scenario, TEMPLATE_BYTES};
+use forwarder_bench_ebpf::{Arrivals, CHECKED_BYTES, FloorEntry, FloorKey, Scenario, TEMPLATE_BYTES};
 
 /// At most; the benchmark says how many there are.
 const FLOWS: u32 = 1 << 20;
 
 #[map]
 static SCENARIO: Array<Scenario> = Array::with_max_entries(1, 0);
+#[map]
+static ARRIVALS: Array<Arrivals> = Array::with_max_entries(1, 0);
 /// The program under test.
 #[map]
 static PROGRAM: ProgramArray = ProgramArray::with_max_entries(1, 0);
@@ -198,20 +200,36 @@ pub(crate) fn bench_generate(ctx: XdpContext) -> u32 {
     unsafe { bpf_redirect(scenario.ifindex, 0) as u32 }
 }
 
-/// Takes packets at the far end: checks, counts and drops them.
-#[xdp(frags)]
-pub(crate) fn bench_sink(ctx: XdpContext) -> u32 {
-    let Some(scenario) = scenario() else {
-        return xdp_action::XDP_ABORTED;
+/// Takes packets at the far end: checks, counts and drops those that end with the mark.
+#[classifier]
+pub(crate) fn bench_take(ctx: TcContext) -> i32 {
+    let Some(arrivals) = ARRIVALS.get_ptr_mut(0) else {
+        return TC_ACT_OK;
     };
-    check(&ctx, scenario);
-    xdp_action::XDP_DROP
-}
-
-/// Takes all there is.
-#[xdp(frags)]
-pub(crate) fn bench_pass(_ctx: XdpContext) -> u32 {
-    xdp_action::XDP_PASS
+    // SAFETY: one benchmark at a time, on one CPU.
+    let arrivals = unsafe { &mut *arrivals };
+    let len = ctx.len();
+    let Ok(mark) = ctx.load::<u64>((len as usize).wrapping_sub(8)) else {
+        return TC_ACT_OK;
+    };
+    if mark != arrivals.mark {
+        return TC_ACT_OK;
+    }
+    let addresses = len.wrapping_sub(arrivals.addresses_back) as usize;
+    let (Ok(source), Ok(destination), Ok(port)) = (
+        ctx.load::<u32>(addresses),
+        ctx.load::<u32>(addresses + 4),
+        ctx.load::<u16>(addresses + 8),
+    ) else {
+        return TC_ACT_OK;
+    };
+    (arrivals.source, arrivals.source_port) = (source, port);
+    if len == arrivals.len && destination == arrivals.destination {
+        arrivals.good += 1;
+    } else {
+        arrivals.bad += 1;
+    }
+    TC_ACT_SHOT
 }
 
 /// Nothing.

@@ -5,6 +5,7 @@ mod client;
 mod failover;
 mod packets;
 mod tables;
+mod tunnels;
 
 use std::{fs, path::PathBuf, process::ExitCode};
 
@@ -39,6 +40,12 @@ enum Name {
         #[arg(long, env = "BENCH_OBJECT")]
         object: PathBuf,
     },
+    /// Packets per second and CPU time per packet through tunnels, natively and by the kernel's device
+    Tunnels {
+        /// The benchmark's own BPF programs
+        #[arg(long, env = "BENCH_OBJECT")]
+        object: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -53,6 +60,7 @@ fn main() -> ExitCode {
         Name::Failover { on_unhealthy } => failover::run(on_unhealthy.as_deref()),
         Name::Tables => tables::run(),
         Name::Packets { object } => packets::run(&object),
+        Name::Tunnels { object } => tunnels::run(&object),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, ProgramArray, Queue},
-    programs::{ProgramFd, TestRun as _, TestRunOptions, Xdp},
+    programs::{Program, ProgramFd, TestRun as _, TestRunOptions, Xdp},
 };
 use forwarder_bench_ebpf::{FloorEntry, FloorKey, Scenario};
 use forwarder_tests::{
@@ -69,8 +69,9 @@ impl Caller {
             .load_file(object)
             .with_context(|| format!("{}", object.display()))?;
         for (name, program) in ebpf.programs_mut() {
-            let program: &mut Xdp = program.try_into()?;
-            program.load().with_context(|| format!("load {name}"))?;
+            if let Program::Xdp(program) = program {
+                program.load().with_context(|| format!("load {name}"))?;
+            }
         }
         Ok(Self(ebpf))
     }
