@@ -57,7 +57,10 @@ pub fn turn<P: Packet>(packet: &mut P, frame: &Frame, ttl: u8) -> Result<(), Sto
         ip.hop_limit = ttl;
         ip.set_addresses(&frame.key.destination, &frame.key.source);
     }
-    let ethernet = packet.header::<EthernetHeader>(0)?;
-    ethernet.link = { ethernet.link }.swapped();
+    // Packets of some tunnels begin with IP.
+    if offset != 0 {
+        let ethernet = packet.header::<EthernetHeader>(0)?;
+        ethernet.link = { ethernet.link }.swapped();
+    }
     Ok(())
 }
