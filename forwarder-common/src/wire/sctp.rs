@@ -4,6 +4,8 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Be16, Be32, WireHeader, crc32c};
 
+/// RFC 9260 §3.3.1: carries payload.
+pub const CHUNK_DATA: u8 = 0;
 /// RFC 9260 §3.3.2: opens an association; the only chunk of its packet.
 pub const CHUNK_INIT: u8 = 1;
 /// RFC 9260 §3.3.3: answers that; the only chunk of its packet.
