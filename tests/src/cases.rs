@@ -33,6 +33,7 @@ mod echo;
 mod families;
 mod fragments;
 mod icmp_errors;
+pub mod measured;
 mod ipv6;
 mod overlay;
 mod sctp;

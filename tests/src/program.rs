@@ -22,7 +22,7 @@ use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf,
     maps::{Array, HashMap, LpmTrie, MapError, PerCpuArray, PerCpuValues, Queue, RingBuf, lpm_trie::Key},
-    programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp},
+    programs::{ProgramFd, SchedClassifier, TestRun as _, TestRunOptions, Xdp},
     util::nr_cpus,
 };
 use bytemuck::{Pod, Zeroable};
@@ -39,7 +39,7 @@ use forwarder_common::{
     datapath::{Action, Verdict},
 };
 use forwarder_user::datapath::{
-    object,
+    object::{self, Sizes},
     pod::AsPod,
     view::{self, Arrival, LiveMaps, Walk},
 };
@@ -65,6 +65,20 @@ const OUTPUT_LEN: usize = 16 * 1024;
 /// # Panics
 /// When the programs do not load, and whenever `test` does.
 pub fn with_kernel(test: impl FnOnce(&mut Kernel) + Send) {
+    in_network(|| match object::load(&SIZES) {
+        Ok(ebpf) => test(&mut Kernel::new(ebpf)),
+        Err(error) if error.what.contains("(os error 1)") => skip(),
+        Err(error) => panic!("{error}"),
+    });
+}
+
+/// Runs `test` in a network namespace of the cases' network.
+///
+/// Without the rights to do so it prints `SKIP: …` and does nothing, or panics where skipping is forbidden.
+///
+/// # Panics
+/// When the network cannot be made, and whenever `test` does.
+pub fn in_network(test: impl FnOnce() + Send) {
     let run = || {
         match unshare(CloneFlags::CLONE_NEWNET) {
             Ok(()) => {}
@@ -72,14 +86,7 @@ pub fn with_kernel(test: impl FnOnce(&mut Kernel) + Send) {
             Err(error) => panic!("no network namespace: {error}"),
         }
         build_network().expect("the cases' network");
-        match object::load(&SIZES) {
-            Ok(ebpf) => test(&mut Kernel {
-                ebpf,
-                ports: Vec::new(),
-            }),
-            Err(error) if error.what.contains("(os error 1)") => skip(),
-            Err(error) => panic!("{error}"),
-        }
+        test();
     };
     // A thread of its own, as a namespace is a property of a thread and this one's must not change.
     let outcome = thread::scope(|scope| scope.spawn(run).join());
@@ -190,6 +197,24 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    fn new(ebpf: Ebpf) -> Self {
+        Self {
+            ebpf,
+            ports: Vec::new(),
+        }
+    }
+
+    /// Programs with maps of these sizes; to be called [`in_network`].
+    pub fn load(sizes: &Sizes) -> Result<Self> {
+        Ok(Self::new(object::load(sizes)?))
+    }
+
+    /// The program of interfaces in native mode.
+    pub fn xdp(&mut self) -> Result<&ProgramFd> {
+        let program: &mut Xdp = object::program(&mut self.ebpf, map_name::PROGRAM_XDP)?;
+        Ok(program.fd()?)
+    }
+
     /// How many instructions the verifier followed, by program; nothing from kernels that do not tell.
     pub fn verified_instructions(&self) -> Result<BTreeMap<String, u32>> {
         let mut counts = BTreeMap::new();

@@ -2,12 +2,12 @@
 //!
 //! They are a binary of `forwarder-tests`, because they use the tests' lab.
 
-use std::{os::unix::process::CommandExt as _, process::Command};
+use std::{os::unix::process::CommandExt as _, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
-use crate::{setup, workspace};
+use crate::{bpf, setup, toolchain::Survey, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -25,6 +25,10 @@ enum Name {
     Failover,
     /// Time to build and swap tables, requests lost by swaps, and the cost of passive checks
     Tables,
+    /// What a packet costs, in nanoseconds, beside the least that it could
+    Packets,
+    /// Packets per second and CPU time per packet through tunnels, natively and by the kernel's device
+    Tunnels,
 }
 
 /// Becomes the benchmark: its exit status is that of `cargo xtask bench`, and Ctrl-C reaches it as it would any
@@ -38,7 +42,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut bench = Command::new(&binaries["bench"]);
     bench
         .current_dir(workspace::root())
-        .env("FORWARDER_BIN", &binaries["forwarder"]);
+        .env("FORWARDER_BIN", &binaries["forwarder"])
+        .env("BENCH_OBJECT", build_programs()?);
     if let Some(name) = arguments.name.to_possible_value() {
         bench.arg(name.get_name());
     }
@@ -46,4 +51,25 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         bench.args(["--on-unhealthy", value]);
     }
     Err(bench.exec()).context("can't start the benchmark")
+}
+
+/// Builds the benchmarks' own BPF programs: the object.
+fn build_programs() -> Result<PathBuf> {
+    const PACKAGE: &str = "forwarder-bench-ebpf";
+    let survey = Survey::take(&workspace::tools());
+    let (compiler, linker) = survey.choose().map_err(anyhow::Error::msg)?;
+    let target = if cfg!(target_endian = "big") {
+        "bpfeb-unknown-none"
+    } else {
+        "bpfel-unknown-none"
+    };
+    let folder = workspace::root().join("target/bench-bpf");
+    let mut cargo = bpf::cargo(PACKAGE, compiler, linker, target, std::env::consts::ARCH);
+    workspace::run(
+        cargo
+            .current_dir(workspace::root())
+            .arg("--target-dir")
+            .arg(&folder),
+    )?;
+    Ok(folder.join(target).join("release").join(PACKAGE))
 }

@@ -4,6 +4,7 @@
 //! build yet. What it says goes to stderr.
 
 mod bench;
+mod bpf;
 mod build;
 mod demo;
 mod lint;

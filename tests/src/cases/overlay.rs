@@ -72,13 +72,23 @@ const TUNNELS: [Tunnel; 9] = [
 
 /// A tunnel between addresses of one family that carries packets of another.
 #[derive(Clone, Copy)]
-struct Setting {
+pub(super) struct Setting {
     tunnel: Tunnel,
     is_v6: bool,
     is_inner_v6: bool,
 }
 
 impl Setting {
+    /// The tunnel of this name, over IPv4 or IPv6, around IPv4.
+    pub(super) fn named(name: &str, is_v6: bool) -> Option<Self> {
+        let tunnel = TUNNELS.into_iter().find(|tunnel| tunnel.name == name)?;
+        Some(Self {
+            tunnel,
+            is_v6,
+            is_inner_v6: false,
+        })
+    }
+
     fn end(&self, address: Ipv4Addr) -> IpAddr {
         if self.is_v6 {
             in_v6(address).into()
@@ -96,7 +106,7 @@ impl Setting {
     }
 
     /// Tables with the tunnel.
-    fn world(&self) -> MemoryTables {
+    pub(super) fn world(&self) -> MemoryTables {
         let mut world = if self.is_inner_v6 {
             Case::new("", world()).in_ipv6_world().world
         } else {
@@ -255,7 +265,7 @@ impl Setting {
     }
 
     /// What comes out of the tunnel, whole.
-    fn received(&self, inner: &Builder) -> Vec<u8> {
+    pub(super) fn received(&self, inner: &Builder) -> Vec<u8> {
         self.outer(0, true).around(&self.frame(inner))
     }
 

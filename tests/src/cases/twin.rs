@@ -84,7 +84,7 @@ fn twin(address: IpAddress) -> IpAddress {
 }
 
 /// Tables that say the same of IPv6.
-fn in_ipv6(tables: &MemoryTables) -> MemoryTables {
+pub(super) fn in_ipv6(tables: &MemoryTables) -> MemoryTables {
     let mut tables = tables.clone();
     rename(&mut tables.vips, |key| key.address = twin(key.address));
     rename(&mut tables.listeners, |key| key.vip = twin(key.vip));

@@ -3,9 +3,11 @@
 
 mod client;
 mod failover;
+mod packets;
 mod tables;
+mod tunnels;
 
-use std::{fs, process::ExitCode};
+use std::{fs, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use forwarder_tests::lab;
@@ -32,6 +34,18 @@ enum Name {
     },
     /// Time to build and swap tables, requests lost by swaps, and the cost of passive checks
     Tables,
+    /// What a packet costs, in nanoseconds, beside the least that it could
+    Packets {
+        /// The benchmark's own BPF programs
+        #[arg(long, env = "BENCH_OBJECT")]
+        object: PathBuf,
+    },
+    /// Packets per second and CPU time per packet through tunnels, natively and by the kernel's device
+    Tunnels {
+        /// The benchmark's own BPF programs
+        #[arg(long, env = "BENCH_OBJECT")]
+        object: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -45,6 +59,8 @@ fn main() -> ExitCode {
     let outcome = match arguments.name {
         Name::Failover { on_unhealthy } => failover::run(on_unhealthy.as_deref()),
         Name::Tables => tables::run(),
+        Name::Packets { object } => packets::run(&object),
+        Name::Tunnels { object } => tunnels::run(&object),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
