@@ -55,7 +55,7 @@ type Test = (&'static str, &'static [&'static str], u32, Option<&'static str>);
 ///
 /// Of ring 3 only what needs no load: an emulated processor is too slow for the load tests' bounds, and for the
 /// million flows of `program_explain`.
-const TESTS: [Test; 9] = [
+const TESTS: [Test; 10] = [
     ("program_budget", &["--nocapture"], 120, None),
     ("program_cases", &[], 240, None),
     ("program_tables", &[], 240, None),
@@ -70,6 +70,7 @@ const TESTS: [Test; 9] = [
         Some("6.12"),
     ),
     ("vm_vlan", &["--test-threads=1", "--nocapture"], 300, Some("6.12")),
+    ("vm_sctp", &["--test-threads=1", "--nocapture"], 600, None),
     ("netns_forward", &["--test-threads=1", "generic_xdp"], 400, None),
 ];
 
