@@ -24,6 +24,7 @@ use forwarder_common::{
     wire::{
         LinkPair, WireHeader,
         checksum::{Delta, fold},
+        crc32c,
         ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
         ipv4::Ipv4Header,
         ipv6::Ipv6Header,
@@ -97,8 +98,8 @@ fn bounded(data: usize, data_end: usize, offset: usize, size: usize) -> Option<u
     }
 }
 
-/// Folded sum of a frame's bytes; negative when there are fewer. The function of a hook: its name, the context's type, and
-/// the helper that copies bytes of a frame.
+/// Folded sum of a frame's bytes; negative when there are fewer. The function of a hook: its name, the context's
+/// type, and the helper that copies bytes of a frame.
 ///
 /// A function of its own in BPF as well: inlined, the verifier follows every number of blocks to the program's
 /// end (more than 1 000 000 instructions, Linux 6.18).
@@ -115,8 +116,9 @@ macro_rules! sum_function {
                 if left == 0 {
                     break;
                 }
-                // The verifier refuses a length that may be zero, and that of Linux 6.1 learns nothing from a comparison
-                // with zero ("R3 min value is outside of the allowed memory range"): one is added behind the mask.
+                // The verifier refuses a length that may be zero, and that of Linux 6.1 learns nothing from a
+                // comparison with zero ("R3 min value is outside of the allowed memory range"): one is added behind
+                // the mask.
                 let len = masked::<SCRATCH_MASK>(left.min(BLOCK) as usize - 1) as u32 + 1;
                 // SAFETY: `len` is at most SCRATCH_MASK + 1, less than the scratch buffer's size; the helper checks the
                 // offset.
@@ -153,6 +155,45 @@ fn sum_of(number: i64) -> Result<u32, Stop> {
     } else {
         Ok(number as u32)
     }
+}
+
+/// CRC32c of a frame's bytes; negative when there are fewer. For the same reason a function of its own.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_crc(ctx: *mut xdp_md, mut offset: u32, mut left: u32) -> i64 {
+    let Some(scratch) = maps::scratch() else { return -1 };
+    let mut register = crc32c::START;
+    for _ in 0..BLOCKS {
+        if left == 0 {
+            break;
+        }
+        // As in `forwarder_sum`.
+        let len = masked::<SCRATCH_MASK>(left.min(BLOCK) as usize - 1) as u32 + 1;
+        // SAFETY: `len` is at most SCRATCH_MASK + 1, less than the scratch buffer's size; the helper checks the offset.
+        if unsafe { bpf_xdp_load_bytes(ctx, offset, scratch.cast(), len) } < 0 {
+            return -1;
+        }
+        register = forwarder_crc_block(register, len) as u32;
+        offset += len;
+        left -= len;
+    }
+    i64::from(crc32c::finish(register))
+}
+
+/// The register after the first `len` bytes of the scratch buffer, at most a block; `register` before them.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_crc_block(mut register: u32, len: u32) -> i64 {
+    let Some(scratch) = maps::scratch() else { return -1 };
+    // SAFETY: this CPU's own buffer, larger than a block; nobody else uses it until the caller goes on.
+    let bytes = unsafe { &*scratch.cast::<[u8; BLOCK as usize]>() };
+    for (index, byte) in bytes.iter().enumerate() {
+        if index as u32 >= len {
+            break;
+        }
+        register = crc32c::step(register, *byte);
+    }
+    i64::from(register)
 }
 
 /// A frame in XDP; `GENERIC`: the program runs in generic mode, on a socket buffer in disguise.
@@ -202,6 +243,16 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn crc(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
+        let crc = forwarder_crc(self.ctx.ctx, offset as u32, len as u32);
+        if crc < 0 {
+            Err(Stop::pass(Reason::TRUNCATED))
+        } else {
+            Ok(crc as u32)
+        }
+    }
+
+    #[inline(always)]
     fn adjust_checksum(
         &mut self,
         _offset: usize,
@@ -231,9 +282,9 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
-    fn rewrite_error(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+    fn rewrite_seldom(&mut self, _settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
         maps::lend(walk);
-        functions::error_xdp(self.ctx.ctx)
+        functions::seldom_xdp(self.ctx.ctx, GENERIC)
     }
 
     #[inline(always)]
@@ -366,6 +417,12 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
+    fn crc(&mut self, _offset: usize, _len: usize) -> Result<u32, Stop> {
+        // Never asked for where the kernel keeps the checksum.
+        Err(Stop::drop(Reason::INTERNAL))
+    }
+
+    #[inline(always)]
     fn adjust_checksum(
         &mut self,
         offset: usize,
@@ -404,9 +461,9 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn rewrite_error(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+    fn rewrite_seldom(&mut self, _settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
         maps::lend(walk);
-        functions::error_tcx(self.ctx.skb.skb)
+        functions::seldom_tcx(self.ctx.skb.skb)
     }
 
     #[inline(always)]

@@ -259,8 +259,8 @@ fn a_datagram_that_does_not_fit_behind_the_tunnel_is_heard_of() -> Result<()> {
     Ok(())
 }
 
-/// The tunnel's own packets must not be fragmented, and a link that carries them, behind the first router, takes less than
-/// the gateway's. The kernel hears of it by ICMP, and what it has learned counts for native packets too.
+/// The tunnel's own packets must not be fragmented, and a link that carries them, behind the first router, takes less
+/// than the gateway's. The kernel hears of it by ICMP, and what it has learned counts for native packets too.
 #[test]
 fn requests_shrink_to_what_carries_a_native_tunnel() -> Result<()> {
     const CARRIED_BYTES: u16 = 1400;

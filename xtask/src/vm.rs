@@ -61,7 +61,7 @@ struct Chosen<'a> {
 ///
 /// Of ring 3 only what needs no load: an emulated processor is too slow for the load tests' bounds, and for the
 /// million flows of `program_explain`.
-const TESTS: [Test; 10] = [
+const TESTS: [Test; 11] = [
     ("program_budget", &["--nocapture"], 120, None),
     ("program_cases", &[], 240, None),
     ("program_tables", &[], 240, None),
@@ -77,6 +77,7 @@ const TESTS: [Test; 10] = [
     ),
     ("vm_vlan", &["--test-threads=1", "--nocapture"], 300, Some("6.12")),
     ("vm_bond", &["--test-threads=1", "--nocapture"], 400, Some("6.12")),
+    ("vm_sctp", &["--test-threads=1", "--nocapture"], 600, None),
     ("netns_forward", &["--test-threads=1", "generic_xdp"], 400, None),
 ];
 

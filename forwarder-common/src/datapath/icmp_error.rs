@@ -4,8 +4,9 @@
 //! §2.4 (c)), comes from the address that the packet was for, and goes where it came from, one for one and never
 //! longer than by its own headers: nothing to amplify.
 //!
-//! There is none about ICMP, to no address that many hosts share, and no more than a thousand a second; nor for a
-//! packet in generic XDP with a partial checksum, which the kernel would complete in the middle of the message.
+//! There is none about ICMP but echo messages, to no address that many hosts share, and no more than a thousand a
+//! second; nor for a packet in generic XDP with a partial checksum, which the kernel would complete in the middle of
+//! the message.
 //!
 //! In tcx the kernel, or the device, will do that: a checksum that is still owed (Linux: CHECKSUM_PARTIAL, also of
 //! packets that it has aggregated) is computed over the quote, from its transport header to the end, which is also the
@@ -17,7 +18,7 @@
 use super::{
     ChecksumOffload, Packet, Stop, Tables,
     parse::Frame,
-    rewrite,
+    rewrite, sctp,
     transport_checksum::{self, State},
 };
 use crate::{
@@ -26,11 +27,11 @@ use crate::{
         Be16, Be32, IpAddress, WireHeader, checksum,
         ethernet::EthernetHeader,
         icmp::{
-            CODE_FRAGMENTATION_NEEDED, CODE_PORT_UNREACHABLE, CODE_V6_PORT_UNREACHABLE, IcmpHeader,
-            TYPE_TIME_EXCEEDED, TYPE_UNREACHABLE, TYPE_V6_TIME_EXCEEDED, TYPE_V6_TOO_BIG,
-            TYPE_V6_UNREACHABLE,
+            CODE_FRAGMENTATION_NEEDED, CODE_HOST_UNREACHABLE, CODE_PORT_UNREACHABLE,
+            CODE_V6_HOST_UNREACHABLE, CODE_V6_PORT_UNREACHABLE, IcmpHeader, TYPE_TIME_EXCEEDED,
+            TYPE_UNREACHABLE, TYPE_V6_TIME_EXCEEDED, TYPE_V6_TOO_BIG, TYPE_V6_UNREACHABLE,
         },
-        ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP},
+        ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP},
         ipv6::{Ipv6Header, PROTOCOL_ICMPV6},
     },
 };
@@ -59,6 +60,12 @@ impl Message {
     pub const PORT_UNREACHABLE: Self = Self {
         v4: (TYPE_UNREACHABLE, CODE_PORT_UNREACHABLE),
         v6: (TYPE_V6_UNREACHABLE, CODE_V6_PORT_UNREACHABLE),
+        rest: 0,
+    };
+    /// Nobody is there (RFC 792; RFC 4443 §3.1, "address unreachable").
+    pub const HOST_UNREACHABLE: Self = Self {
+        v4: (TYPE_UNREACHABLE, CODE_HOST_UNREACHABLE),
+        v6: (TYPE_V6_UNREACHABLE, CODE_V6_HOST_UNREACHABLE),
         rest: 0,
     };
     /// The packet has passed too many routers (RFC 792, RFC 4443 §3.3).
@@ -122,11 +129,23 @@ pub fn answer<P: Packet, T: Tables>(
     message: Message,
 ) -> Result<(), Stop> {
     let none = Stop::drop(Reason::INTERNAL);
-    let is_about_data = matches!(frame.key.protocol as u8, PROTOCOL_TCP | PROTOCOL_UDP);
+    // Of ICMP only echo messages come here.
+    let is_about_data = matches!(
+        frame.key.protocol as u8,
+        PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP | PROTOCOL_ICMP
+    );
     if !is_about_data || !is_host(frame.key.source) || !has_budget(tables) {
         return Err(none);
     }
     let owed = match P::CHECKSUM_OFFLOAD {
+        _ if frame.is_sctp() => {
+            if sctp::is_left_to_kernel(packet, frame, settings)? {
+                return Err(none);
+            }
+            None
+        }
+        // Echo messages: nobody leaves their checksum to a device.
+        _ if !frame.is_usual() => None,
         ChecksumOffload::Kernel => transport_checksum::owed(packet, frame)?,
         ChecksumOffload::Kept => {
             if let State::Partial { .. } = transport_checksum::state(packet, frame, settings)? {

@@ -53,7 +53,10 @@ pub fn find<T: Tables, E: Env>(
         destination: hit.rewrite.destination,
         source_port: hit.rewrite.source_port,
         destination_port: hit.rewrite.destination_port,
-        protocol: hit.protocol,
+        protocol: u32::from(translate::protocol_number(
+            hit.protocol,
+            hit.rewrite.destination.is_v4(),
+        )),
     };
     // Field by field; see `IpAddress::copied`. The others are written below or have no meaning without a link.
     hop.generation = settings.route_generation;

@@ -248,8 +248,8 @@ struct Agent {
     tables: Tables,
     tunnels: tunnels::Tunnels,
     native: native::Verdicts,
-    /// Far ends of tunnels that may be native, with the address they are sent to from, and what was carried to each when
-    /// the tunnels were surveyed.
+    /// Far ends of tunnels that may be native, with the address they are sent to from, and what was carried to each
+    /// when the tunnels were surveyed.
     ways: Vec<(IpAddr, Option<IpAddr>)>,
     way_mtus: Vec<Option<u32>>,
     /// Entries that each table of tunnels has room for.

@@ -101,8 +101,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Looks whether the ways to the far ends carry less than they did, or more. The kernel reports most changes, but not
-    /// what it has learned by ICMP, nor that it has forgotten that; so it is asked.
+    /// Looks whether the ways to the far ends carry less than they did, or more. The kernel reports most changes, but
+    /// not what it has learned by ICMP, nor that it has forgotten that; so it is asked.
     ///
     /// # Errors
     /// The kernel does not answer.
@@ -133,7 +133,8 @@ impl Agent {
         };
         let far_ends = self.network.far_ends(device.index).await?;
         let is_over_v6 = Surveyed::remotes(&device, &far_ends).iter().any(IpAddr::is_ipv6);
-        // The kernel's answer to the program is then none, whoever made the packet (`bpf_ipv6_fib_lookup` of Linux 6.12).
+        // The kernel's answer to the program is then none, whoever made the packet (`bpf_ipv6_fib_lookup` of Linux
+        // 6.12).
         if is_over_v6 && !self.network.forwards_v6("all").unwrap_or(true) {
             let obstacle =
                 "it is over IPv6, which this host does not forward; sysctl -w net.ipv6.conf.all.forwarding=1";

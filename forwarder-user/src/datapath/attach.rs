@@ -85,8 +85,8 @@ impl AttachmentKind {
     }
 }
 
-/// Attaches XDP to an interface; also says, in words, why it is not in native mode. `ports`: of a bond, those whose frames
-/// it sees and which send its frames.
+/// Attaches XDP to an interface; also says, in words, why it is not in native mode. `ports`: of a bond, those whose
+/// frames it sees and which send its frames.
 ///
 /// # Errors
 /// When the kernel refuses the mode that the configuration demands.

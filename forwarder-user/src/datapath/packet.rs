@@ -10,6 +10,7 @@ use forwarder_common::{
     wire::{
         Be16, Field16, WireHeader,
         checksum::{self, Delta},
+        crc32c,
     },
 };
 
@@ -105,6 +106,11 @@ impl<K: Kind> Packet for MemoryPacket<K> {
             u32::from(checksum::fold(sum + u32::from(word)))
         });
         Ok(sum)
+    }
+
+    fn crc(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
+        let bytes = self.bytes.get(offset..offset + len);
+        bytes.map(crc32c::of).ok_or(Stop::pass(Reason::TRUNCATED))
     }
 
     fn adjust_checksum(

@@ -15,7 +15,7 @@ use super::{
     facts::{Attempt, Backend, Device, Facts, Host, Narrow},
 };
 use crate::{
-    config::{Config, Group, HealthCheck, Probe, Protocol, RoutingTable},
+    config::{Config, Group, HealthCheck, Ports, Probe, Protocol, RoutingTable},
     diagnose::{self, Diagnosis, Subject},
     error::Error,
     health::{self, Origin, ProbeFailure, Stage, Target, tcp},
@@ -461,6 +461,7 @@ async fn look_for_ports(facts: &mut Facts) {
         .config
         .listeners
         .values()
+        .filter(|listener| listener.ports != Ports::NONE)
         .filter_map(|listener| listener.ports.single())
         .collect();
     for group in facts.config.groups.values() {

@@ -1,5 +1,5 @@
-//! IPv6 beside IPv4 in the cross-region lab: the same hosts, links and tunnel with addresses and routes of their own; and
-//! in the peering lab, where a tunnel carries nothing else.
+//! IPv6 beside IPv4 in the cross-region lab: the same hosts, links and tunnel with addresses and routes of their own;
+//! and in the peering lab, where a tunnel carries nothing else.
 //!
 //! Nothing of the gateway's VIPs and pool is configured on any host: who has them, the data path answers.
 
@@ -44,7 +44,8 @@ pub(super) fn allow(host: &Namespace) -> Result<()> {
     Ok(())
 }
 
-/// Gives gateway, client, far router and server of a peering site their IPv6 addresses and routes; the tunnel has its own.
+/// Gives gateway, client, far router and server of a peering site their IPv6 addresses and routes; the tunnel has its
+/// own.
 pub(super) fn add_peering([gateway, client, far, server]: [&Namespace; 4]) -> Result<()> {
     for (host, interface, address) in [
         (gateway, "eth0", "fd00:18::1/64"),

@@ -1,7 +1,7 @@
 //! What a packet costs: the programs run on one CPU by BPF_PROG_TEST_RUN, whose every output is checked.
 //!
-//! A figure is CPU time per packet, less that of the same packets through an empty program. All programs take turns, and
-//! what is printed is the median of their trials and its ratio to the minimal program's of as many flows.
+//! A figure is CPU time per packet, less that of the same packets through an empty program. All programs take turns,
+//! and what is printed is the median of their trials and its ratio to the minimal program's of as many flows.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -87,7 +87,13 @@ impl Caller {
     }
 
     /// Runs packets of a stream through a program: nanoseconds of CPU time, and the last output.
-    fn run(&mut self, program: &ProgramFd, stream: &Stream, scenario: &Scenario, count: u32) -> Result<(f64, Vec<u8>)> {
+    fn run(
+        &mut self,
+        program: &ProgramFd,
+        stream: &Stream,
+        scenario: &Scenario,
+        count: u32,
+    ) -> Result<(f64, Vec<u8>)> {
         self.scenario()?.set(0, AsPod(*scenario), 0)?;
         ProgramArray::try_from(self.0.map_mut("PROGRAM").context("PROGRAM")?)?.set(0, program, 0)?;
         // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
@@ -105,7 +111,8 @@ impl Caller {
         let ended = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
         ensure!(result.return_value != XDP_ABORTED, "the caller gave up");
         output.truncate(result.data_size_out as usize);
-        let nanoseconds = (ended.tv_sec() - began.tv_sec()) as f64 * 1e9 + (ended.tv_nsec() - began.tv_nsec()) as f64;
+        let nanoseconds =
+            (ended.tv_sec() - began.tv_sec()) as f64 * 1e9 + (ended.tv_nsec() - began.tv_nsec()) as f64;
         let done = self.scenario()?.get(&0, 0)?.0;
         ensure!(
             done.good == count - 1 && done.bad == 0,
@@ -150,7 +157,9 @@ impl Subject {
     }
 
     fn counted(&mut self) -> Result<u64> {
-        let Some(kernel) = &mut self.kernel else { return Ok(0) };
+        let Some(kernel) = &mut self.kernel else {
+            return Ok(0);
+        };
         Ok(kernel.reason_counters()?[self.stream.reason.0 as usize].packets)
     }
 
@@ -255,7 +264,11 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
         ..Gateway::PLAIN
     };
     let mut caller = Caller::load(object, flows * 2)?;
-    let mut stream = gateway.stream(if is_opening { Packets::Opening } else { Packets::Request })?;
+    let mut stream = gateway.stream(if is_opening {
+        Packets::Opening
+    } else {
+        Packets::Request
+    })?;
     if program == "bench_minimal" {
         let mut index: HashMap<_, AsPod<FloorKey>, u32> =
             HashMap::try_from(caller.0.map_mut("FLOOR_FLOWS").context("FLOOR_FLOWS")?)?;
@@ -283,8 +296,7 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
         stream.scenario.output_len = stream.scenario.frame_len;
     }
     if is_opening {
-        let mut free: Queue<_, u32> =
-            Queue::try_from(caller.0.map_mut("FLOOR_FREE").context("FLOOR_FREE")?)?;
+        let mut free: Queue<_, u32> = Queue::try_from(caller.0.map_mut("FLOOR_FREE").context("FLOOR_FREE")?)?;
         for number in 0..flows {
             free.push(number, 0)?;
         }
@@ -317,9 +329,8 @@ enum Plan {
 fn plans() -> Vec<(String, Plan)> {
     let plain = Gateway::PLAIN;
     let mut plans = Vec::new();
-    let floor = |name: &str, program, flows, is_opening| {
-        (name.to_owned(), Plan::Floor(program, flows, is_opening))
-    };
+    let floor =
+        |name: &str, program, flows, is_opening| (name.to_owned(), Plan::Floor(program, flows, is_opening));
     let gateway = |name: &str, gateway, packets| (name.to_owned(), Plan::Gateway(gateway, packets));
     let ways = [("request", Packets::Request), ("reply", Packets::Reply)];
 
@@ -378,7 +389,11 @@ fn plans() -> Vec<(String, Plan)> {
             way,
             ..plain
         };
-        let name = if way == Way::Dnat { "new flow, DNAT" } else { "new flow, full NAT" };
+        let name = if way == Way::Dnat {
+            "new flow, DNAT"
+        } else {
+            "new flow, full NAT"
+        };
         plans.push(gateway(name, new, Packets::Opening));
     }
     for (name, packets) in [
@@ -435,7 +450,11 @@ fn measure(object: &Path, only: &str) -> Result<String> {
             subject.name.clone(),
             subject.gateway.flows.to_string(),
             format!("{median:.0}"),
-            format!("{:.0} to {:.0}", subject.costs[0], subject.costs[subject.costs.len() - 1]),
+            format!(
+                "{:.0} to {:.0}",
+                subject.costs[0],
+                subject.costs[subject.costs.len() - 1]
+            ),
             reference.map_or_else(String::new, |reference| format!("{:.2}", median / reference)),
         ]);
     }
