@@ -70,7 +70,7 @@ pub(crate) fn icmp(env: &KernelEnv) -> Result<(), Stop> {
 /// Functions for which native and generic XDP are the same: their names, the context's type, and how a packet is made
 /// of it.
 macro_rules! of_context {
-    ($icmp:ident $error:ident $translate:ident $context:ty, $packet:expr) => {
+    ($icmp:ident $translate:ident $context:ty, $packet:expr) => {
         #[inline(never)]
         #[unsafe(no_mangle)]
         extern "C" fn $icmp(ctx: *mut $context) -> u64 {
@@ -85,15 +85,6 @@ macro_rules! of_context {
 
         #[inline(never)]
         #[unsafe(no_mangle)]
-        extern "C" fn $error(ctx: *mut $context) -> i64 {
-            let Some(walk) = KernelTables::walk() else {
-                return i64::from(Reason::INTERNAL.0);
-            };
-            number(icmp::rewrite(&mut $packet(ctx), walk))
-        }
-
-        #[inline(never)]
-        #[unsafe(no_mangle)]
         extern "C" fn $translate(ctx: *mut $context) -> i64 {
             let Some(walk) = KernelTables::walk() else {
                 return i64::from(Reason::INTERNAL.0);
@@ -103,19 +94,23 @@ macro_rules! of_context {
     };
 }
 
-of_context!(forwarder_icmp_xdp forwarder_error_xdp forwarder_translate_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
-of_context!(forwarder_icmp_tcx forwarder_error_tcx forwarder_translate_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
+of_context!(forwarder_icmp_xdp forwarder_translate_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
+of_context!(forwarder_icmp_tcx forwarder_translate_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
 
-/// `datapath::icmp::rewrite` for a frame in XDP.
+/// `datapath::rewrite::apply_seldom` for a frame in XDP.
 #[inline(always)]
-pub(crate) fn error_xdp(ctx: *mut xdp_md) -> Result<(), Stop> {
-    outcome(forwarder_error_xdp(ctx))
+pub(crate) fn seldom_xdp(ctx: *mut xdp_md, is_generic: bool) -> Result<(), Stop> {
+    outcome(if is_generic {
+        forwarder_seldom_skb(ctx)
+    } else {
+        forwarder_seldom_xdp(ctx)
+    })
 }
 
-/// `datapath::icmp::rewrite` for a packet in tcx.
+/// `datapath::rewrite::apply_seldom` for a packet in tcx.
 #[inline(always)]
-pub(crate) fn error_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
-    outcome(forwarder_error_tcx(ctx))
+pub(crate) fn seldom_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
+    outcome(forwarder_seldom_tcx(ctx))
 }
 
 /// `datapath::refuse` for the packet under way.
@@ -226,9 +221,9 @@ pub(crate) fn translate_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
     outcome(forwarder_translate_tcx(ctx))
 }
 
-/// The function of a hook: its name, the context's type, and how a packet is made of it.
+/// Functions of a hook: their names, the context's type, and how a packet is made of it.
 macro_rules! of_hook {
-    ($refuse:ident $context:ty, $packet:expr) => {
+    ($refuse:ident $seldom:ident $context:ty, $packet:expr) => {
         #[inline(never)]
         #[unsafe(no_mangle)]
         extern "C" fn $refuse(ctx: *mut $context, reason: u32) -> u64 {
@@ -244,9 +239,18 @@ macro_rules! of_hook {
                 reason,
             ))
         }
+
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        extern "C" fn $seldom(ctx: *mut $context) -> i64 {
+            let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+                return i64::from(Reason::INTERNAL.0);
+            };
+            number(rewrite::apply_seldom(&mut $packet(ctx), settings, walk))
+        }
     };
 }
 
-of_hook!(forwarder_refuse_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
-of_hook!(forwarder_refuse_skb xdp_md, |ctx| XdpPacket::<true> { ctx: XdpContext::new(ctx) });
-of_hook!(forwarder_refuse_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
+of_hook!(forwarder_refuse_xdp forwarder_seldom_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
+of_hook!(forwarder_refuse_skb forwarder_seldom_skb xdp_md, |ctx| XdpPacket::<true> { ctx: XdpContext::new(ctx) });
+of_hook!(forwarder_refuse_tcx forwarder_seldom_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });

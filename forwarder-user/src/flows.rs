@@ -14,17 +14,15 @@ use forwarder_common::{
         flow::{FlowBinding, FlowEntry, FlowId, FlowState},
         listener::ListenerId,
     },
-    datapath::tcp_state::Phase,
-    wire::{
-        Be16, IpAddress,
-        ipv4::{PROTOCOL_TCP, PROTOCOL_UDP},
-    },
+    datapath::tcp_state::{Phase, has_connections},
+    wire::{Be16, IpAddress},
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::{
+    config::Protocol,
     datapath::{memory::FlowMemory, times::FlowTimes},
     error::Error,
     state::names::Names,
@@ -38,7 +36,7 @@ const ACTIVE_SECS: u32 = 5;
 /// One flow. Bytes are IP bytes; "in" is from the client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FlowStatus {
-    /// `tcp` or `udp`.
+    /// `tcp`, `udp`, `sctp` or `icmp`, whose identifier stands for the client's port.
     pub protocol: String,
     #[schema(value_type = String)]
     pub client: SocketAddr,
@@ -68,16 +66,16 @@ pub struct FlowStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FlowPhase {
-    /// TCP: the handshake is not complete.
+    /// TCP, SCTP: the handshake is not complete.
     HalfOpen,
     Established,
-    /// TCP: one side has ended.
+    /// TCP, SCTP: one side has ended.
     Closing,
-    /// TCP: both sides have ended, or one broke off.
+    /// TCP, SCTP: both sides have ended, or one broke off.
     Closed,
-    /// UDP: carried a packet in the last seconds.
+    /// UDP, ICMP: carried a packet in the last seconds.
     Active,
-    /// UDP: carried none.
+    /// UDP, ICMP: carried none.
     Idle,
 }
 
@@ -93,7 +91,7 @@ impl FlowPhase {
     ];
 
     fn of(entry: &FlowEntry, idle_secs: u32) -> Self {
-        if entry.binding.protocol != u32::from(PROTOCOL_TCP) {
+        if !has_connections(entry.binding.protocol) {
             return if idle_secs <= ACTIVE_SECS {
                 Self::Active
             } else {
@@ -292,10 +290,13 @@ impl Filter {
             None => None,
         };
         let protocol = match query.protocol.as_deref() {
-            Some("tcp") => Some(u32::from(PROTOCOL_TCP)),
-            Some("udp") => Some(u32::from(PROTOCOL_UDP)),
-            Some(other) => {
-                return Err(Error::usage(format!("\"{other}\" is no protocol of flows")).hint("tcp or udp"));
+            Some(wanted) => {
+                let found = Protocol::ALL.iter().find(|(name, _)| *name == wanted);
+                let (_, protocol) = found.ok_or_else(|| {
+                    Error::usage(format!("\"{wanted}\" is no protocol of flows"))
+                        .hint("tcp, udp, sctp or icmp")
+                })?;
+                Some(u32::from(protocol.number()))
             }
             None => None,
         };
@@ -400,11 +401,10 @@ impl FlowTable<'_> {
         let backend = self.names.backend(entry.backend);
         let idle_secs = self.times.idle_secs(id);
         FlowStatus {
-            protocol: if binding.protocol == u32::from(PROTOCOL_TCP) {
-                "tcp".to_owned()
-            } else {
-                "udp".to_owned()
-            },
+            protocol: Protocol::of_number(binding.protocol).map_or_else(
+                || binding.protocol.to_string(),
+                |protocol| protocol.name().to_owned(),
+            ),
             client: at(binding.client, binding.client_port),
             vip: at(binding.vip, binding.vip_port),
             listener: self.names.listener(entry.listener),
@@ -434,7 +434,7 @@ mod tests {
     fn entry() -> FlowEntry {
         let mut entry = FlowEntry::zeroed();
         entry.state = FlowState::LIVE;
-        entry.binding.protocol = u32::from(PROTOCOL_TCP);
+        entry.binding.protocol = Protocol::Tcp.number().into();
         entry.binding.client = IpAddr::from([192, 0, 2, 7]).into();
         entry.binding.client_port = Be16::new(51000);
         entry.binding.backend = IpAddr::from([10, 20, 0, 5]).into();

@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::{
-    config::{Config, NatMode, PerFamily, Ports, Protocol},
+    config::{Config, NatMode, PerFamily, Ports},
     datapath::object::{MapLayout, Sizes},
 };
 
@@ -91,7 +91,7 @@ pub struct NetworkNeeds {
 pub struct Admit {
     /// The server.
     pub to: IpAddr,
-    /// `tcp` or `udp`.
+    /// `tcp`, `udp`, `sctp`, or `icmp`, which has no ports.
     pub protocol: &'static str,
     pub first_port: u16,
     /// The same for a single port.
@@ -316,10 +316,7 @@ fn admitted(config: &Config, is_inside: impl Fn(IpAddr) -> bool) -> Vec<Admit> {
             .listeners
             .values()
             .filter(|listener| listener.group == *name)
-            .map(|listener| match listener.protocol {
-                Protocol::Tcp => ("tcp", listener.ports),
-                Protocol::Udp => ("udp", listener.ports),
-            })
+            .map(|listener| (listener.protocol.name(), listener.ports))
             .collect();
         for backend in group
             .backends
@@ -329,8 +326,8 @@ fn admitted(config: &Config, is_inside: impl Fn(IpAddr) -> bool) -> Vec<Admit> {
             for (protocol, ports) in &protocols {
                 // The backend's own port, or the one that the client asked for.
                 let ports = match backend.port {
-                    Some(port) => Ports::one(port),
-                    None => *ports,
+                    Some(port) if *ports != Ports::NONE => Ports::one(port),
+                    _ => *ports,
                 };
                 admit.insert(Admit {
                     to: backend.address,
@@ -382,6 +379,12 @@ fn nftables(prefixes: &[IpNet], admit: &[Admit]) -> Vec<String> {
         let family = prefixes.iter().filter(|prefix| prefix.addr().is_ipv4() == is_v4);
         let sources = join(&family.collect::<Vec<_>>());
         rules.extend(ports(admit, is_v4).into_iter().map(|(protocol, ports)| {
+            if ports.contains(&Ports::NONE) {
+                let protocol = icmp_of(is_v4, protocol, "icmpv6");
+                return format!(
+                    "nft insert rule inet filter input {ip} saddr {{ {sources} }} {protocol} type echo-request accept"
+                );
+            }
             let ports: Vec<_> = ports.into_iter().map(|ports| between(ports, "-")).collect();
             format!(
                 "nft insert rule inet filter input {ip} saddr {{ {sources} }} {protocol} dport {{ {} }} accept",
@@ -399,6 +402,11 @@ fn iptables(prefixes: &[IpNet], admit: &[Admit]) -> Vec<String> {
         let command = if is_v4 { "iptables" } else { "ip6tables" };
         for (protocol, ports) in ports(admit, is_v4) {
             for port in ports {
+                if port == Ports::NONE {
+                    let protocol = icmp_of(is_v4, protocol, "ipv6-icmp");
+                    rules.push(format!("{command} -I INPUT -s {prefix} -p {protocol} -j ACCEPT"));
+                    continue;
+                }
                 rules.push(format!(
                     "{command} -I INPUT -s {prefix} -p {protocol} --dport {} -j ACCEPT",
                     between(port, ":")
@@ -407,6 +415,11 @@ fn iptables(prefixes: &[IpNet], admit: &[Admit]) -> Vec<String> {
         }
     }
     rules
+}
+
+/// ICMP as a firewall's command wants it: of IPv6 it has a name of its own.
+fn icmp_of(is_v4: bool, v4: &'static str, v6: &'static str) -> &'static str {
+    if is_v4 { v4 } else { v6 }
 }
 
 /// Ports as a firewall's command wants them: always two for a range, even for any port.

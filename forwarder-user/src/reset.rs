@@ -1,19 +1,25 @@
-//! Ends connections that the gateway forgets: a reset to each end, which its TCP accepts.
+//! Ends connections that the gateway forgets: a reset to each end, which its TCP accepts, or an ABORT, which its SCTP
+//! accepts.
 //!
 //! RFC 5961 §3.2: a receiver takes a reset only if its sequence number is the very one it expects next. The flow
 //! keeps what each end acknowledged last, and of an idle connection that is what it expects. Both are told, or
 //! the one that is not would find out only when it sends.
+//!
+//! RFC 9260 §8.5.1: an ABORT is taken with the verification tag that all packets to its receiver carry. The flow
+//! keeps, as what an end "expects", the tag in the packets *of* that end, so it is the other end's that counts.
 
 use std::net::SocketAddr;
 
 use forwarder_common::{
     abi::flow::{FlowBinding, FlowEntry},
-    datapath::tcp_state::Phase,
+    datapath::tcp_state::{Phase, has_connections},
     wire::{
         Be16, Be32, IpAddress, WireHeader as _,
         checksum::{finish, fold, pseudo_header, sum_bytes},
-        ipv4::{Ipv4Header, PROTOCOL_TCP},
+        crc32c,
+        ipv4::{Ipv4Header, PROTOCOL_SCTP, PROTOCOL_TCP},
         ipv6::Ipv6Header,
+        sctp::{CHUNK_ABORT, SctpChecksum, SctpHeader},
         tcp::{FLAG_RST, TcpHeader},
     },
 };
@@ -60,7 +66,7 @@ impl ResetSender {
 
 /// Is there a connection whose ends can be told?
 pub fn is_open(entry: &FlowEntry) -> bool {
-    entry.binding.protocol == u32::from(PROTOCOL_TCP)
+    has_connections(entry.binding.protocol)
         && matches!(entry.tcp.phase(), Phase::Established | Phase::Closing)
 }
 
@@ -77,10 +83,56 @@ fn resets(entry: &FlowEntry) -> [(SocketAddr, Vec<u8>); 2] {
         backend_port,
         ..
     } = entry.binding;
+    let (to_client, to_backend) = (
+        ((vip, vip_port), (client, client_port)),
+        ((snat, snat_port), (backend, backend_port)),
+    );
+    if entry.binding.protocol == u32::from(PROTOCOL_SCTP) {
+        return [
+            abort(to_client.0, to_client.1, entry.backend_expects),
+            abort(to_backend.0, to_backend.1, entry.client_expects),
+        ];
+    }
     [
-        reset((vip, vip_port), (client, client_port), entry.client_expects),
-        reset((snat, snat_port), (backend, backend_port), entry.backend_expects),
+        reset(to_client.0, to_client.1, entry.client_expects),
+        reset(to_backend.0, to_backend.1, entry.backend_expects),
     ]
+}
+
+/// The IP header of a packet of our own before `len` bytes.
+fn ip_header(protocol: u8, source: IpAddress, destination: IpAddress, len: usize) -> Vec<u8> {
+    if destination.is_v4() {
+        let total_len = (Ipv4Header::LEN + len) as u16;
+        let mut ip = Ipv4Header::fresh(protocol, TTL, total_len, source.low(), destination.low());
+        ip.checksum = Be16::from_raw(finish(sum_bytes(bytemuck::bytes_of(&ip))));
+        bytemuck::bytes_of(&ip).to_vec()
+    } else {
+        let ip = Ipv6Header::fresh(protocol, TTL, len as u16, source, destination);
+        bytemuck::bytes_of(&ip).to_vec()
+    }
+}
+
+fn abort(
+    (source, source_port): (IpAddress, Be16),
+    (destination, destination_port): (IpAddress, Be16),
+    verification_tag: Be32,
+) -> (SocketAddr, Vec<u8>) {
+    let mut sctp = SctpHeader {
+        source_port,
+        destination_port,
+        verification_tag,
+        checksum: SctpChecksum::NONE,
+        chunk_type: CHUNK_ABORT,
+        chunk_flags: 0,
+        chunk_len: Be16::new(4),
+    };
+    sctp.checksum = SctpChecksum::new(crc32c::of(bytemuck::bytes_of(&sctp)));
+    let mut packet = ip_header(PROTOCOL_SCTP, source, destination, SctpHeader::LEN);
+    packet.extend_from_slice(bytemuck::bytes_of(&sctp));
+    (
+        SocketAddr::new(destination.to_std(), destination_port.get()),
+        packet,
+    )
 }
 
 fn reset(
@@ -88,15 +140,7 @@ fn reset(
     (destination, destination_port): (IpAddress, Be16),
     sequence: Be32,
 ) -> (SocketAddr, Vec<u8>) {
-    let mut packet = if destination.is_v4() {
-        let total_len = (Ipv4Header::LEN + TcpHeader::LEN) as u16;
-        let mut ip = Ipv4Header::fresh(PROTOCOL_TCP, TTL, total_len, source.low(), destination.low());
-        ip.checksum = Be16::from_raw(finish(sum_bytes(bytemuck::bytes_of(&ip))));
-        bytemuck::bytes_of(&ip).to_vec()
-    } else {
-        let ip = Ipv6Header::fresh(PROTOCOL_TCP, TTL, TcpHeader::LEN as u16, source, destination);
-        bytemuck::bytes_of(&ip).to_vec()
-    };
+    let mut packet = ip_header(PROTOCOL_TCP, source, destination, TcpHeader::LEN);
     let mut tcp = TcpHeader {
         source_port,
         destination_port,
@@ -126,8 +170,7 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn each_end_gets_the_sequence_number_it_expects_from_the_address_it_knows() {
+    fn entry(protocol: u8) -> FlowEntry {
         let mut entry = FlowEntry::zeroed();
         entry.binding = FlowBinding {
             client: IpAddr::from([192, 0, 2, 7]).into(),
@@ -138,12 +181,32 @@ mod tests {
             vip_port: Be16::new(443),
             snat_port: Be16::new(1024),
             backend_port: Be16::new(8443),
-            protocol: u32::from(PROTOCOL_TCP),
+            protocol: u32::from(protocol),
             reserved: 0,
         };
         entry.client_expects = Be32::new(0x0102_0304);
         entry.backend_expects = Be32::new(0x0506_0708);
-        let [client, backend] = resets(&entry);
+        entry
+    }
+
+    #[test]
+    fn each_end_of_sctp_gets_the_tag_that_packets_to_it_carry() {
+        let [client, backend] = resets(&entry(PROTOCOL_SCTP));
+        assert_eq!(client.0, "192.0.2.7:51000".parse().unwrap());
+        assert_eq!(backend.1[12..20], [100, 64, 0, 2, 10, 0, 0, 5]);
+        assert_eq!(client.1[20..28], [0x01, 0xbb, 0xc7, 0x38, 5, 6, 7, 8]);
+        assert_eq!(backend.1[20..28], [0x04, 0x00, 0x20, 0xfb, 1, 2, 3, 4]);
+        for (_, mut packet) in [client, backend] {
+            assert_eq!(packet[32..], [6, 0, 0, 4]);
+            let checksum: [u8; 4] = packet[28..32].try_into().unwrap();
+            packet[28..32].fill(0);
+            assert_eq!(u32::from_le_bytes(checksum), crc32c::of(&packet[20..]));
+        }
+    }
+
+    #[test]
+    fn each_end_gets_the_sequence_number_it_expects_from_the_address_it_knows() {
+        let [client, backend] = resets(&entry(PROTOCOL_TCP));
         assert_eq!(client.0, "192.0.2.7:51000".parse().unwrap());
         assert_eq!(backend.0, "10.0.0.5:8443".parse().unwrap());
         assert_eq!(client.1[12..20], [198, 51, 100, 10, 192, 0, 2, 7]);

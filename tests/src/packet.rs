@@ -18,6 +18,7 @@ const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const SCTP: u8 = 132;
 
 /// Flags of the usual TCP segments.
 pub mod segment {
@@ -30,13 +31,29 @@ pub mod segment {
     pub const RST: u8 = FLAG_RST;
 }
 
+/// Types of SCTP's chunks (RFC 9260 §3.2).
+pub mod chunk {
+    pub const DATA: u8 = 0;
+    pub const INIT: u8 = 1;
+    pub const INIT_ACK: u8 = 2;
+    pub const SACK: u8 = 3;
+    pub const HEARTBEAT: u8 = 4;
+    pub const ABORT: u8 = 6;
+    pub const SHUTDOWN: u8 = 7;
+    pub const SHUTDOWN_ACK: u8 = 8;
+    pub const ERROR: u8 = 9;
+    pub const COOKIE_ECHO: u8 = 10;
+    pub const COOKIE_ACK: u8 = 11;
+    pub const SHUTDOWN_COMPLETE: u8 = 14;
+}
+
 /// What the transport checksum field holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Checksum {
     /// The checksum.
     Complete,
     /// What a sender with checksum offload leaves to its device: the sum of the pseudo-header, not
-    /// complemented.
+    /// complemented; of SCTP zero.
     Partial,
     /// This.
     Fixed(u16),
@@ -50,10 +67,19 @@ enum Transport {
         options: Vec<u8>,
     },
     Udp,
+    /// With one chunk, whose value is the payload.
+    Sctp {
+        tag: u32,
+        chunk: u8,
+    },
     Icmp {
         kind: u8,
         code: u8,
         rest: [u8; 4],
+    },
+    /// An ICMP echo message. Its identifier is the client's port: the source of a request, the destination of a reply.
+    Echo {
+        is_request: bool,
     },
     /// A protocol without a header of ours.
     Other(u8),
@@ -136,6 +162,12 @@ impl Builder {
         Self::new(Transport::Udp, source.into(), destination.into())
     }
 
+    /// A packet of SCTP with this chunk.
+    pub fn sctp(chunk: u8, source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> Self {
+        let tag = 0x7a67_0001;
+        Self::new(Transport::Sctp { tag, chunk }, source.into(), destination.into())
+    }
+
     /// An ICMP message of this type and code; of IPv6 between IPv6 addresses.
     pub fn icmp(kind: u8, code: u8, source: impl Into<IpAddr>, destination: impl Into<IpAddr>) -> Self {
         let (source, destination) = (
@@ -144,6 +176,18 @@ impl Builder {
         );
         let rest = [0x0b, 0xad, 0, 1];
         Self::new(Transport::Icmp { kind, code, rest }, source, destination)
+    }
+
+    /// An echo request, whose identifier is the source's port.
+    pub fn echo_request(source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> Self {
+        let transport = Transport::Echo { is_request: true };
+        Self::new(transport, source.into(), destination.into())
+    }
+
+    /// An echo reply, whose identifier is the destination's port.
+    pub fn echo_reply(source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> Self {
+        let transport = Transport::Echo { is_request: false };
+        Self::new(transport, source.into(), destination.into())
     }
 
     /// A packet of another protocol.
@@ -263,6 +307,39 @@ impl Builder {
             window: 0,
         };
         reset
+    }
+
+    /// The ABORT that answers this INIT: with the tag that its value begins with.
+    ///
+    /// # Panics
+    /// When this is no INIT.
+    #[must_use]
+    pub fn refused_sctp(&self) -> Self {
+        let Transport::Sctp {
+            chunk: chunk::INIT, ..
+        } = self.transport
+        else {
+            panic!("no INIT: {self:?}");
+        };
+        let initiate_tag = self.payload.first_chunk().expect("a tag");
+        let mut abort = Self::sctp(chunk::ABORT, self.destination, self.source)
+            .tag(u32::from_be_bytes(*initiate_tag))
+            .link(self.destination_mac, self.source_mac)
+            .vlans(&self.vlans);
+        if self.source.is_ipv4() {
+            abort = abort.identification(0).fragment(0x4000);
+        }
+        abort
+    }
+
+    /// The verification tag of SCTP.
+    #[must_use]
+    pub fn tag(mut self, new: u32) -> Self {
+        match &mut self.transport {
+            Transport::Sctp { tag, .. } => *tag = new,
+            other => panic!("{other:?} is not SCTP"),
+        }
+        self
     }
 
     /// The ICMP message "port unreachable" that answers this datagram.
@@ -388,8 +465,9 @@ impl Builder {
         match self.transport {
             Transport::Tcp { .. } => TCP,
             Transport::Udp => UDP,
-            Transport::Icmp { .. } if self.source.is_ipv4() => ICMP,
-            Transport::Icmp { .. } => ICMPV6,
+            Transport::Sctp { .. } => SCTP,
+            Transport::Icmp { .. } | Transport::Echo { .. } if self.source.is_ipv4() => ICMP,
+            Transport::Icmp { .. } | Transport::Echo { .. } => ICMPV6,
             Transport::Other(protocol) => protocol,
         }
     }
@@ -422,10 +500,29 @@ impl Builder {
                 bytes.extend(((8 + self.payload.len()) as u16).to_be_bytes());
                 bytes.extend(checksum.to_be_bytes());
             }
+            Transport::Sctp { tag, chunk } => {
+                ports.iter().for_each(|port| bytes.extend(port.to_be_bytes()));
+                bytes.extend(tag.to_be_bytes());
+                bytes.extend([0; 4]);
+                bytes.extend([*chunk, 0]);
+                bytes.extend(((4 + self.payload.len()) as u16).to_be_bytes());
+            }
             Transport::Icmp { kind, code, rest } => {
                 bytes.extend([*kind, *code]);
                 bytes.extend(checksum.to_be_bytes());
                 bytes.extend(rest);
+            }
+            Transport::Echo { is_request } => {
+                let (kind, identifier) = match (is_request, self.source.is_ipv4()) {
+                    (true, true) => (8, ports[0]),
+                    (true, false) => (128, ports[0]),
+                    (false, true) => (0, ports[1]),
+                    (false, false) => (129, ports[1]),
+                };
+                bytes.extend([kind, 0]);
+                bytes.extend(checksum.to_be_bytes());
+                bytes.extend(identifier.to_be_bytes());
+                bytes.extend([0, 1]);
             }
             Transport::Other(_) => {}
         }
@@ -437,8 +534,14 @@ impl Builder {
         let segment = self.segment(0);
         match (self.checksum, &self.transport) {
             (Checksum::Fixed(value), _) => value,
+            // Another field; see `build`.
+            (_, Transport::Sctp { .. }) => 0,
             (Checksum::Partial, _) => self.partial_checksum(),
-            (Checksum::Complete, Transport::Icmp { .. }) if self.source.is_ipv4() => !fold(sum(&segment)),
+            (Checksum::Complete, Transport::Icmp { .. } | Transport::Echo { .. })
+                if self.source.is_ipv4() =>
+            {
+                !fold(sum(&segment))
+            }
             (Checksum::Complete, transport) => {
                 let value = !fold(self.pseudo_sum(segment.len()) + sum(&segment));
                 // RFC 768: zero means "none", so a computed zero is sent as all ones.
@@ -450,7 +553,11 @@ impl Builder {
 
     /// The frame.
     pub fn build(&self) -> Vec<u8> {
-        let segment = self.segment(self.transport_checksum());
+        let mut segment = self.segment(self.transport_checksum());
+        if let (Transport::Sctp { .. }, Checksum::Complete) = (&self.transport, self.checksum) {
+            let crc = crc32c(&segment);
+            segment[8..12].copy_from_slice(&crc.to_le_bytes());
+        }
         let (mut ethertype, ip) = if self.source.is_ipv4() {
             (0x0800_u16, self.ipv4_header(segment.len()))
         } else {
@@ -637,6 +744,7 @@ pub fn wrong_checksums(frame: &[u8]) -> Vec<&'static str> {
         }
         ICMP if fold(sum(segment)) != 0xffff => wrong.push("ICMP"),
         ICMPV6 if fold(pseudo + sum(segment)) != 0xffff => wrong.push("ICMPv6"),
+        SCTP if !has_crc(segment) => wrong.push("SCTP"),
         _ => {}
     }
     wrong
@@ -656,13 +764,39 @@ pub fn ip_len(frame: &[u8]) -> u64 {
     }
 }
 
-/// Is this a TCP segment with RST?
+/// Is this a TCP segment with RST, or an ABORT of SCTP?
 pub fn is_reset(frame: &[u8]) -> bool {
-    ip(frame).is_some_and(|ip| ip.protocol == TCP && ip.segment[13] & segment::RST != 0)
+    ip(frame).is_some_and(|ip| match ip.protocol {
+        TCP => ip.segment[13] & segment::RST != 0,
+        SCTP => ip.segment[12] == chunk::ABORT,
+        _ => false,
+    })
+}
+
+/// Does a packet of SCTP have the right checksum?
+fn has_crc(segment: &[u8]) -> bool {
+    let Some(field) = segment.get(8..12) else {
+        return false;
+    };
+    let mut zeroed = segment.to_vec();
+    zeroed[8..12].fill(0);
+    crc32c(&zeroed).to_le_bytes() == field
+}
+
+/// CRC32c, bit by bit (RFC 9260 appendix A).
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    let mut register = u32::MAX;
+    for byte in bytes {
+        register ^= u32::from(*byte);
+        for _ in 0..8 {
+            register = register >> 1 ^ if register & 1 != 0 { 0x82f6_3b78 } else { 0 };
+        }
+    }
+    !register
 }
 
 /// The same packet in IPv6: of each address the last four octets are those of the IPv4 address, behind `prefix`.
-/// `None` for what has no such twin: other protocols than TCP and UDP, fragments, options, checksums that are not
+/// `None` for what has no such twin: other protocols than TCP, UDP, SCTP and ICMP echo, fragments, options, checksums that are not
 /// right, lengths that lie.
 pub fn in_ipv6(frame: &[u8], prefix: [u8; 12]) -> Option<Vec<u8>> {
     let offset = network_offset(frame)?;
@@ -672,7 +806,7 @@ pub fn in_ipv6(frame: &[u8], prefix: [u8; 12]) -> Option<Vec<u8>> {
     if frame[offset - 2..offset] != [8, 0]
         || header[0] != 0x45
         || is_fragment
-        || total_len < 40.min(frame.len() - offset)
+        || total_len < 28.min(frame.len() - offset)
         || offset + total_len > frame.len()
     {
         return None;
@@ -681,6 +815,9 @@ pub fn in_ipv6(frame: &[u8], prefix: [u8; 12]) -> Option<Vec<u8>> {
     let checksum_at = match packet.protocol {
         TCP if packet.segment.len() >= 20 => 16,
         UDP if packet.segment.len() >= 8 && packet.segment[6..8] != [0, 0] => 6,
+        ICMP if packet.segment.len() >= 8 && matches!(packet.segment[..2], [8 | 0, 0]) => 2,
+        // Nothing of its own changes.
+        SCTP if packet.segment.len() >= 16 => usize::MAX,
         _ => return None,
     };
     if !wrong_checksums(frame).is_empty() {
@@ -692,17 +829,24 @@ pub fn in_ipv6(frame: &[u8], prefix: [u8; 12]) -> Option<Vec<u8>> {
         .flat_map(|address| [&prefix, address].concat())
         .collect();
     let mut segment = packet.segment.to_vec();
-    segment[checksum_at..checksum_at + 2].fill(0);
-    let pseudo = sum(&addresses) + u64::from(packet.protocol) + segment.len() as u64;
-    let checksum = match !fold(pseudo + sum(&segment)) {
-        0 if packet.protocol == UDP => 0xffff,
-        checksum => checksum,
-    };
-    segment[checksum_at..checksum_at + 2].copy_from_slice(&checksum.to_be_bytes());
+    let mut protocol = packet.protocol;
+    if protocol == ICMP {
+        protocol = ICMPV6;
+        segment[0] = if segment[0] == 8 { 128 } else { 129 };
+    }
+    if protocol != SCTP {
+        segment[checksum_at..checksum_at + 2].fill(0);
+        let pseudo = sum(&addresses) + u64::from(protocol) + segment.len() as u64;
+        let checksum = match !fold(pseudo + sum(&segment)) {
+            0 if protocol == UDP => 0xffff,
+            checksum => checksum,
+        };
+        segment[checksum_at..checksum_at + 2].copy_from_slice(&checksum.to_be_bytes());
+    }
     let mut twin = frame[..offset - 2].to_vec();
     twin.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
     twin.extend((segment.len() as u16).to_be_bytes());
-    twin.extend([packet.protocol, header[8]]);
+    twin.extend([protocol, header[8]]);
     twin.extend(addresses);
     twin.extend(segment);
     twin.extend(&frame[offset + total_len..]);
@@ -741,6 +885,12 @@ mod tests {
     }
 
     #[test]
+    fn the_examples_of_rfc_3720() {
+        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(crc32c(&[0xff; 32]), 0x62a8_ab43);
+    }
+
+    #[test]
     fn built_packets_have_valid_checksums_and_damaged_ones_do_not() {
         let packets = [
             Builder::tcp(segment::SYN, CLIENT, VIP)
@@ -748,6 +898,8 @@ mod tests {
                 .payload(3),
             Builder::udp(CLIENT, VIP).options(vec![1; 8]).payload(5),
             Builder::icmp(8, 0, *CLIENT.ip(), *VIP.ip()).payload(56),
+            Builder::sctp(chunk::INIT, CLIENT, VIP).payload(16),
+            Builder::echo_request(CLIENT, VIP).payload(56),
         ];
         for packet in packets {
             let mut frame = packet.build();

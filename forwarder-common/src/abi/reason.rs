@@ -73,7 +73,7 @@ reasons! {
     4 ARP_ANSWERED "arp_answered" Send
         "An ARP request for a VIP or an SNAT address was answered." "";
     5 ECHO_ANSWERED "echo_answered" Send
-        "An ICMP echo request to a VIP was answered." "";
+        "An ICMP echo request to a VIP without a listener of ICMP was answered." "";
     6 NOT_IP "not_ip" Pass
         "The frame is neither IP nor a question for the link address of one of our addresses." "";
     7 NOT_OURS "not_ours" Pass
@@ -85,9 +85,9 @@ reasons! {
     10 TRUNCATED "truncated" Pass
         "A header is cut short, or a length field claims more than there is." "";
     11 UNSUPPORTED_PROTOCOL "unsupported_protocol" Pass
-        "The IP protocol is neither TCP, UDP nor an echo request to a VIP." "";
+        "The IP protocol is neither TCP, UDP nor SCTP, or the packet is a fragment of SCTP, or a message of ICMP that is neither about a flow nor an echo of one." "";
     12 NOT_A_SYN "not_a_syn" Drop
-        "A TCP packet without a flow to a listener: only a SYN opens one." "Expected after idle timeouts and restarts; clients will reconnect.";
+        "A packet of TCP or SCTP without a flow to a listener: only a SYN or INIT opens one." "Expected after idle timeouts and restarts; clients will reconnect.";
     13 NO_BACKEND "no_backend" Refuse
         "No backend of the group takes new flows." "See the group's health in `forwarder status`.";
     14 POOL_EXHAUSTED "pool_exhausted" Refuse

@@ -13,17 +13,17 @@ use crate::{
     },
 };
 
-/// Is this the first segment of a TCP connection (RFC 9293 §3.5)?
+/// Is this the first segment of a TCP connection (RFC 9293 §3.5), or what corresponds to it?
 #[inline(always)]
 pub const fn is_opening(frame: &Frame) -> bool {
     frame.tcp_flags & (FLAG_SYN | FLAG_ACK | FLAG_RST | FLAG_FIN) == FLAG_SYN
 }
 
-/// Only a SYN opens a TCP flow: any other segment belongs to a connection that some backend knows, and
-/// picking another backend would break it in silence.
+/// Only a SYN opens a flow of TCP, an INIT one of SCTP: any other segment belongs to a connection that some backend
+/// knows, and picking another backend would break it in silence.
 #[inline(always)]
 pub const fn admit(frame: &Frame) -> Result<(), Stop> {
-    if frame.is_tcp() && !is_opening(frame) {
+    if frame.is_of_connection() && !is_opening(frame) {
         Err(Stop::drop(Reason::NOT_A_SYN))
     } else {
         Ok(())

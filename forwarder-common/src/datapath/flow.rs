@@ -159,12 +159,13 @@ pub fn find<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> 
     }
 }
 
-/// Marks the flow as seen, counts the packet, follows TCP.
+/// Marks the flow as seen, counts the packet, follows connections.
 #[inline(always)]
 fn touch<T: Tables>(tables: &mut T, frame: &Frame, hit: &mut Hit) -> Found {
     let (id, direction) = (hit.id, hit.direction);
     let is_request = direction == Direction::REQUEST;
-    let is_opening = is_request && frame.is_tcp() && admission::is_opening(frame);
+    let is_of_connection = frame.is_of_connection();
+    let is_opening = is_request && is_of_connection && admission::is_opening(frame);
     let is_stranded = is_opening && is_stranded(tables, id);
     let Some(entry) = tables.flow(id) else {
         return Found::Nothing;
@@ -173,7 +174,7 @@ fn touch<T: Tables>(tables: &mut T, frame: &Frame, hit: &mut Hit) -> Found {
         return Found::Nothing;
     }
     let mut is_first_answer = !is_request && entry.reply_packets == 0;
-    if frame.is_tcp() {
+    if is_of_connection {
         if is_opening && (is_stranded || matches!(entry.tcp.phase(), Phase::Closing | Phase::Closed)) {
             return Found::Ended(id);
         }
@@ -338,6 +339,12 @@ fn unlink<T: Tables>(
     } else {
         Reason::FLOW_TABLE_FULL
     })
+}
+
+/// Is there a flow whose packets have this 5-tuple, or might there be one, as its destination is of the pool?
+#[inline(always)]
+pub fn is_known<T: Tables>(tables: &T, settings: &Settings, key: &FlowKey) -> bool {
+    settings.pool.contains(key.destination) || tables.flow_reference(key).is_some()
 }
 
 /// Stores where packets of a direction go, for the packets after this one.

@@ -1,4 +1,4 @@
-//! ICMP: echo requests to VIPs, and errors about packets of flows (RFC 792, RFC 4443).
+//! ICMP: errors about packets of flows (RFC 792, RFC 4443); echo messages are told apart from them here.
 //!
 //! An error quotes the packet it is about as its sender saw it, behind the gateway's translation. It goes on to the
 //! end that sent that packet, with the quote as that end knows it (RFC 5508 §4.2, RFC 3022 §4.3), and itself
@@ -11,7 +11,9 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    Packet, Stop, Tables, Walk, echo, flow,
+    Packet, Stop, Tables, Walk,
+    echo::{self, Kind},
+    flow,
     parse::Frame,
     rewrite::{self, Ports, Rewrite},
     translate, transport_checksum,
@@ -23,19 +25,20 @@ use crate::{
         settings::Settings,
     },
     wire::{
-        Field16, IpAddress, WireHeader,
+        Be32, Field16, IpAddress, WireHeader,
         checksum::Delta,
         icmp::{
             IcmpHeader, TYPE_PARAMETER_PROBLEM, TYPE_TIME_EXCEEDED, TYPE_UNREACHABLE,
             TYPE_V6_PARAMETER_PROBLEM, TYPE_V6_TIME_EXCEEDED, TYPE_V6_TOO_BIG, TYPE_V6_UNREACHABLE,
         },
-        ipv4::{Ipv4Header, PROTOCOL_TCP, PROTOCOL_UDP},
-        ipv6::Ipv6Header,
+        ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP},
+        ipv6::{Ipv6Header, PROTOCOL_ICMPV6},
+        sctp::{SctpChecksum, SctpHeader},
         udp::CHECKSUM_NONE,
     },
 };
 
-/// RFC 792: an error quotes at least so many bytes of what follows the IP header: of TCP and UDP the ports.
+/// RFC 792: an error quotes at least so many bytes of what follows the IP header: the ports, or the identifier.
 const QUOTED: usize = 8;
 
 /// What an ICMP error quotes.
@@ -62,7 +65,8 @@ impl Quote {
     }
 }
 
-/// Finds the flow that an error is about: the walk gets its hit and the quote.
+/// Finds the flow that an error is about: the walk gets its hit and the quote. An echo message that is of a flow, or
+/// may open one, gets its key.
 ///
 /// # Errors
 /// The end of the walk for other messages: an echo request to a VIP is answered.
@@ -77,10 +81,7 @@ pub fn find<P: Packet, T: Tables>(
         .header::<IcmpHeader>(walk.frame.transport_offset as usize)?
         .icmp_type;
     if !is_error(icmp_type, walk.frame.is_v4()) {
-        return Err(match echo::answer(packet, tables, &walk.frame) {
-            Ok(outcome) => Stop(outcome),
-            Err(stop) => stop,
-        });
+        return echo::find(packet, tables, settings, walk);
     }
     walk.quote.transport_offset = read_quote(packet, &walk.frame, &mut walk.key)? as u32;
     flow::find(tables, settings, walk)?;
@@ -155,17 +156,36 @@ fn read_quote<P: Packet>(packet: &mut P, frame: &Frame, key: &mut FlowKey) -> Re
         }
         (ip.next_header, Ipv6Header::LEN)
     };
-    if !matches!(protocol, PROTOCOL_TCP | PROTOCOL_UDP) {
+    let is_echo = is_icmp(protocol, frame.is_v4());
+    if !is_echo && !matches!(protocol, PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP) {
         return Err(unread);
     }
     if IcmpHeader::LEN + header_len + QUOTED > frame.transport_len as usize {
         return Err(Stop::pass(Reason::TRUNCATED));
     }
-    let ports = packet.header::<Ports>(offset + header_len)?;
-    key.source_port = ports.destination;
-    key.destination_port = ports.source;
-    key.protocol = u32::from(protocol);
-    Ok(offset + header_len)
+    let transport_offset = offset + header_len;
+    if is_echo {
+        let icmp = packet.header::<IcmpHeader>(transport_offset)?;
+        // That of the answer.
+        let kind = match Kind::of(icmp, frame.is_v4()) {
+            Kind::Request => Kind::Reply,
+            Kind::Reply => Kind::Request,
+            Kind::Other => return Err(unread),
+        };
+        echo::set_key(key, kind, icmp.identifier());
+    } else {
+        let ports = packet.header::<Ports>(transport_offset)?;
+        key.source_port = ports.destination;
+        key.destination_port = ports.source;
+        key.protocol = u32::from(protocol);
+    }
+    Ok(transport_offset)
+}
+
+/// Is this the ICMP of its family?
+#[inline(always)]
+const fn is_icmp(protocol: u8, is_v4: bool) -> bool {
+    protocol == if is_v4 { PROTOCOL_ICMP } else { PROTOCOL_ICMPV6 }
 }
 
 #[inline(always)]
@@ -184,26 +204,41 @@ fn rewrite_quote<P: Packet>(
 ) -> Result<Delta, Stop> {
     let offset = quote_offset(frame);
     let mut change = rewrite.addresses.and(rewrite.ports);
-    let protocol = if frame.is_v4() {
+    let header_len = transport_offset - offset;
+    let (protocol, quoted_len) = if frame.is_v4() {
         let ip = packet.header::<Ipv4Header>(offset)?;
         let before = ip.checksum;
         ip.checksum = rewrite.addresses.apply(before);
         change = change.replace16(before, ip.checksum);
         ip.source = rewrite.destination.low();
         ip.destination = rewrite.source.low();
-        ip.protocol
+        (
+            ip.protocol,
+            u32::from(ip.total_len.get()).wrapping_sub(header_len as u32),
+        )
     } else {
         let ip = packet.header::<Ipv6Header>(offset)?;
         ip.set_addresses(&rewrite.destination, &rewrite.source);
-        ip.next_header
+        (ip.next_header, u32::from(ip.payload_len.get()))
     };
+    let end = (frame.transport_offset + frame.transport_len) as usize;
+    if is_icmp(protocol, frame.is_v4()) {
+        return Ok(change.and(rewrite_quoted_echo(packet, frame, rewrite, transport_offset)?));
+    }
+    if protocol == PROTOCOL_SCTP {
+        let quoted = Quoted {
+            offset: transport_offset,
+            len: quoted_len,
+            has_checksum: transport_offset + SctpHeader::CHECKSUM_OFFSET + SctpChecksum::LEN <= end,
+        };
+        return Ok(change.and(rewrite_quoted_sctp(packet, rewrite, quoted)?));
+    }
     let ports = packet.header::<Ports>(transport_offset)?;
     ports.source = rewrite.destination_port;
     ports.destination = rewrite.source_port;
     let is_tcp = protocol == PROTOCOL_TCP;
     let checksum_offset = transport_offset + transport_checksum::offset(is_tcp);
     // Of TCP the quote may end before the checksum.
-    let end = (frame.transport_offset + frame.transport_len) as usize;
     if checksum_offset + Field16::LEN > end {
         return Ok(change);
     }
@@ -215,6 +250,60 @@ fn rewrite_quote<P: Packet>(
         change = change.replace16(before, field.value);
     }
     Ok(change)
+}
+
+/// Gives a quoted echo message the identifier that the error's receiver knows. Returns what that changes in its
+/// checksum, and so in the sum of the message, beyond what the caller knows.
+#[inline(always)]
+fn rewrite_quoted_echo<P: Packet>(
+    packet: &mut P,
+    frame: &Frame,
+    rewrite: &Rewrite,
+    transport_offset: usize,
+) -> Result<Delta, Stop> {
+    let icmp = packet.header::<IcmpHeader>(transport_offset)?;
+    // It went the other way.
+    let identifier = match Kind::of(icmp, frame.is_v4()) {
+        Kind::Request => rewrite.destination_port,
+        _ => rewrite.source_port,
+    };
+    icmp.set_identifier(identifier);
+    let change = if frame.is_v4() {
+        rewrite.ports
+    } else {
+        rewrite.addresses.and(rewrite.ports)
+    };
+    let before = icmp.checksum;
+    icmp.checksum = change.apply(before);
+    Ok(Delta::ZERO.replace16(before, icmp.checksum))
+}
+
+/// A quoted packet of SCTP: where it starts, how long it was, and whether the quote reaches to its checksum's end.
+#[derive(Clone, Copy)]
+struct Quoted {
+    offset: usize,
+    len: u32,
+    has_checksum: bool,
+}
+
+/// Gives a quoted packet of SCTP the ports that the error's receiver knows. Returns as [`rewrite_quoted_echo`].
+#[inline(always)]
+fn rewrite_quoted_sctp<P: Packet>(packet: &mut P, rewrite: &Rewrite, quoted: Quoted) -> Result<Delta, Stop> {
+    let ports = packet.header::<Ports>(quoted.offset)?;
+    let before = ports.word();
+    ports.source = rewrite.destination_port;
+    ports.destination = rewrite.source_port;
+    let after = ports.word();
+    if !quoted.has_checksum {
+        return Ok(Delta::ZERO);
+    }
+    let field = packet.header::<SctpChecksum>(quoted.offset + SctpHeader::CHECKSUM_OFFSET)?;
+    let old = *field;
+    if old == SctpChecksum::NONE {
+        return Ok(Delta::ZERO);
+    }
+    *field = old.replaced(before, after, quoted.len);
+    Ok(Delta::ZERO.replace32(Be32::from_raw(old.raw()), Be32::from_raw(field.raw())))
 }
 
 /// Makes the rewrite that of the message itself: who reports, to whom, and what that changes.

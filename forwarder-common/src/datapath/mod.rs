@@ -54,6 +54,7 @@ pub mod pipeline;
 pub mod quota;
 pub mod refuse;
 pub mod rewrite;
+pub mod sctp;
 pub mod snat;
 pub mod tcp_state;
 pub mod translate;
@@ -192,12 +193,24 @@ pub trait Packet {
         true
     }
 
-    /// Folded sum of `len` bytes at `offset`, in machine order; an odd last byte is padded with zero. Asked for
-    /// where `CHECKSUM_OFFLOAD` is not `Kernel`.
+    /// Payload of each packet that this one will be sent as, in bytes, where the kernel has put several together
+    /// (GRO, or a local sender's TSO); zero: it is one packet.
+    #[inline(always)]
+    fn segment_size(&self) -> u32 {
+        0
+    }
+
+    /// Folded sum of `len` bytes at `offset`, in machine order; an odd last byte is padded with zero.
     ///
     /// # Errors
     /// [`Reason::TRUNCATED`] when the frame ends before that.
     fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop>;
+
+    /// CRC32c of `len` bytes at `offset`, as `wire::crc32c` has it. Asked for where `CHECKSUM_OFFLOAD` is `LostOnSend`.
+    ///
+    /// # Errors
+    /// [`Reason::TRUNCATED`] when the frame ends before that.
+    fn crc(&mut self, offset: usize, len: usize) -> Result<u32, Stop>;
 
     /// Applies deltas to the transport checksum at `offset`; called where `CHECKSUM_OFFLOAD` is `Kernel`.
     /// `is_optional`: a checksum of zero means "none", as in UDP and not in TCP.
@@ -216,12 +229,12 @@ pub trait Packet {
     /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
     fn move_start(&mut self, by: i32) -> Result<(), Stop>;
 
-    /// Cuts the frame to `len` bytes, then makes room for `front` bytes before them, of any content. Asked for where
-    /// `CHECKSUM_OFFLOAD` is not `Kernel`.
+    /// Cuts the frame to `len` bytes, then makes room for `front` bytes before its IP header, at `network_offset`;
+    /// these, and the link header, have any content then.
     ///
     /// # Errors
     /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
-    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop>;
+    fn cut_and_grow(&mut self, len: usize, network_offset: usize, front: usize) -> Result<(), Stop>;
 
     /// [`overlay::recognise`], wherever it runs.
     #[inline(always)]
@@ -239,13 +252,13 @@ pub trait Packet {
     /// A drop where there is no room, or the kernel cannot.
     fn resize_network(&mut self, frame: &parse::Frame, to_v4: bool) -> Result<u32, Stop>;
 
-    /// [`icmp::rewrite`], wherever it runs.
+    /// [`rewrite::apply_seldom`], wherever it runs.
     #[inline(always)]
-    fn rewrite_error(&mut self, walk: &mut Walk) -> Result<(), Stop>
+    fn rewrite_seldom(&mut self, settings: &Settings, walk: &mut Walk) -> Result<(), Stop>
     where
         Self: Sized,
     {
-        icmp::rewrite(self, walk)
+        rewrite::apply_seldom(self, settings, walk)
     }
 
     /// [`translate::header`], wherever it runs.

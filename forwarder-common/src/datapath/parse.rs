@@ -8,7 +8,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Packet, Stop, Walk, fragment::part, rewrite::Tags};
+use super::{Packet, Stop, Walk, fragment::part, rewrite::Tags, sctp, tcp_state};
 use crate::{
     abi::{flow::FlowKey, reason::Reason},
     wire::{
@@ -18,11 +18,12 @@ use crate::{
             EthernetHeader, VlanTag,
         },
         icmp::{IcmpHeader, TYPE_NEIGHBOUR_SOLICITATION},
-        ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP},
+        ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP},
         ipv6::{
             ExtensionHeader, FragmentHeader, Ipv6Header, NEXT_AH, NEXT_DESTINATION, NEXT_ESP, NEXT_FRAGMENT,
             NEXT_HOP_BY_HOP, NEXT_MOBILITY, NEXT_NONE, NEXT_ROUTING, PROTOCOL_ICMPV6,
         },
+        sctp::SctpHeader,
         tcp::TcpHeader,
         udp::UdpHeader,
     },
@@ -40,17 +41,17 @@ pub struct Frame {
     pub key: FlowKey,
     /// Where the IP header starts.
     pub network_offset: u32,
-    /// Where TCP, UDP or ICMP starts.
+    /// Where TCP, UDP, SCTP or ICMP starts.
     pub transport_offset: u32,
     /// IP header and payload, in bytes.
     pub total_len: u32,
     /// Transport header and payload, in bytes.
     pub transport_len: u32,
-    /// The acknowledgment number of TCP; without a meaning unless the ACK flag is set.
+    /// The acknowledgment number of TCP, the verification tag of SCTP; without a meaning unless the ACK flag is set.
     pub acknowledgment: Be32,
     /// TTL or hop limit.
     pub ttl: u8,
-    /// Zero for UDP.
+    /// Of SCTP those that mean the same ([`sctp::flags`]); of other protocols zero.
     pub tcp_flags: u8,
     /// TOS or traffic class.
     pub tos: u8,
@@ -72,6 +73,24 @@ impl Frame {
         self.key.protocol == PROTOCOL_TCP as u32
     }
 
+    /// Is this SCTP?
+    #[inline(always)]
+    pub const fn is_sctp(&self) -> bool {
+        self.key.protocol == PROTOCOL_SCTP as u32
+    }
+
+    /// Is this TCP or UDP, as most packets are?
+    #[inline(always)]
+    pub const fn is_usual(&self) -> bool {
+        self.is_tcp() || self.key.protocol == PROTOCOL_UDP as u32
+    }
+
+    /// Does it belong to a connection, whose phases are followed?
+    #[inline(always)]
+    pub const fn is_of_connection(&self) -> bool {
+        tcp_state::has_connections(self.key.protocol)
+    }
+
     /// Is this IPv4?
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
@@ -91,7 +110,7 @@ impl Frame {
 /// What kind of packet it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
-    /// TCP or UDP.
+    /// TCP, UDP or SCTP.
     Flow,
     Arp,
     /// ICMP of either family.
@@ -270,8 +289,17 @@ fn transport<P: Packet>(packet: &mut P, frame: &mut Frame, protocol: u8) -> Resu
             require(claimed >= UdpHeader::LEN && (claimed <= len || frame.fragment == part::FIRST))?;
             ports
         }
-        (PROTOCOL_ICMP | PROTOCOL_ICMPV6, _) if frame.fragment != part::WHOLE => {
+        // The checksum of SCTP depends on how long the whole packet is, which its first fragment does not say.
+        (PROTOCOL_SCTP | PROTOCOL_ICMP | PROTOCOL_ICMPV6, _) if frame.fragment != part::WHOLE => {
             return Err(Stop::pass(Reason::UNSUPPORTED_PROTOCOL));
+        }
+        (PROTOCOL_SCTP, _) => {
+            let sctp = packet.header::<SctpHeader>(offset)?;
+            frame.tcp_flags = sctp::flags(sctp.chunk_type);
+            frame.acknowledgment = sctp.verification_tag;
+            let ports = (sctp.source_port, sctp.destination_port);
+            require(len >= SctpHeader::LEN)?;
+            ports
         }
         (PROTOCOL_ICMP, true) => {
             require(len >= IcmpHeader::LEN)?;

@@ -29,8 +29,7 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
 ) -> Outcome {
     let frame_bytes = packet.frame_len();
     let outcome = match stages(packet, tables, env, settings, walk, frame_bytes) {
-        // An answer to what came through a tunnel would have to go back through it; it does from the device's tcx
-        // program.
+        // An answer to what came through a tunnel goes back through it, from the device's tcx program.
         Err(Stop(refusal)) if refusal.reason.is_refusal() && walk.inside.is_tunnel() => {
             Stop::pass(Reason::TUNNEL_TO_STACK).0
         }
@@ -58,7 +57,14 @@ fn stages<P: Packet, T: Tables, E: Env>(
     if env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0 {
         packet.recognise(tables, walk);
     }
-    match parse::frame(packet, walk, frame_bytes)? {
+    let mut kind = parse::frame(packet, walk, frame_bytes)?;
+    if kind == Kind::Icmp && !walk.inside.is_tunnel() {
+        env.icmp(packet, tables, settings, walk)?;
+        if !walk.quote.is_some() {
+            kind = Kind::Flow;
+        }
+    }
+    match kind {
         Kind::Flow => find_or_open(tables, settings, walk)?,
         Kind::Fragment => match tables.follow(settings, walk) {
             fragment::FOUND => {}
@@ -67,7 +73,8 @@ fn stages<P: Packet, T: Tables, E: Env>(
         },
         _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
         Kind::Arp => return arp::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex()),
-        Kind::Icmp => env.icmp(packet, tables, settings, walk)?,
+        // An error, whose flow is found.
+        Kind::Icmp => {}
         Kind::Neighbour => {
             return neighbour::answer(packet, tables, settings, &walk.frame, env.ingress_ifindex());
         }
@@ -83,7 +90,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     }
     translate::check(walk)?;
     next_hop::resolve(tables, env, settings, walk)?;
-    next_hop::fit(env, walk)?;
+    next_hop::fit(packet, env, walk)?;
     let mtu_bytes = if mss::is_announced(&walk.frame) && settings.flags & flag::KEEP_SEGMENT_SIZE == 0 {
         next_hop::path_mtu(tables, env, walk)
     } else {
@@ -92,10 +99,10 @@ fn stages<P: Packet, T: Tables, E: Env>(
 
     // No byte was changed above this line; below it no policy decides.
     let received_bytes = walk.frame.total_len;
-    if walk.quote.is_some() {
-        packet.rewrite_error(walk)?;
-    } else {
+    if walk.frame.is_usual() {
         rewrite::apply(packet, walk, settings, mtu_bytes)?;
+    } else {
+        packet.rewrite_seldom(settings, walk)?;
     }
     if translate::is_due(&walk.frame, &walk.hit.rewrite) {
         packet.translate(walk)?;

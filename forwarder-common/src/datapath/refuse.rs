@@ -2,7 +2,8 @@
 //!
 //! What may not open a flow: of TCP it gets a reset (RFC 9293 §3.5.2, group 1): the SYN itself, turned round. Its
 //! options and data stay, which no receiver reads in a reset, so no length changes and the checksum is updated, whoever
-//! was to compute it. Of UDP it gets ICMP "port unreachable", which sockets report as "connection refused".
+//! was to compute it. Of SCTP it gets an ABORT. Of UDP it gets ICMP "port unreachable", which sockets report as
+//! "connection refused", and an echo request "host unreachable".
 //!
 //! A packet whose time to live has ended, or that does not fit, gets its ICMP message. Where there can be none
 //! (`icmp_error`), it is dropped.
@@ -12,7 +13,7 @@ use super::{
     fragment::part,
     icmp_error::{self, Message},
     parse::Frame,
-    translate,
+    sctp, translate,
     transport_checksum::{self, Change},
 };
 use crate::{
@@ -20,6 +21,7 @@ use crate::{
     wire::{
         Be16, Be32,
         checksum::Delta,
+        ipv4::PROTOCOL_ICMP,
         tcp::{FLAG_ACK, FLAG_RST, TcpHeader},
     },
 };
@@ -40,13 +42,16 @@ pub fn answer<P: Packet, T: Tables>(
     let message = match reason {
         Reason::TTL_EXCEEDED => Message::TIME_EXCEEDED,
         Reason::TOO_BIG => Message::too_big(fitting(walk)),
+        _ if frame.key.protocol == u32::from(PROTOCOL_ICMP) => Message::HOST_UNREACHABLE,
         _ => Message::PORT_UNREACHABLE,
     };
-    let answered = if frame.fragment == part::LATER {
-        // RFC 1122 §3.2.2: no errors about fragments but the first.
+    let answered = if frame.fragment == part::LATER || walk.quote.is_some() {
+        // RFC 1122 §3.2.2: no errors about fragments but the first, nor about errors.
         Err(Stop::drop(reason))
     } else if reason.is_flow_refusal() && frame.is_tcp() {
         reset(packet, frame, settings)
+    } else if reason.is_flow_refusal() && frame.is_sctp() {
+        sctp::abort(packet, frame, settings)
     } else {
         icmp_error::answer(packet, tables, settings, frame, message)
     };

@@ -6,8 +6,8 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    Hook, Packet, Stop, Tables, Walk, fragment::part, mss, overlay, parse::Frame, translate,
-    transport_checksum,
+    Hook, Packet, Stop, Tables, Walk, echo, fragment::part, icmp, mss, overlay, parse::Frame, sctp,
+    translate, transport_checksum,
 };
 use crate::{
     abi::{
@@ -16,7 +16,7 @@ use crate::{
         settings::Settings,
     },
     wire::{
-        Be16, IpAddress, LinkPair, WireHeader,
+        self, Be16, IpAddress, LinkPair, WireHeader,
         checksum::Delta,
         ethernet::{
             ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, EthernetHeader, VlanTag,
@@ -41,7 +41,7 @@ pub struct Rewrite {
     pub reserved: u32,
 }
 
-/// Source and destination port, at the start of TCP and UDP alike.
+/// Source and destination port, at the start of TCP, UDP and SCTP alike.
 #[repr(C, packed)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct Ports {
@@ -50,6 +50,14 @@ pub(super) struct Ports {
 }
 
 impl WireHeader for Ports {}
+
+impl Ports {
+    /// Both, for the checksum of SCTP.
+    #[inline(always)]
+    pub(super) const fn word(&self) -> u32 {
+        wire::sctp::ports(self.source, self.destination)
+    }
+}
 
 impl Rewrite {
     /// The deltas of a request's addresses and ports.
@@ -103,7 +111,7 @@ pub const fn check_ttl(frame: &Frame) -> Result<(), Stop> {
     }
 }
 
-/// Changes the packet.
+/// Changes a packet of TCP or UDP.
 ///
 /// `mtu_bytes`: what an announced segment size has to fit, see `mss`; zero: it is left alone. The TTL is decremented
 /// unless the stack routes the packet, which then does it.
@@ -141,6 +149,18 @@ pub fn apply<P: Packet>(
         transport_checksum::update(packet, frame, change, checksum, is_sent)?;
     }
     Ok(())
+}
+
+/// Changes any other packet.
+#[inline(always)]
+pub fn apply_seldom<P: Packet>(packet: &mut P, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+    if walk.quote.is_some() {
+        icmp::rewrite(packet, walk)
+    } else if walk.frame.is_sctp() {
+        sctp::rewrite(packet, settings, walk)
+    } else {
+        echo::rewrite(packet, walk)
+    }
 }
 
 /// New addresses; and, in a packet that is sent, a hop less.

@@ -8,7 +8,7 @@ use crate::{
         reason::Reason,
         settings::{Settings, flag},
     },
-    wire::Be16,
+    wire::{Be16, ipv4::PROTOCOL_ICMP},
 };
 
 /// Takes a free flow, or the one whose connection has `ended`, and in full NAT the (address, port) of the backend's
@@ -47,7 +47,8 @@ pub fn bind<T: Tables>(
     binding.backend = backend.address;
     binding.client_port = key.source_port;
     binding.vip_port = key.destination_port;
-    binding.backend_port = if backend.port == Be16::new(0) {
+    // Echo messages have no port at that end.
+    binding.backend_port = if backend.port == Be16::new(0) || key.protocol == u32::from(PROTOCOL_ICMP) {
         key.destination_port
     } else {
         backend.port

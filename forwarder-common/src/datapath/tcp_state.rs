@@ -1,4 +1,5 @@
-//! A small TCP tracker: what has been seen of a connection, and so how long its flow lives.
+//! A small TCP tracker: what has been seen of a connection, and so how long its flow lives. Of SCTP, too, whose
+//! chunks are read as the segments that they correspond to (`sctp::flags`).
 //!
 //! It keeps a set of events instead of a state number: events only accumulate, so packets may arrive in any
 //! order and on any CPU, and the phase is derived where it is needed. It does not check sequence numbers.
@@ -7,8 +8,17 @@ use core::time::Duration;
 
 use crate::{
     abi::flow::{Direction, TcpEvents},
-    wire::tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN},
+    wire::{
+        ipv4::{PROTOCOL_SCTP, PROTOCOL_TCP},
+        tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN},
+    },
 };
+
+/// Does the IP protocol with this number have connections? Flows of others have no phases.
+#[inline(always)]
+pub const fn has_connections(protocol: u32) -> bool {
+    protocol == PROTOCOL_TCP as u32 || protocol == PROTOCOL_SCTP as u32
+}
 
 impl TcpEvents {
     /// A SYN opened the flow.
@@ -79,7 +89,7 @@ impl TcpEvents {
     }
 }
 
-/// Where a TCP connection stands.
+/// Where a connection stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Phase {
     /// The handshake is not complete.

@@ -19,8 +19,10 @@ use crate::{
     wire::{
         Be16, Be32, Field16, WireHeader, checksum,
         ethernet::EthernetHeader,
-        ipv4::{Ipv4Header, PROTOCOL_UDP},
-        ipv6::Ipv6Header,
+        icmp::IcmpHeader,
+        ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_SCTP, PROTOCOL_UDP},
+        ipv6::{Ipv6Header, PROTOCOL_ICMPV6},
+        sctp::SctpHeader,
         udp::{self, CHECKSUM_NONE},
     },
 };
@@ -67,6 +69,16 @@ const fn header_len(is_v4: bool) -> u32 {
     }
 }
 
+/// The number that stands in an IP header of this family for a flow's protocol: both have their own ICMP.
+#[inline(always)]
+pub const fn protocol_number(protocol: u32, is_v4: bool) -> u8 {
+    if protocol == PROTOCOL_ICMP as u32 && !is_v4 {
+        PROTOCOL_ICMPV6
+    } else {
+        protocol as u8
+    }
+}
+
 /// Replaces the IP header; the walk's frame then says where things are now. Transport header and checksum are those of
 /// the packet that leaves, but for a datagram without a checksum, which gets one if IPv6 asks for it (RFC 7915 §4.5).
 #[inline(always)]
@@ -87,7 +99,8 @@ pub fn header<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
     frame.transport_offset = packet.resize_network(frame, is_v4)?;
     frame.network_offset = frame.transport_offset - header_len(is_v4);
     frame.total_len = frame.transport_len + header_len(is_v4);
-    let (protocol, ttl) = (frame.key.protocol as u8, frame.ttl - u8::from(is_sent));
+    let protocol = protocol_number(frame.key.protocol, is_v4);
+    let ttl = frame.ttl - u8::from(is_sent);
     frame.key.source = rewrite.source.copied();
     frame.key.destination = rewrite.destination.copied();
     let offset = frame.network_offset as usize;
@@ -125,9 +138,12 @@ pub fn header<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
 /// checksum, which covers sequence numbers and payload.
 #[inline(always)]
 fn distinct_word<P: Packet>(packet: &mut P, frame: &Frame) -> Result<Be16, Stop> {
-    Ok(packet
-        .header::<Field16>(transport_checksum::field_offset(frame))?
-        .value)
+    let offset = match frame.key.protocol as u8 {
+        PROTOCOL_ICMP => frame.transport_offset as usize + IcmpHeader::CHECKSUM_OFFSET,
+        PROTOCOL_SCTP => frame.transport_offset as usize + SctpHeader::CHECKSUM_OFFSET,
+        _ => transport_checksum::field_offset(frame),
+    };
+    Ok(packet.header::<Field16>(offset)?.value)
 }
 
 /// Gives a datagram without a checksum one.

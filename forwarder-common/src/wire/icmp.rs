@@ -8,6 +8,8 @@ use super::{Be16, Be32, WireHeader};
 pub const TYPE_ECHO_REPLY: u8 = 0;
 /// RFC 792: destination unreachable.
 pub const TYPE_UNREACHABLE: u8 = 3;
+/// RFC 792: host unreachable, a code of [`TYPE_UNREACHABLE`].
+pub const CODE_HOST_UNREACHABLE: u8 = 1;
 /// RFC 792: port unreachable, a code of [`TYPE_UNREACHABLE`].
 pub const CODE_PORT_UNREACHABLE: u8 = 3;
 /// RFC 1191 §4: fragmentation needed and "do not fragment" set, a code of [`TYPE_UNREACHABLE`].
@@ -21,6 +23,8 @@ pub const TYPE_PARAMETER_PROBLEM: u8 = 12;
 
 /// RFC 4443 §3.1: destination unreachable.
 pub const TYPE_V6_UNREACHABLE: u8 = 1;
+/// RFC 4443 §3.1: address unreachable, a code of [`TYPE_V6_UNREACHABLE`].
+pub const CODE_V6_HOST_UNREACHABLE: u8 = 3;
 /// RFC 4443 §3.1: port unreachable, a code of [`TYPE_V6_UNREACHABLE`].
 pub const CODE_V6_PORT_UNREACHABLE: u8 = 4;
 /// RFC 4443 §3.2: packet too big.
@@ -51,6 +55,9 @@ pub struct IcmpHeader {
 impl WireHeader for IcmpHeader {}
 
 impl IcmpHeader {
+    /// Where the checksum stands, in bytes from the header's start.
+    pub const CHECKSUM_OFFSET: usize = 2;
+
     /// A header whose remaining bytes, and checksum, are zero.
     #[inline(always)]
     pub const fn of_type(icmp_type: u8, code: u8) -> Self {
@@ -60,6 +67,21 @@ impl IcmpHeader {
             checksum: Be16::from_raw(0),
             rest: Be32::new(0),
         }
+    }
+
+    /// The identifier of an echo message (RFC 792, RFC 4443 §4.1).
+    #[inline(always)]
+    pub const fn identifier(&self) -> Be16 {
+        let [a, b, _, _] = self.rest.raw().to_ne_bytes();
+        Be16::from_raw(u16::from_ne_bytes([a, b]))
+    }
+
+    /// Replaces it.
+    #[inline(always)]
+    pub const fn set_identifier(&mut self, identifier: Be16) {
+        let [_, _, c, d] = self.rest.raw().to_ne_bytes();
+        let [a, b] = identifier.raw().to_ne_bytes();
+        self.rest = Be32::from_raw(u32::from_ne_bytes([a, b, c, d]));
     }
 
     /// Type and code as the 16-bit word that the checksum covers, in machine order.

@@ -12,6 +12,9 @@ pub const PROTOCOL_TCP: u8 = IpProto::Tcp as u8;
 /// Protocol number of UDP.
 pub const PROTOCOL_UDP: u8 = IpProto::Udp as u8;
 
+/// Protocol number of SCTP.
+pub const PROTOCOL_SCTP: u8 = IpProto::Sctp as u8;
+
 /// RFC 791 §3.1: more fragments follow.
 const MORE_FRAGMENTS: u16 = 0x2000;
 /// RFC 791 §3.1: offset in units of 8 bytes.

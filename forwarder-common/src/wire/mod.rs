@@ -16,10 +16,12 @@ use bytemuck::{Pod, Zeroable};
 
 pub mod arp;
 pub mod checksum;
+pub mod crc32c;
 pub mod ethernet;
 pub mod icmp;
 pub mod ipv4;
 pub mod ipv6;
+pub mod sctp;
 pub mod tcp;
 pub mod tunnel;
 pub mod udp;

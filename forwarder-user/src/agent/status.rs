@@ -6,7 +6,7 @@ use forwarder_common::abi::{counter::TrafficCounters, reason::DESCRIPTIONS};
 
 use super::Agent;
 use crate::{
-    config::{NatMode, Protocol},
+    config::NatMode,
     datapath::{attach::AttachmentKind, flows::FlowCount},
     error::Error,
     health::Health,
@@ -59,10 +59,7 @@ impl Agent {
                 vip: listener.vips[0],
                 vips: listener.vips.clone(),
                 port: listener.ports.to_string(),
-                protocol: match listener.protocol {
-                    Protocol::Tcp => "tcp".to_owned(),
-                    Protocol::Udp => "udp".to_owned(),
-                },
+                protocol: listener.protocol.name().to_owned(),
                 group: listener.group.clone(),
                 traffic,
             });

@@ -3,12 +3,16 @@
 //! Settings of a service have a twin in the environment, so that a unit file can give them. What the agent
 //! does with traffic is not here but in the configuration file.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    config::schema::parse_duration,
+    config::{Protocol, schema::parse_duration},
     explain::frame::Flag,
     flows::{DEFAULT_LIMIT, Endpoints, FlowPhase},
     orders::BackendPath,
@@ -146,10 +150,10 @@ pub struct ExplainArgs {
     )]
     pub protocol: Option<TransportName>,
     /// Where the packet is from
-    #[arg(value_name = "SOURCE:PORT")]
+    #[arg(value_name = "SOURCE:PORT", value_parser = end)]
     pub source: Option<SocketAddr>,
     /// Where the packet goes
-    #[arg(value_name = "DESTINATION:PORT")]
+    #[arg(value_name = "DESTINATION:PORT", value_parser = end)]
     pub destination: Option<SocketAddr>,
     /// Explain the packets of a capture (pcap or pcapng) one after another, each as if those before it had passed
     #[arg(
@@ -181,6 +185,28 @@ pub struct ExplainArgs {
 pub enum TransportName {
     Tcp,
     Udp,
+    Sctp,
+    /// Echo; the identifier stands for the client's port
+    Icmp,
+}
+
+impl TransportName {
+    /// What it names.
+    pub fn protocol(self) -> Protocol {
+        match self {
+            Self::Tcp => Protocol::Tcp,
+            Self::Udp => Protocol::Udp,
+            Self::Sctp => Protocol::Sctp,
+            Self::Icmp => Protocol::Icmp,
+        }
+    }
+}
+
+/// An address with a port, or alone, as echo requests have none: then with port 0.
+fn end(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .or_else(|_| text.parse().map(|address: IpAddr| SocketAddr::new(address, 0)))
+        .map_err(|_| "write it as ADDRESS:PORT".to_owned())
 }
 
 /// List, count or delete live flows
@@ -205,7 +231,7 @@ pub struct FlowsArgs {
     /// Only flows of this protocol
     #[arg(long, value_name = "PROTOCOL")]
     pub protocol: Option<TransportName>,
-    /// Only flows in this state: half_open, established, closing, closed (TCP), active, idle (UDP)
+    /// Only flows in this state: half_open, established, closing, closed (TCP, SCTP), active, idle (UDP, ICMP)
     #[arg(long, value_name = "STATE")]
     pub state: Option<FlowPhase>,
     /// Most flows to list
@@ -414,8 +440,8 @@ mod tests {
         for line in [
             &[][..],
             &packet[..2],
-            &["tcp", "192.0.2.7", "198.51.100.10:443"],
-            &["icmp", "192.0.2.7:1", "198.51.100.10:1"],
+            &["tcp", "192.0.2.7:x", "198.51.100.10:443"],
+            &["gre", "192.0.2.7:1", "198.51.100.10:1"],
             &["--pcap", "a.pcap", "tcp", "192.0.2.7:51000", "198.51.100.10:443"],
             &[&packet[..], &["--flags", "xmas"]].concat(),
         ] {

@@ -11,7 +11,6 @@ use super::{
 };
 use crate::{
     api::EXPLAIN_PATH,
-    config::Protocol,
     error::{Error, Errors},
     explain::{
         BackendChoice, Bytes, Choice, ExplainRequest, Explanation, Explanations, capture, frame::Wanted,
@@ -48,11 +47,13 @@ fn wanted(args: &ExplainArgs) -> Result<Wanted, Error> {
             Error::usage(format!("{source} and {destination} are of different families"))
                 .hint("a packet has two addresses of IPv4, or two of IPv6"),
         ),
+        (Some(protocol), Some(source), Some(destination))
+            if protocol != TransportName::Icmp && (source.port() == 0 || destination.port() == 0) =>
+        {
+            Err(Error::usage("the packet has no ports").hint("give PROTOCOL SOURCE:PORT DESTINATION:PORT"))
+        }
         (Some(protocol), Some(source), Some(destination)) => Ok(Wanted {
-            protocol: match protocol {
-                TransportName::Tcp => Protocol::Tcp,
-                TransportName::Udp => Protocol::Udp,
-            },
+            protocol: protocol.protocol(),
             source,
             destination,
             flags: args.flags.clone(),

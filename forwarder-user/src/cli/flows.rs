@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::{
-    args::{FlowsArgs, OutputFormat, TransportName},
+    args::{FlowsArgs, OutputFormat},
     ask, output,
     status::duration,
     table::{Align, lines},
@@ -73,13 +73,9 @@ fn query(args: &FlowsArgs) -> FlowQuery {
         vip: args.vip,
         backend: args.backend.clone(),
         listener: args.listener.clone(),
-        protocol: args.protocol.map(|protocol| {
-            match protocol {
-                TransportName::Tcp => "tcp",
-                TransportName::Udp => "udp",
-            }
-            .to_owned()
-        }),
+        protocol: args
+            .protocol
+            .map(|protocol| protocol.protocol().name().to_owned()),
         state: args.state,
         limit: match (args.delete, args.count) {
             (true, _) => None,

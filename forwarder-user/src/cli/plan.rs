@@ -210,15 +210,20 @@ fn far_side(network: &NetworkNeeds) -> Vec<String> {
         text.push(format!("route      {prefix} to {gateway}"));
     }
     for rule in &network.admit {
+        let ports = Ports {
+            first: rule.first_port,
+            last: rule.last_port,
+        };
+        let port = if ports == Ports::NONE {
+            String::new()
+        } else {
+            format!(" port {ports}")
+        };
         text.push(format!(
-            "admit      {} from {} to {} port {} ({})",
+            "admit      {} from {} to {}{port} ({})",
             rule.protocol,
             sources(rule.to),
             rule.to,
-            Ports {
-                first: rule.first_port,
-                last: rule.last_port
-            },
             rule.purpose
         ));
     }

@@ -127,8 +127,13 @@ pub fn count(first: IpAddr, last: IpAddr) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-/// An address and a port, or what stands for ports, as one writes them together (RFC 3986 §3.2.2).
+/// An address and a port, or what stands for ports, as one writes them together (RFC 3986 §3.2.2); the address alone
+/// where that is empty.
 pub fn at_port(address: IpAddr, port: impl Display) -> String {
+    let port = port.to_string();
+    if port.is_empty() {
+        return address.to_string();
+    }
     match address {
         IpAddr::V4(address) => format!("{address}:{port}"),
         IpAddr::V6(address) => format!("[{address}]:{port}"),

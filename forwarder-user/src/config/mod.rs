@@ -13,7 +13,12 @@ use std::{
     time::Duration,
 };
 
-use forwarder_common::{abi::snat::PORTS_PER_ADDRESS, maglev};
+use forwarder_common::{
+    abi::snat::PORTS_PER_ADDRESS,
+    datapath::tcp_state::has_connections,
+    maglev,
+    wire::ipv4::{PROTOCOL_ICMP, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP},
+};
 use ipnet::IpNet;
 
 pub mod address;
@@ -387,6 +392,52 @@ impl TableSizes {
 pub enum Protocol {
     Tcp,
     Udp,
+    Sctp,
+    /// Echo of ICMP and ICMPv6.
+    Icmp,
+}
+
+impl Protocol {
+    /// All there are, by their names.
+    pub const ALL: [(&'static str, Self); 4] = [
+        ("tcp", Self::Tcp),
+        ("udp", Self::Udp),
+        ("sctp", Self::Sctp),
+        ("icmp", Self::Icmp),
+    ];
+
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+            Self::Icmp => "icmp",
+        }
+    }
+
+    /// Its number in the keys of listeners and flows, of both families.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => PROTOCOL_TCP,
+            Self::Udp => PROTOCOL_UDP,
+            Self::Sctp => PROTOCOL_SCTP,
+            Self::Icmp => PROTOCOL_ICMP,
+        }
+    }
+
+    /// Reverse of [`Self::number`]; `None` for a number that no flow has.
+    pub fn of_number(number: u32) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .map(|(_, protocol)| protocol)
+            .find(|protocol| u32::from(protocol.number()) == number)
+    }
+
+    /// Has it connections, which begin and end?
+    pub fn has_connections(self) -> bool {
+        has_connections(self.number().into())
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -401,20 +452,20 @@ pub struct Listener {
     pub sources: Option<Vec<IpNet>>,
     /// Most flows at a time; `None`: no limit of its own.
     pub max_flows: Option<u32>,
-    /// A flow without packets for this long is removed; 10 s to 4000 s, default 300 s.
+    /// A flow without packets for this long is removed; 10 s to 4000 s, default 300 s, of ICMP 60 s.
     pub idle_timeout: Duration,
-    /// The same once one side of a TCP connection has sent FIN; 10 s to 4000 s, default that of `idle_timeout`.
+    /// The same once one side of a connection has ended; 10 s to 4000 s, default that of `idle_timeout`.
     pub closing_timeout: Duration,
-    /// The same while the handshake of a TCP connection is not complete; 5 s to 300 s, default 75 s.
+    /// The same while the handshake of a connection is not complete; 5 s to 300 s, default 75 s.
     pub half_open_timeout: Duration,
-    /// Are both ends of a TCP connection reset when it is removed for being idle?
+    /// Are both ends of a connection reset when it is removed for being idle?
     pub reset_on_idle: bool,
 }
 
 /// The ports of a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ports {
-    /// 1 to 65535.
+    /// 1 to 65535; 0 of [`Self::NONE`].
     pub first: u16,
     /// `first` to 65535.
     pub last: u16,
@@ -427,6 +478,9 @@ impl Ports {
         last: u16::MAX,
     };
 
+    /// For ICMP, which has none.
+    pub const NONE: Self = Self { first: 0, last: 0 };
+
     /// One port.
     pub const fn one(port: u16) -> Self {
         Self {
@@ -435,7 +489,7 @@ impl Ports {
         }
     }
 
-    /// The port, if it is one.
+    /// The port, if it is one; 0 if there is none.
     pub fn single(self) -> Option<u16> {
         (self.first == self.last).then_some(self.first)
     }
@@ -470,6 +524,7 @@ impl Ports {
 impl fmt::Display for Ports {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.single() {
+            _ if *self == Self::NONE => Ok(()),
             Some(port) => write!(f, "{port}"),
             None if *self == Self::ANY => f.write_str("any"),
             None => write!(f, "{}-{}", self.first, self.last),

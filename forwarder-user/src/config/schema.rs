@@ -20,7 +20,7 @@ use toml::de::{DeTable, DeValue};
 use super::{
     MadeKind, NatMode, OnStop, OnUnhealthy, Ports, Protocol, Redirect, Selection, TunnelMode, XdpMode,
     health::read::{HEALTH, Health, TUNNEL_HEALTH, TunnelHealth},
-    reader::{Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, one_of},
+    reader::{At, Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, one_of},
 };
 
 /// Range of `agent.max_flows`.
@@ -322,7 +322,8 @@ pub struct Backend {
 pub struct Listener {
     pub vip: OptionalField<IpAddr>,
     pub vips: OptionalField<Vec<Field<IpAddr>>>,
-    pub port: Field<Ports>,
+    /// Of ICMP absent.
+    pub port: OptionalField<Ports>,
     pub protocol: OptionalField<Protocol>,
     pub group: Field<String>,
     pub sources: OptionalField<Vec<Field<IpNet>>>,
@@ -439,25 +440,40 @@ impl Document {
                     tier: table.optional("tier", integer(TIER)),
                 }),
             }),
-            listeners: file.required_named("listener", &LISTENER, name, |table| Listener {
-                vip: match table.misspelt("vip") {
-                    Some(reported) => Err(reported),
-                    None => table.optional("vip", address),
-                },
-                vips: table.optional_list("vips", VIPS, address),
-                port: table.required("port", "80", ports),
-                protocol: table.optional(
-                    "protocol",
-                    one_of(&[("tcp", Protocol::Tcp), ("udp", Protocol::Udp)]),
-                ),
-                group: table.required("group", "\"web\"", text("the name of a backend group")),
-                sources: table.optional_list("sources", SOURCES, prefix),
-                max_flows: table.optional("max_flows", integer(FLOW_LIMIT)),
-                idle_timeout: table.optional("idle_timeout", duration(IDLE_TIMEOUT_MS)),
-                closing_timeout: table.optional("closing_timeout", duration(IDLE_TIMEOUT_MS)),
-                half_open_timeout: table.optional("half_open_timeout", duration(HALF_OPEN_TIMEOUT_MS)),
-                reset_on_idle: table.optional("reset_on_idle", boolean),
-            }),
+            listeners: file.required_named("listener", &LISTENER, name, Listener::read),
+        }
+    }
+}
+
+impl Listener {
+    fn read(table: &Table<'_>) -> Self {
+        let protocol = table.optional("protocol", one_of(&Protocol::ALL));
+        let is_icmp = matches!(
+            protocol,
+            Ok(Some(At {
+                value: Protocol::Icmp,
+                ..
+            }))
+        );
+        Self {
+            vip: match table.misspelt("vip") {
+                Some(reported) => Err(reported),
+                None => table.optional("vip", address),
+            },
+            vips: table.optional_list("vips", VIPS, address),
+            port: if is_icmp {
+                table.optional("port", ports)
+            } else {
+                table.required("port", "80", ports).map(Some)
+            },
+            protocol,
+            group: table.required("group", "\"web\"", text("the name of a backend group")),
+            sources: table.optional_list("sources", SOURCES, prefix),
+            max_flows: table.optional("max_flows", integer(FLOW_LIMIT)),
+            idle_timeout: table.optional("idle_timeout", duration(IDLE_TIMEOUT_MS)),
+            closing_timeout: table.optional("closing_timeout", duration(IDLE_TIMEOUT_MS)),
+            half_open_timeout: table.optional("half_open_timeout", duration(HALF_OPEN_TIMEOUT_MS)),
+            reset_on_idle: table.optional("reset_on_idle", boolean),
         }
     }
 }

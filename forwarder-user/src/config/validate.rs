@@ -44,6 +44,8 @@ pub const DEFAULT_PIN_DIRECTORY: &str = "/sys/fs/bpf/forwarder";
 const DEFAULT_WEIGHT: u16 = 1;
 /// Idle flows live this long unless the listener says otherwise.
 pub const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
+/// RFC 5508 REQ-1: no less.
+const DEFAULT_ICMP_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Linux gives up on a SYN after 6 retries, 127 s in all; RFC 5382 REQ-5 lets a NAT drop a partial open
 /// after 4 minutes. A client that has not sent a SYN for this long has given up or will open anew.
 pub const DEFAULT_HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(75);
@@ -366,7 +368,7 @@ impl<'d> Check<'d> {
         let mut claims = Vec::new();
         for (name, entry, listener) in readable(&self.document.listeners) {
             let protocol = or(&listener.protocol, Protocol::Tcp);
-            let (Ok(At { value: ports, .. }), Ok(protocol)) = (listener.port, protocol) else {
+            let (Ok(ports), Ok(protocol)) = (or(&listener.port, Ports::NONE), protocol) else {
                 continue;
             };
             // One that is written twice is reported where it is.
@@ -379,13 +381,14 @@ impl<'d> Check<'d> {
         }
         for (first, later) in doubles(claims.clone()).into_iter().chain(crossing(claims)) {
             let (vip, protocol, _) = first.key;
-            let ports = later.key.2;
-            let protocol = match protocol {
-                Protocol::Tcp => "tcp",
-                Protocol::Udp => "udp",
+            let (ports, protocol) = (later.key.2, protocol.name());
+            let port = if ports == Ports::NONE {
+                String::new()
+            } else {
+                format!("port {ports}/")
             };
             let what = format!(
-                "listener {:?}: {vip} port {ports}/{protocol} belongs to listener {:?} already ({})",
+                "listener {:?}: {vip} {port}{protocol} belongs to listener {:?} already ({})",
                 later.owner,
                 first.owner,
                 self.line(first.at),
@@ -967,22 +970,23 @@ impl<'d> Check<'d> {
         group: &schema::Group,
         health: Option<&HealthCheck>,
     ) {
-        let ports: Vec<Ports> = readable(&self.document.listeners)
+        let ports: Vec<Option<Ports>> = readable(&self.document.listeners)
             .filter(|(_, _, listener)| {
                 let group = listener.group.as_ref();
                 group.is_ok_and(|group| group.value == group_name)
             })
-            .filter_map(|(_, _, listener)| Some(listener.port.as_ref().ok()?.value))
+            .filter_map(|(_, _, listener)| option(&listener.port).ok())
             .collect();
-        let is_needed = ports.is_empty() || ports.iter().any(|ports| ports.single().is_some());
+        // Listeners of ICMP need none.
+        let is_needed = ports.is_empty() || ports.iter().flatten().any(|ports| ports.single().is_some());
         for (name, entry, backend) in readable(&group.backends) {
             if !matches!(backend.port, Ok(None)) {
                 continue;
             }
             if is_needed {
                 let what = format!("{place}, backend {name:?}: port is missing");
-                let hint = "for example: port = 8080. Only for listeners with a range of ports it may be left out: \
-                            then each flow keeps the port that the client asked for";
+                let hint = "for example: port = 8080. Only for listeners with a range of ports, or of ICMP, it may be left \
+                            out: then each flow keeps the port that the client asked for";
                 self.error(entry.at, what, hint);
             } else if health.is_some_and(|health| health.port.is_none() && health.probe.needs_port()) {
                 let what = format!("{place}, backend {name:?}: it has no port, so there is none to probe");
@@ -1097,22 +1101,22 @@ impl<'d> Check<'d> {
         }
     }
 
-    /// The kind of check of a group that says nothing of it: a handshake, unless it serves UDP only, as a server of
-    /// UDP need not have a TCP port.
+    /// The kind of check of a group that says nothing of it: a handshake, if it serves TCP at all, as a server of
+    /// something else need not have a TCP port. What serves UDP only is sent datagrams, all others echo requests.
     fn default_kind(&self, group_name: &str) -> HealthKind {
-        let mut protocols = readable(&self.document.listeners)
+        let protocols: Vec<_> = readable(&self.document.listeners)
             .filter(|(_, _, listener)| {
                 let group = listener.group.as_ref();
                 group.is_ok_and(|group| group.value == group_name)
             })
-            .map(|(_, _, listener)| or(&listener.protocol, Protocol::Tcp))
-            .peekable();
-        let serves_udp_only =
-            protocols.peek().is_some() && protocols.all(|protocol| matches!(protocol, Ok(Protocol::Udp)));
-        if serves_udp_only {
+            .map(|(_, _, listener)| or(&listener.protocol, Protocol::Tcp).unwrap_or(Protocol::Tcp))
+            .collect();
+        if protocols.is_empty() || protocols.contains(&Protocol::Tcp) {
+            HealthKind::Tcp
+        } else if protocols.iter().all(|protocol| *protocol == Protocol::Udp) {
             HealthKind::Udp
         } else {
-            HealthKind::Tcp
+            HealthKind::Icmp
         }
     }
 
@@ -1120,10 +1124,10 @@ impl<'d> Check<'d> {
         let written = group.passive.as_ref().map_err(|reported| *reported)?;
         // A closed port is no fault of a server that is asked for whatever port the client wants.
         let has_ports = readable(&group.backends).all(|(_, _, backend)| !matches!(backend.port, Ok(None)));
-        // UDP need not be answered at all.
+        // UDP need not be answered at all, nor echo requests.
         let has_udp = readable(&self.document.listeners).any(|(_, _, listener)| {
             let is_here = listener.group.as_ref().is_ok_and(|group| group.value == name);
-            is_here && or(&listener.protocol, Protocol::Tcp).is_ok_and(|it| it == Protocol::Udp)
+            is_here && or(&listener.protocol, Protocol::Tcp).is_ok_and(|it| !it.has_connections())
         });
         let count = |default, is_on| if is_on { default } else { 0 };
         let rejected = or(&written.rejected, count(DEFAULT_REJECTED, has_ports))?;
@@ -1169,10 +1173,18 @@ impl<'d> Check<'d> {
             (group, _) => required(group),
         };
         let protocol = or(&listener.protocol, Protocol::Tcp)?;
-        if protocol == Protocol::Udp {
-            self.tcp_only(&place, listener);
+        if !protocol.has_connections() {
+            self.connections_only(&place, protocol, listener);
         }
-        let idle_timeout = or(&listener.idle_timeout, DEFAULT_IDLE_TIMEOUT)?;
+        let idle_timeout = or(
+            &listener.idle_timeout,
+            if protocol == Protocol::Icmp {
+                DEFAULT_ICMP_IDLE_TIMEOUT
+            } else {
+                DEFAULT_IDLE_TIMEOUT
+            },
+        )?;
+        let ports = self.listener_ports(&place, protocol, listener);
         let sources = match &listener.sources {
             Ok(Some(list)) => {
                 let written = all(&list.value)?.into_iter();
@@ -1184,7 +1196,7 @@ impl<'d> Check<'d> {
         };
         Ok(Listener {
             vips: vips?,
-            ports: required(&listener.port)?,
+            ports: ports?,
             protocol,
             group: group?,
             sources,
@@ -1196,7 +1208,25 @@ impl<'d> Check<'d> {
         })
     }
 
-    fn tcp_only(&self, place: &str, listener: &schema::Listener) {
+    fn listener_ports(
+        &self,
+        place: &str,
+        protocol: Protocol,
+        listener: &schema::Listener,
+    ) -> Result<Ports, Reported> {
+        match listener.port.as_ref().map_err(|reported| *reported)? {
+            None => Ok(Ports::NONE),
+            Some(At { value, .. }) if protocol != Protocol::Icmp => Ok(*value),
+            Some(At { at, .. }) => Err(self.error(
+                *at,
+                format!("{place}: port is not for protocol = \"icmp\""),
+                "echo requests have no port: remove it",
+            )),
+        }
+    }
+
+    /// What a listener without connections has nothing to do with.
+    fn connections_only(&self, place: &str, protocol: Protocol, listener: &schema::Listener) {
         let at_of = |field: &OptionalField<Duration>| Some(field.as_ref().ok()?.as_ref()?.at);
         let keys = [
             ("closing_timeout", at_of(&listener.closing_timeout)),
@@ -1212,8 +1242,9 @@ impl<'d> Check<'d> {
         ];
         for (key, at) in keys {
             if let Some(at) = at {
-                let what = format!("{place}: {key} is for protocol = \"tcp\" only");
-                self.error(at, what, format!("UDP knows idle_timeout only: remove {key}"));
+                let what = format!("{place}: {key} is for protocol = \"tcp\" and \"sctp\" only");
+                let name = protocol.name().to_uppercase();
+                self.error(at, what, format!("{name} knows idle_timeout only: remove {key}"));
             }
         }
     }
@@ -1305,6 +1336,54 @@ mod tests {
         assert_eq!(group("[group.web.passive]\nenabled = false", own, tcp), None);
         let longer = group("[group.web.passive]\nejection_time = \"10m\"", own, tcp).unwrap();
         assert_eq!(longer.max_ejection_time, Duration::from_secs(600));
+    }
+
+    #[test]
+    fn a_listener_s_protocol_decides_what_else_there_is() {
+        let group = |listener: &str, backend: &str| {
+            let text = format!(
+                "[snat]\nprefixes = [\"100.64.0.0/26\"]\n[interface.eth0]\n[group.web.backend.a]\naddress = \"10.0.0.11\"\n\
+                 {backend}\n[listener.web]\nvip = \"10.0.0.100\"\ngroup = \"web\"\n{listener}\n"
+            );
+            parse(&text, Path::new("test.toml"))
+        };
+        let probe = |config: &Config| config.groups["web"].health.as_ref().unwrap().probe.clone();
+
+        let icmp = group("protocol = \"icmp\"", "").unwrap();
+        let listener = &icmp.listeners["web"];
+        assert_eq!((listener.ports, listener.protocol), (Ports::NONE, Protocol::Icmp));
+        assert_eq!(listener.idle_timeout, Duration::from_secs(60));
+        assert_eq!(probe(&icmp), Probe::Icmp);
+        // Beside others a backend may have its port.
+        assert!(group("protocol = \"icmp\"", "port = 80").is_ok());
+
+        let sctp = group(
+            "protocol = \"sctp\"\nport = 2905\nreset_on_idle = true",
+            "port = 2905",
+        )
+        .unwrap();
+        let listener = &sctp.listeners["web"];
+        assert_eq!(listener.ports, Ports::one(2905));
+        assert!(listener.reset_on_idle);
+        assert_eq!(listener.idle_timeout, DEFAULT_IDLE_TIMEOUT);
+        assert_eq!(probe(&sctp), Probe::Icmp);
+
+        let wrong = |listener: &str, backend: &str, says: &str| {
+            let errors = group(listener, backend).unwrap_err();
+            assert!(errors.to_string().contains(says), "{errors}");
+        };
+        wrong("protocol = \"sctp\"", "port = 2905", "port is missing");
+        wrong(
+            "protocol = \"icmp\"\nport = 7",
+            "",
+            "port is not for protocol = \"icmp\"",
+        );
+        wrong(
+            "protocol = \"icmp\"\nhalf_open_timeout = \"9s\"",
+            "",
+            "ICMP knows idle_timeout only",
+        );
+        wrong("protocol = \"gre\"", "port = 1", "\"sctp\"");
     }
 
     const REST: &str = r#"

@@ -17,8 +17,7 @@ use forwarder_common::{
         flow::{Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference, FlowState, TcpEvents},
         listener::ListenerId,
     },
-    datapath::tcp_state::{CLOSED_TIMEOUT, Phase},
-    wire::ipv4::PROTOCOL_TCP,
+    datapath::tcp_state::{CLOSED_TIMEOUT, Phase, has_connections},
 };
 
 use super::{maps::FlowMaps, object::kernel_error, pod::AsPod, times::FlowTimes};
@@ -27,11 +26,11 @@ use crate::error::Error;
 /// Flows of a listener or backend at the time of a sweep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlowCount {
-    /// An established TCP connection, or another flow that carried a packet since the sweep before.
+    /// An established connection, or another flow that carried a packet since the sweep before.
     pub active: u64,
-    /// All others: half open, closing, closed, idle UDP.
+    /// All others: half open, closing, closed, idle UDP or ICMP.
     pub inactive: u64,
-    /// Of the inactive ones: TCP connections that have ended and are only held back.
+    /// Of the inactive ones: connections that have ended and are only held back.
     pub closed: u64,
 }
 
@@ -49,14 +48,14 @@ pub enum EndCause {
     Drain,
     /// Their backend has failed and its group says `reset`: all of them.
     Reset,
-    /// Their backend has failed and its group says `rehash`: those that another one can serve, which are UDP and TCP
-    /// whose handshake has had no answer.
+    /// Their backend has failed and its group says `rehash`: those that another one can serve, which are UDP, ICMP and
+    /// connections whose handshake has had no answer.
     Rehash,
 }
 
 impl EndCause {
     fn concerns(self, entry: &FlowEntry) -> bool {
-        if !is_tcp(entry) {
+        if !is_connection(entry) {
             return true;
         }
         match self {
@@ -83,13 +82,13 @@ pub struct Census {
 /// How long the flows of a listener may be without packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// An established TCP connection, and UDP.
+    /// An established connection, and what has none.
     pub idle: Duration,
-    /// One side of a TCP connection has sent FIN.
+    /// One side of a connection has ended.
     pub closing: Duration,
-    /// The handshake of a TCP connection is not complete.
+    /// The handshake of a connection is not complete.
     pub half_open: Duration,
-    /// Are both ends of an idle TCP connection to be told?
+    /// Are both ends of an idle connection to be told?
     pub reset_on_idle: bool,
 }
 
@@ -287,17 +286,17 @@ impl<S: FlowStore> Sweeper<S> {
             if idle >= timeout(&entry, &timeouts) {
                 let is_unlinked = self.unlink(id, &entry);
                 let is_open =
-                    is_tcp(&entry) && matches!(entry.tcp.phase(), Phase::Established | Phase::Closing);
+                    is_connection(&entry) && matches!(entry.tcp.phase(), Phase::Established | Phase::Closing);
                 if is_unlinked && is_open && timeouts.reset_on_idle {
                     census.ended_idle.push(entry);
                 }
                 continue;
             }
-            let is_closed = is_tcp(&entry) && entry.tcp.phase() == Phase::Closed;
+            let is_closed = is_connection(&entry) && entry.tcp.phase() == Phase::Closed;
             if is_closed {
                 self.leave(id, &entry);
             }
-            let is_active = if is_tcp(&entry) {
+            let is_active = if is_connection(&entry) {
                 entry.tcp.phase() == Phase::Established
             } else {
                 was_seen
@@ -353,13 +352,13 @@ impl<S: FlowStore> Sweeper<S> {
 /// BPF_NOEXIST (linux/bpf.h): insert only.
 const NO_EXIST: u64 = 1;
 
-fn is_tcp(entry: &FlowEntry) -> bool {
-    entry.binding.protocol == u32::from(PROTOCOL_TCP)
+fn is_connection(entry: &FlowEntry) -> bool {
+    has_connections(entry.binding.protocol)
 }
 
 /// How long a flow may be idle.
 fn timeout(entry: &FlowEntry, timeouts: &Timeouts) -> Duration {
-    if !is_tcp(entry) {
+    if !is_connection(entry) {
         return timeouts.idle;
     }
     match entry.tcp.phase() {

@@ -10,6 +10,7 @@ use forwarder_common::{
     wire::{
         Be16, Field16, WireHeader,
         checksum::{self, Delta},
+        crc32c,
     },
 };
 
@@ -107,6 +108,11 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         Ok(sum)
     }
 
+    fn crc(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
+        let bytes = self.bytes.get(offset..offset + len);
+        bytes.map(crc32c::of).ok_or(Stop::pass(Reason::TRUNCATED))
+    }
+
     fn adjust_checksum(
         &mut self,
         offset: usize,
@@ -161,11 +167,13 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         Ok(())
     }
 
-    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
-        if len > self.bytes.len() {
+    fn cut_and_grow(&mut self, len: usize, network_offset: usize, front: usize) -> Result<(), Stop> {
+        if network_offset > len || len > self.bytes.len() {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         self.bytes.truncate(len);
-        self.move_start(-(front as i32))
+        self.bytes
+            .splice(network_offset..network_offset, std::iter::repeat_n(0, front));
+        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Asks the kernel, the routers and the servers. Nothing is judged here.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fs,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
@@ -15,11 +15,12 @@ use super::{
     facts::{Attempt, Backend, Device, Facts, Host, Narrow},
 };
 use crate::{
-    config::{Config, Group, HealthCheck, Probe, Protocol, RoutingTable},
+    config::{Config, Group, HealthCheck, Ports, Probe, Protocol, RoutingTable},
     diagnose::{self, Diagnosis, Subject},
     error::Error,
     health::{self, Origin, ProbeFailure, Stage, Target, tcp},
     network::{self, Network, PolicyRule, RouteError, Rule, Selector},
+    state::bonds,
 };
 
 /// Where probe addresses are local.
@@ -144,8 +145,17 @@ fn sources(config: &Config, has_agent: bool) -> Vec<(IpNet, IpAddr)> {
 pub(super) async fn gather(network: &Network, question: Question, loan: &Loan) -> Result<Facts, Error> {
     let config = narrowed(question.config, question.group.as_deref());
     let mut devices = Vec::new();
-    for link in network.interfaces().await? {
-        let is_ours = config.interfaces.contains_key(&link.name) || config.tunnels.contains_key(&link.name);
+    let links = network.interfaces().await?;
+    let bonded: HashSet<u32> = links
+        .iter()
+        .filter(|link| config.interfaces.contains_key(&link.name))
+        .flat_map(|link| bonds::ports(&links, link.index))
+        .map(|port| port.index)
+        .collect();
+    for link in links {
+        let is_ours = config.interfaces.contains_key(&link.name)
+            || config.tunnels.contains_key(&link.name)
+            || bonded.contains(&link.index);
         devices.push(device(network, link, is_ours).await?);
     }
     let vips = config.vips();
@@ -451,6 +461,7 @@ async fn look_for_ports(facts: &mut Facts) {
         .config
         .listeners
         .values()
+        .filter(|listener| listener.ports != Ports::NONE)
         .filter_map(|listener| listener.ports.single())
         .collect();
     for group in facts.config.groups.values() {

@@ -10,7 +10,6 @@ use super::{
     facts::{Attempt, Backend, Device, Facts},
     finding::{Finding, Severity},
 };
-use crate::config::Protocol;
 
 /// What `forwarder doctor` says.
 #[derive(Clone, Debug, Serialize)]
@@ -184,10 +183,7 @@ fn listeners(facts: &Facts) -> Vec<ListenerReport> {
         name: name.to_owned(),
         vip,
         port: listener.ports.to_string(),
-        protocol: match listener.protocol {
-            Protocol::Tcp => "tcp",
-            Protocol::Udp => "udp",
-        },
+        protocol: listener.protocol.name(),
         group: listener.group.clone(),
         interface: holder(&vip),
     };

@@ -5,7 +5,16 @@ use std::{
     str::FromStr,
 };
 
-use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TcpHeader, TransportSlice};
+use etherparse::{
+    Icmpv4Type, Icmpv6Type, IpNumber, NetSlice, PacketBuilder, SlicedPacket, TcpHeader, TransportSlice,
+};
+use forwarder_common::wire::{
+    Be16, Be32, WireHeader as _, crc32c,
+    sctp::{
+        CHUNK_ABORT, CHUNK_DATA, CHUNK_INIT, CHUNK_INIT_ACK, CHUNK_SHUTDOWN, CHUNK_SHUTDOWN_ACK,
+        CHUNK_SHUTDOWN_COMPLETE, SctpChecksum, SctpHeader,
+    },
+};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -14,13 +23,16 @@ use crate::config::{Protocol, address::at_port};
 /// Without extension headers (RFC 8200 §3).
 const IPV6_HEADER_BYTES: u16 = 40;
 
+/// The fields of an INIT chunk, without its header and parameters (RFC 9260 §3.3.2), in bytes.
+const INIT_BYTES: usize = 16;
+
 /// A packet to be built.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
     pub protocol: Protocol,
     pub source: SocketAddr,
     pub destination: SocketAddr,
-    /// TCP only.
+    /// Of SCTP they stand for the chunk that does the same.
     pub flags: Vec<Flag>,
     pub ttl: u8,
     /// IP header and payload, in bytes; shorter than the headers: no payload.
@@ -71,15 +83,51 @@ impl Wanted {
         let payload = |transport_bytes: usize| {
             vec![0; usize::from(self.length_bytes).saturating_sub(ip_bytes + transport_bytes)]
         };
+        let (from, to) = (self.source.port(), self.destination.port());
         let mut frame = Vec::new();
         // Writing to a vector does not fail, and the length of 16 bits has room for every payload.
         let _ = match self.protocol {
             Protocol::Tcp => ip.tcp_header(self.tcp()).write(&mut frame, &payload(20)),
-            Protocol::Udp => ip
-                .udp(self.source.port(), self.destination.port())
-                .write(&mut frame, &payload(8)),
+            Protocol::Udp => ip.udp(from, to).write(&mut frame, &payload(8)),
+            Protocol::Sctp => ip.write(&mut frame, IpNumber::SCTP, &self.sctp(&payload(SctpHeader::LEN))),
+            // A reply's identifier is that of its destination.
+            Protocol::Icmp if from == 0 && to != 0 => match source {
+                IpAddr::V4(_) => ip.icmpv4_echo_reply(to, 1).write(&mut frame, &payload(8)),
+                IpAddr::V6(_) => ip.icmpv6_echo_reply(to, 1).write(&mut frame, &payload(8)),
+            },
+            Protocol::Icmp => match source {
+                IpAddr::V4(_) => ip.icmpv4_echo_request(from, 1).write(&mut frame, &payload(8)),
+                IpAddr::V6(_) => ip.icmpv6_echo_request(from, 1).write(&mut frame, &payload(8)),
+            },
         };
         frame
+    }
+
+    /// A packet with one chunk, of which this is the value; an INIT has all its fields.
+    fn sctp(&self, value: &[u8]) -> Vec<u8> {
+        let has = |flag| self.flags.contains(&flag);
+        let (chunk_type, value_len) = match () {
+            () if has(Flag::Rst) => (CHUNK_ABORT, value.len()),
+            () if has(Flag::Syn) && has(Flag::Ack) => (CHUNK_INIT_ACK, value.len().max(INIT_BYTES)),
+            () if has(Flag::Syn) => (CHUNK_INIT, value.len().max(INIT_BYTES)),
+            () if has(Flag::Fin) => (CHUNK_SHUTDOWN, value.len()),
+            () => (CHUNK_DATA, value.len()),
+        };
+        let header = SctpHeader {
+            source_port: Be16::new(self.source.port()),
+            destination_port: Be16::new(self.destination.port()),
+            verification_tag: Be32::new(u32::from(chunk_type != CHUNK_INIT)),
+            checksum: SctpChecksum::NONE,
+            chunk_type,
+            chunk_flags: 0,
+            chunk_len: Be16::new((4 + value_len) as u16),
+        };
+        let mut packet = bytemuck::bytes_of(&header).to_vec();
+        packet.resize(SctpHeader::LEN + value_len, 0);
+        let checksum = SctpChecksum::new(crc32c::of(&packet));
+        packet[SctpHeader::CHECKSUM_OFFSET..][..SctpChecksum::LEN]
+            .copy_from_slice(bytemuck::bytes_of(&checksum));
+        packet
     }
 
     fn tcp(&self) -> TcpHeader {
@@ -108,12 +156,12 @@ fn as_v6(address: IpAddr) -> [u8; 16] {
 /// A packet as people read it; what its bytes do not tell is absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PacketSummary {
-    /// `tcp`, `udp`, `icmp`, `icmpv6`, `arp` or a protocol number; `?` where it cannot be read.
+    /// `tcp`, `udp`, `sctp`, `icmp`, `icmpv6`, `arp` or a protocol number; `?` where it cannot be read.
     pub protocol: String,
-    /// With the port, if it has one.
+    /// With the port, if it has one; an echo message has its identifier at the client's end, and 0 at the other.
     pub source: Option<String>,
     pub destination: Option<String>,
-    /// TCP: such as `SYN` or `FIN+ACK`.
+    /// TCP: such as `SYN` or `FIN+ACK`. SCTP: the first chunk, such as `INIT`. ICMP: `echo request` or `echo reply`.
     pub flags: Option<String>,
     /// TTL, or of IPv6 the hop limit.
     pub ttl: Option<u8>,
@@ -131,7 +179,7 @@ impl PacketSummary {
         let Ok(packet) = SlicedPacket::from_ethernet(frame) else {
             return summary;
         };
-        let (source, destination, protocol) = match &packet.net {
+        let (source, destination, protocol, payload) = match &packet.net {
             Some(NetSlice::Ipv4(slice)) => {
                 let ip = slice.header();
                 summary.ttl = Some(ip.ttl());
@@ -140,17 +188,19 @@ impl PacketSummary {
                     IpAddr::V4(ip.source_addr()),
                     IpAddr::V4(ip.destination_addr()),
                     ip.protocol(),
+                    slice.payload().payload,
                 )
             }
             Some(NetSlice::Ipv6(slice)) => {
                 let ip = slice.header();
                 summary.ttl = Some(ip.hop_limit());
                 summary.length_bytes = ip.payload_length().checked_add(IPV6_HEADER_BYTES);
-                let protocol = slice.payload().ip_number;
+                let payload = slice.payload();
                 (
                     IpAddr::V6(ip.source_addr()),
                     IpAddr::V6(ip.destination_addr()),
-                    protocol,
+                    payload.ip_number,
+                    payload.payload,
                 )
             }
             Some(NetSlice::Arp(_)) => {
@@ -169,13 +219,25 @@ impl PacketSummary {
                 summary.protocol = "udp".to_owned();
                 Some((udp.source_port(), udp.destination_port()))
             }
-            Some(TransportSlice::Icmpv4(_)) => {
+            Some(TransportSlice::Icmpv4(icmp)) => {
                 summary.protocol = "icmp".to_owned();
-                None
+                match icmp.icmp_type() {
+                    Icmpv4Type::EchoRequest(echo) => summary.echo(true, echo.id),
+                    Icmpv4Type::EchoReply(echo) => summary.echo(false, echo.id),
+                    _ => None,
+                }
             }
-            Some(TransportSlice::Icmpv6(_)) => {
+            Some(TransportSlice::Icmpv6(icmp)) => {
                 summary.protocol = "icmpv6".to_owned();
-                None
+                match icmp.icmp_type() {
+                    Icmpv6Type::EchoRequest(echo) => summary.echo(true, echo.id),
+                    Icmpv6Type::EchoReply(echo) => summary.echo(false, echo.id),
+                    _ => None,
+                }
+            }
+            _ if protocol == IpNumber::SCTP => {
+                summary.protocol = "sctp".to_owned();
+                summary.sctp(payload)
             }
             _ => {
                 summary.protocol = protocol.0.to_string();
@@ -190,6 +252,47 @@ impl PacketSummary {
         summary.destination = Some(destination);
         summary
     }
+}
+
+impl PacketSummary {
+    /// The ports of an echo message.
+    fn echo(&mut self, is_request: bool, identifier: u16) -> Option<(u16, u16)> {
+        let (name, ports) = if is_request {
+            ("echo request", (identifier, 0))
+        } else {
+            ("echo reply", (0, identifier))
+        };
+        self.flags = Some(name.to_owned());
+        Some(ports)
+    }
+
+    /// The ports of a packet of SCTP; `None`: it is cut short.
+    fn sctp(&mut self, packet: &[u8]) -> Option<(u16, u16)> {
+        let header: &SctpHeader = bytemuck::from_bytes(packet.get(..SctpHeader::LEN)?);
+        self.flags = Some(chunk(header.chunk_type));
+        Some(({ header.source_port }.get(), { header.destination_port }.get()))
+    }
+}
+
+/// The name of a chunk of SCTP (RFC 9260 §3.2).
+fn chunk(chunk_type: u8) -> String {
+    let name = match chunk_type {
+        CHUNK_DATA => "DATA",
+        CHUNK_INIT => "INIT",
+        CHUNK_INIT_ACK => "INIT ACK",
+        3 => "SACK",
+        4 => "HEARTBEAT",
+        5 => "HEARTBEAT ACK",
+        CHUNK_ABORT => "ABORT",
+        CHUNK_SHUTDOWN => "SHUTDOWN",
+        CHUNK_SHUTDOWN_ACK => "SHUTDOWN ACK",
+        9 => "ERROR",
+        10 => "COOKIE ECHO",
+        11 => "COOKIE ACK",
+        CHUNK_SHUTDOWN_COMPLETE => "SHUTDOWN COMPLETE",
+        _ => return format!("chunk {chunk_type}"),
+    };
+    name.to_owned()
 }
 
 fn flags(tcp: &TcpHeader) -> String {
@@ -268,6 +371,41 @@ mod tests {
         assert_eq!((summary.ttl, summary.length_bytes), (Some(63), Some(100)));
         let udp = PacketSummary::of(&v6(Protocol::Udp).frame());
         assert_eq!(udp.to_string(), "udp [2001:db8::7]:51000 > [2001:db8::10]:443");
+    }
+
+    #[test]
+    fn frames_of_sctp_and_of_echo() {
+        let sctp = |flags: &[Flag]| {
+            let wanted = Wanted {
+                flags: flags.to_vec(),
+                ..wanted(Protocol::Sctp)
+            };
+            PacketSummary::of(&wanted.frame()).to_string()
+        };
+        let ends = "192.0.2.7:51000 > 198.51.100.10:443";
+        assert_eq!(sctp(&[Flag::Syn]), format!("sctp {ends} INIT"));
+        assert_eq!(sctp(&[]), format!("sctp {ends} DATA"));
+        let frame = wanted(Protocol::Sctp).frame();
+        let mut packet = frame[14 + 20..].to_vec();
+        packet[8..12].fill(0);
+        assert_eq!(crc32c::of(&packet).to_le_bytes(), frame[14 + 28..14 + 32]);
+
+        let echo = |source: &str, destination: &str| {
+            let wanted = Wanted {
+                source: source.parse().unwrap(),
+                destination: destination.parse().unwrap(),
+                ..wanted(Protocol::Icmp)
+            };
+            PacketSummary::of(&wanted.frame()).to_string()
+        };
+        assert_eq!(
+            echo("192.0.2.7:77", "198.51.100.10:0"),
+            "icmp 192.0.2.7:77 > 198.51.100.10:0 echo request"
+        );
+        assert_eq!(
+            echo("[fd00::5]:0", "[fd00::7]:77"),
+            "icmpv6 [fd00::5]:0 > [fd00::7]:77 echo reply"
+        );
     }
 
     #[test]

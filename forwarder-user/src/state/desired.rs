@@ -16,10 +16,7 @@ use forwarder_common::{
         snat::{SnatPool, SnatRange},
     },
     maglev,
-    wire::{
-        Be16, IpAddress,
-        ipv4::{PROTOCOL_TCP, PROTOCOL_UDP},
-    },
+    wire::{Be16, IpAddress},
 };
 
 use super::{
@@ -30,7 +27,7 @@ use super::{
     tunnels::TunnelTables,
 };
 use crate::{
-    config::{self, Config, Protocol, TableSizes},
+    config::{self, Config, TableSizes},
     health::Health,
 };
 
@@ -170,10 +167,7 @@ impl Desired {
             desired.add_group(name, config, ids, observed, tables);
         }
         for (name, listener) in &config.listeners {
-            let protocol = match listener.protocol {
-                Protocol::Tcp => PROTOCOL_TCP,
-                Protocol::Udp => PROTOCOL_UDP,
-            };
+            let protocol = listener.protocol.number();
             let id = ids.listeners[name];
             let value = Listener {
                 id,

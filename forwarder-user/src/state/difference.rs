@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, fmt::Debug};
 use crate::{
     change::{Action, Change},
     config::{
-        Backend, Config, Group, Listener, NatMode, OnUnhealthy, Persistence, Protocol, Selection,
-        TunnelCheck, TunnelMode,
+        Backend, Config, Group, Listener, NatMode, OnUnhealthy, Persistence, Selection, TunnelCheck,
+        TunnelMode,
         address::{all_at_port, at_port},
     },
     error::Error,
@@ -215,12 +215,9 @@ fn describe_backend(backend: &Backend) -> String {
 }
 
 fn describe_listener(listener: &Listener) -> String {
-    let protocol = match listener.protocol {
-        Protocol::Tcp => "tcp",
-        Protocol::Udp => "udp",
-    };
     let mut text = format!(
-        "{protocol} {} to group {}, idle timeout {:?}",
+        "{} {} to group {}, idle timeout {:?}",
+        listener.protocol.name(),
         all_at_port(&listener.vips, listener.ports),
         listener.group,
         listener.idle_timeout

@@ -13,17 +13,19 @@ use forwarder_common::{
 };
 
 use super::{
-    CLIENT, Case, SERVER, SNAT, SNAT_COUNT, Service, Step, TCP, UDP, UDP_SERVER, VIP, binding, client_mac,
-    ipv6::at, segment_size, server,
+    CLIENT, Case, ICMP, SCTP, SERVER, SNAT, SNAT_COUNT, Service, Step, TCP, UDP, UDP_SERVER, VIP, binding,
+    client_mac, ipv6::at, segment_size, server,
 };
 use crate::{
-    packet::{Builder, Checksum, segment},
+    packet::{Builder, Checksum, chunk, segment},
     tables::{CLIENT_SIDE, MemoryTables, SERVER_SIDE, in_v6, mac_of},
 };
 
 const WEB: Service = Service::new(80, 0, 0, SERVER);
 const DNS: Service = Service::new(53, 1, 1, UDP_SERVER);
 const REMOTE: Service = Service::new(81, 2, 2, server([192, 168, 1, 20]));
+const SIGNALLING: Service = Service::new(2905, 3, 3, SERVER);
+const ECHO: Service = Service::new(0, 4, 4, SERVER);
 
 /// Which way requests are translated.
 #[derive(Clone, Copy)]
@@ -56,7 +58,14 @@ impl Way {
             first: in_v6(SNAT).into(),
             count: SNAT_COUNT,
         };
-        for (service, protocol) in [(WEB, TCP), (DNS, UDP), (REMOTE, TCP)] {
+        let services = [
+            (WEB, TCP),
+            (DNS, UDP),
+            (REMOTE, TCP),
+            (SIGNALLING, SCTP),
+            (ECHO, ICMP),
+        ];
+        for (service, protocol) in services {
             let address = self.server_side(service.server).ip();
             let backend =
                 world.add_backend(*service.server.ip(), service.server.port(), BackendState::HEALTHY);
@@ -127,7 +136,13 @@ fn frame(out: &Builder) -> Vec<u8> {
     if total_len > 1260 {
         return out.clone().identification(0).fragment(0x4000).build();
     }
-    let at = if frame[23] == TCP { 34 + 16 } else { 34 + 6 };
+    let at = 34
+        + match frame[23] {
+            TCP => 16,
+            UDP => 6,
+            SCTP => 8,
+            _ => 2,
+        };
     let checksum = u16::from_be_bytes([frame[at], frame[at + 1]]);
     out.clone().identification(checksum).fragment(0).build()
 }
@@ -161,6 +176,35 @@ pub(super) fn all() -> Vec<Case> {
             cases.push(
                 case(&format!("A datagram of {len} bytes is translated"))
                     .then(request(DNS, udp().payload(len)).counts(DNS.opened())),
+            );
+        }
+        cases.push(
+            case("An association of SCTP is translated both ways").all([
+                request(
+                    SIGNALLING,
+                    Builder::sctp(chunk::INIT, CLIENT, SIGNALLING.vip()).payload(16),
+                )
+                .counts(SIGNALLING.opened()),
+                reply(
+                    SIGNALLING,
+                    Builder::sctp(chunk::INIT_ACK, SERVER, binding(0)).payload(200),
+                )
+                .counts(SIGNALLING.first_answer()),
+                request(
+                    SIGNALLING,
+                    Builder::sctp(chunk::DATA, CLIENT, SIGNALLING.vip()).payload(1300),
+                )
+                .counts(SIGNALLING.request()),
+            ]),
+        );
+        for len in [0, 1, 56, 1300] {
+            cases.push(
+                case(&format!("An echo of {len} bytes is translated both ways")).all([
+                    request(ECHO, Builder::echo_request(CLIENT, ECHO.vip()).payload(len))
+                        .counts(ECHO.opened()),
+                    reply(ECHO, Builder::echo_reply(SERVER, binding(0)).payload(len))
+                        .counts(ECHO.first_answer()),
+                ]),
             );
         }
         cases.push(

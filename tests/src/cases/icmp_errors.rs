@@ -20,16 +20,16 @@ const BEYOND: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 206);
 const STRANGER: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 77);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Family {
+pub(super) enum Family {
     V4,
     V6,
 }
 
 /// An ICMP type and code.
-type Kind = (u8, u8);
+pub(super) type Kind = (u8, u8);
 
 /// Errors with what they are called: what they are in IPv4, in IPv6, and the four bytes behind the checksum.
-const ERRORS: [(&str, Kind, Kind, u32); 7] = [
+pub(super) const ERRORS: [(&str, Kind, Kind, u32); 7] = [
     ("network unreachable", (3, 0), (1, 0), 0),
     ("administratively prohibited", (3, 13), (1, 1), 0),
     ("host unreachable", (3, 1), (1, 3), 0),
@@ -40,9 +40,9 @@ const ERRORS: [(&str, Kind, Kind, u32); 7] = [
 ];
 
 impl Family {
-    const BOTH: [Self; 2] = [Self::V4, Self::V6];
+    pub(super) const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::V4 => "IPv4",
             Self::V6 => "IPv6",
@@ -64,14 +64,14 @@ impl Family {
     }
 
     /// A packet between IPv4 addresses, as one of this family.
-    fn packet(self, packet: &Builder) -> Builder {
+    pub(super) fn packet(self, packet: &Builder) -> Builder {
         match self {
             Self::V4 => packet.clone(),
             Self::V6 => packet.clone().in_v6(),
         }
     }
 
-    fn case(self, case: Case) -> Case {
+    pub(super) fn case(self, case: Case) -> Case {
         match self {
             Self::V4 => case.v4_only(),
             Self::V6 => case.in_ipv6_world(),
@@ -94,22 +94,43 @@ impl Family {
 }
 
 /// A flow of one family through one listener: its packets as each end and as the gateway's other side knows them.
-struct Flow {
+pub(super) struct Flow {
     family: Family,
     service: Service,
     /// What the backend takes for its client.
     source: SocketAddrV4,
-    is_tcp: bool,
+    /// As it comes.
+    request: Builder,
+    reply: Builder,
 }
 
 impl Flow {
     fn new(family: Family, service: Service) -> Self {
         let is_dnat = [DNAT_WEB.port, DNAT_DNS.port].contains(&service.port);
+        let source = if is_dnat { CLIENT } else { binding(0) };
+        let is_udp = [DNS.port, DNAT_DNS.port].contains(&service.port);
+        let (request, reply) = if is_udp {
+            (query(service), answer(service, source))
+        } else {
+            (syn(service), from_server(segment::SYN_ACK, service, source))
+        };
+        Self::of(family, service, source, request, reply)
+    }
+
+    /// By its first packets between IPv4 addresses, as they come.
+    pub(super) fn of(
+        family: Family,
+        service: Service,
+        source: SocketAddrV4,
+        request: Builder,
+        reply: Builder,
+    ) -> Self {
         Self {
             family,
             service,
-            source: if is_dnat { CLIENT } else { binding(0) },
-            is_tcp: ![DNS.port, DNAT_DNS.port].contains(&service.port),
+            source,
+            request,
+            reply,
         }
     }
 
@@ -117,35 +138,25 @@ impl Flow {
         self.source == CLIENT
     }
 
-    fn opened(&self) -> Step {
+    pub(super) fn opened(&self) -> Step {
         let (packet, out) = self.request();
         Step::request(&packet, &out).counts(self.service.opened())
     }
 
     /// A request as it comes and as it leaves.
-    fn request(&self) -> (Builder, Builder) {
-        let packet = if self.is_tcp {
-            syn(self.service)
-        } else {
-            query(self.service)
-        };
-        let out = to_server(&packet, self.source, self.service.server);
-        (self.family.packet(&packet), self.family.packet(&out))
+    pub(super) fn request(&self) -> (Builder, Builder) {
+        let out = to_server(&self.request, self.source, self.service.server);
+        (self.family.packet(&self.request), self.family.packet(&out))
     }
 
     /// A reply as it comes and as it leaves.
-    fn reply(&self) -> (Builder, Builder) {
-        let packet = if self.is_tcp {
-            from_server(segment::SYN_ACK, self.service, self.source)
-        } else {
-            answer(self.service, self.source)
-        };
-        let out = to_client(&packet, self.service.vip(), CLIENT);
-        (self.family.packet(&packet), self.family.packet(&out))
+    pub(super) fn reply(&self) -> (Builder, Builder) {
+        let out = to_client(&self.reply, self.service.vip(), CLIENT);
+        (self.family.packet(&self.reply), self.family.packet(&out))
     }
 
     /// An error about the request reaches the client.
-    fn about_request(&self, error: usize, reporter: Ipv4Addr, quoted: usize) -> Step {
+    pub(super) fn about_request(&self, error: usize, reporter: Ipv4Addr, quoted: usize) -> Step {
         let (as_sent, as_left) = self.request();
         let frame = self
             .family
@@ -162,7 +173,7 @@ impl Flow {
     }
 
     /// An error about the reply reaches the backend.
-    fn about_reply(&self, error: usize, reporter: Ipv4Addr, quoted: usize) -> Step {
+    pub(super) fn about_reply(&self, error: usize, reporter: Ipv4Addr, quoted: usize) -> Step {
         let (as_sent, as_left) = self.reply();
         let frame = self
             .family
@@ -184,7 +195,14 @@ impl Flow {
 }
 
 pub(super) fn all() -> Vec<Case> {
-    [translated(), untranslated(), own(), in_tunnels()].concat()
+    [
+        translated(),
+        untranslated(),
+        own(),
+        in_tunnels(),
+        own_in_tunnels(),
+    ]
+    .concat()
 }
 
 fn translated() -> Vec<Case> {
@@ -376,7 +394,7 @@ fn untranslated() -> Vec<Case> {
 }
 
 /// A packet that the gateway itself reports to its sender.
-fn told(link: &Link, packet: &Builder, reason: Reason, mtu_bytes: u32) -> Step {
+pub(super) fn told(link: &Link, packet: &Builder, reason: Reason, mtu_bytes: u32) -> Step {
     let is_v4 = packet.ends().0.is_ipv4();
     let (kind, code) = match (reason, is_v4) {
         (Reason::TOO_BIG, true) => (3, 4),
@@ -540,4 +558,60 @@ fn in_tunnels() -> Vec<Case> {
             )
         })
         .collect()
+}
+
+/// What the gateway reports of packets out of a kernel tunnel, to the host behind it.
+fn own_in_tunnels() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for family in Family::BOTH {
+        let name = family.name();
+        let ip_len = if family == Family::V4 { 20 } else { 40 };
+        let opening = |case: Case| {
+            let packet = family.packet(&syn(REMOTE));
+            let left = packet
+                .clone()
+                .from(family.end(binding(0)))
+                .to(family.end(REMOTE.server));
+            case.then(Step::to_stack(&packet, &left).counts(REMOTE.opened()))
+        };
+        let reply = |len: usize| {
+            let reply = Builder::tcp(segment::ACK, REMOTE.server, binding(0))
+                .link(mac_of(*REMOTE.server.ip()), TUNNEL_SIDE.mac)
+                .payload(len - ip_len - 20)
+                .fragment(if family == Family::V4 { 0x4000 } else { 0 });
+            family.packet(&reply)
+        };
+        let is_told =
+            |packet: &Builder, reason, mtu_bytes| told(&TUNNEL_SIDE, packet, reason, mtu_bytes).in_tunnel();
+        // The kernel, or the device, completes the quoted checksum, and the message's is made for that.
+        let owed = reply(100).ttl(1);
+        let partial = owed.clone().checksum(Checksum::Partial).build();
+        let field = |start: usize| start..start + 2;
+        let own = &partial[field(ETHERNET_LEN + ip_len + 16)];
+        let out = owed.reported(if ip_len == 20 { 11 } else { 3 }, 0, 0).build();
+        let out = patched(out, ETHERNET_LEN + ip_len + 8 + ip_len + 16, own);
+        let list = [
+            opening(Case::new(
+                format!("A reply over {name} out of a tunnel that does not fit the client's link is told what does"),
+                world_with_mtu(),
+            ))
+            .then(is_told(&reply(1501), Reason::TOO_BIG, 1500)),
+            opening(Case::new(
+                format!("A reply over {name} out of a tunnel whose time to live is 1 is told so"),
+                world(),
+            ))
+            .then(is_told(&reply(100).ttl(1), Reason::TTL_EXCEEDED, 0)),
+            opening(Case::new(
+                format!("What is told of a packet over {name} whose checksum the kernel owes is right once it is paid"),
+                world(),
+            ))
+            .then(
+                Step::new(&TUNNEL_SIDE, partial.clone(), Verdict::TRANSMIT, Reason::TTL_EXCEEDED)
+                    .in_tunnel()
+                    .out(out),
+            ),
+        ];
+        cases.extend(list.into_iter().map(|case| family.case(case)));
+    }
+    cases
 }

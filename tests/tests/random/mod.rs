@@ -13,7 +13,7 @@ use forwarder_common::abi::{
 use forwarder_common::wire::Be16;
 use forwarder_tests::{
     cases,
-    packet::{Arp, Builder, Checksum, ETHERNET_LEN, segment},
+    packet::{Arp, Builder, Checksum, ETHERNET_LEN, chunk, segment},
     tables::{CLIENT_SIDE, CLOSED_SIDE, MemoryTables, Program, SERVER_SIDE, TUNNEL_SIDE},
 };
 use proptest::{prelude::*, sample::select};
@@ -37,17 +37,29 @@ pub(crate) struct Packet {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Service {
     vip: SocketAddrV4,
-    is_tcp: bool,
+    protocol: Protocol,
+}
+
+/// A protocol that flows have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Protocol {
+    Tcp,
+    Udp,
+    Sctp,
+    /// The client's port is the identifier.
+    Echo,
 }
 
 impl Service {
     /// The first packet of a client.
     pub(crate) fn request(&self, client: SocketAddrV4) -> Vec<u8> {
-        if self.is_tcp {
-            Builder::tcp(segment::SYN, client, self.vip).payload(5).build()
-        } else {
-            Builder::udp(client, self.vip).payload(5).build()
-        }
+        let packet = match self.protocol {
+            Protocol::Tcp => Builder::tcp(segment::SYN, client, self.vip),
+            Protocol::Udp => Builder::udp(client, self.vip),
+            Protocol::Sctp => Builder::sctp(chunk::INIT, client, self.vip),
+            Protocol::Echo => Builder::echo_request(client, self.vip),
+        };
+        packet.payload(5).build()
     }
 }
 
@@ -56,19 +68,36 @@ const VIP: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 100);
 /// A listener whose backend can be reached.
 pub(crate) fn service() -> impl Strategy<Value = Service> {
     select(vec![
-        (80, true),
-        (53, false),
-        (8000, true),
-        (5300, false),
-        (81, true),
-        (82, true),
-        (85, true),
+        (80, Protocol::Tcp),
+        (53, Protocol::Udp),
+        (8000, Protocol::Tcp),
+        (5300, Protocol::Udp),
+        (81, Protocol::Tcp),
+        (82, Protocol::Tcp),
+        (85, Protocol::Tcp),
     ])
-    .prop_map(|(port, is_tcp)| Service {
-        vip: SocketAddrV4::new(VIP, port),
-        is_tcp,
-    })
+    .prop_map(service_at)
 }
+
+fn service_at((port, protocol): (u16, Protocol)) -> Service {
+    Service {
+        vip: SocketAddrV4::new(VIP, port),
+        protocol,
+    }
+}
+
+/// A listener that [`world`] adds to those of the cases.
+fn seldom_service() -> impl Strategy<Value = Service> {
+    select(vec![
+        (SCTP_PORT, Protocol::Sctp),
+        (DNAT_SCTP_PORT, Protocol::Sctp),
+        (0, Protocol::Echo),
+    ])
+    .prop_map(service_at)
+}
+
+const SCTP_PORT: u16 = 2905;
+const DNAT_SCTP_PORT: u16 = 3868;
 
 /// A client that can be reached.
 pub(crate) fn client() -> impl Strategy<Value = SocketAddrV4> {
@@ -126,9 +155,9 @@ fn endpoint() -> impl Strategy<Value = SocketAddrV4> {
         .prop_map(|(address, port): ([u8; 4], u16)| SocketAddrV4::new(address.into(), port))
 }
 
-/// Source and destination, mostly ones that fit, and whether it is TCP: a request, a reply to a binding, a reply
+/// Source and destination, mostly ones that fit, and the protocol: a request, a reply to a binding, a reply
 /// to a client.
-fn endpoints() -> impl Strategy<Value = (SocketAddrV4, SocketAddrV4, bool)> {
+fn endpoints() -> impl Strategy<Value = (SocketAddrV4, SocketAddrV4, Protocol)> {
     let address = |octets: [u8; 4], port| SocketAddrV4::new(octets.into(), port);
     let client = || {
         (select(vec![[172, 18, 0, 10], [192, 0, 2, 7]]), 50000_u16..50002)
@@ -136,21 +165,25 @@ fn endpoints() -> impl Strategy<Value = (SocketAddrV4, SocketAddrV4, bool)> {
     };
     let server = || {
         select(vec![
-            (address([172, 17, 0, 205], 8080), true),
-            (address([172, 17, 0, 206], 5353), false),
-            (address([192, 168, 1, 20], 8080), true),
-            (address([172, 18, 0, 20], 8080), true),
+            (address([172, 17, 0, 205], 8080), Protocol::Tcp),
+            (address([172, 17, 0, 206], 5353), Protocol::Udp),
+            (address([192, 168, 1, 20], 8080), Protocol::Tcp),
+            (address([172, 18, 0, 20], 8080), Protocol::Tcp),
+            (address([172, 17, 0, 205], 8080), Protocol::Sctp),
+            (address([172, 17, 0, 205], 0), Protocol::Echo),
         ])
     };
-    let request = (client(), service()).prop_map(|(client, service)| (client, service.vip, service.is_tcp));
+    let request = (client(), prop_oneof![3 => service(), 1 => seldom_service()])
+        .prop_map(|(client, service)| (client, service.vip, service.protocol));
     let reply = (server(), 1024_u16..1028)
-        .prop_map(move |((server, is_tcp), binding)| (server, address([100, 64, 0, 2], binding), is_tcp));
-    let dnat_reply = (server(), client()).prop_map(|((server, is_tcp), client)| (server, client, is_tcp));
+        .prop_map(move |((server, protocol), binding)| (server, address([100, 64, 0, 2], binding), protocol));
+    let dnat_reply = (server(), client()).prop_map(|((server, protocol), client)| (server, client, protocol));
+    let any_protocol = select(vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp, Protocol::Echo]);
     prop_oneof![
         6 => request,
         5 => reply,
         2 => dnat_reply,
-        1 => (endpoint(), endpoint(), any::<bool>()),
+        1 => (endpoint(), endpoint(), any_protocol),
     ]
 }
 
@@ -204,7 +237,7 @@ fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
     )
         .prop_map(
             |(
-                (source, destination, is_tcp),
+                (source, destination, protocol),
                 flags,
                 len,
                 checksum,
@@ -213,10 +246,12 @@ fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
                 padding,
                 tcp_options,
             )| {
-                let packet = if is_tcp {
-                    Builder::tcp(flags, source, destination).tcp_options(tcp_options)
-                } else {
-                    Builder::udp(source, destination)
+                let packet = match protocol {
+                    Protocol::Tcp => Builder::tcp(flags, source, destination).tcp_options(tcp_options),
+                    Protocol::Udp => Builder::udp(source, destination),
+                    Protocol::Sctp => Builder::sctp(chunk_like(flags), source, destination),
+                    Protocol::Echo if source.port() == 0 => Builder::echo_reply(source, destination),
+                    Protocol::Echo => Builder::echo_request(source, destination),
                 };
                 packet
                     .payload(len)
@@ -227,6 +262,17 @@ fn flow_packet() -> impl Strategy<Value = Vec<u8>> {
                     .build()
             },
         )
+}
+
+/// The chunk of SCTP that does what a segment with these flags does.
+fn chunk_like(flags: u8) -> u8 {
+    match flags {
+        segment::SYN => chunk::INIT,
+        segment::SYN_ACK => chunk::INIT_ACK,
+        segment::FIN => chunk::SHUTDOWN,
+        segment::RST => chunk::ABORT,
+        _ => chunk::DATA,
+    }
 }
 
 fn frame() -> impl Strategy<Value = Vec<u8>> {
@@ -367,7 +413,12 @@ fn world() -> impl Strategy<Value = MemoryTables> {
         },
     ];
     let plain = prop_oneof![Just(cases::world()), Just(cases::world_with_partial_checksums()),];
-    (plain, select(changes)).prop_map(|(mut world, change)| {
+    (plain, select(changes), any::<bool>()).prop_map(|(mut world, change, forwards_echo)| {
+        world.add_listener(VIP, SCTP_PORT, 132, NatMode::FULL, &[BackendId(0)]);
+        world.add_listener(VIP, DNAT_SCTP_PORT, 132, NatMode::DNAT, &[BackendId(0)]);
+        if forwards_echo {
+            world.add_listener(VIP, 0, 1, NatMode::FULL, &[BackendId(0)]);
+        }
         change(&mut world);
         world
     })

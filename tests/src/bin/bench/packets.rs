@@ -1,7 +1,7 @@
 //! What a packet costs: the programs run on one CPU by BPF_PROG_TEST_RUN, whose every output is checked.
 //!
-//! A figure is CPU time per packet, less that of the same packets through an empty program. All programs take turns, and
-//! what is printed is the median of their trials and its ratio to the minimal program's of as many flows.
+//! A figure is CPU time per packet, less that of the same packets through an empty program. All programs take turns,
+//! and what is printed is the median of their trials and its ratio to the minimal program's of as many flows.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -26,6 +26,7 @@ use nix::{
 use crate::markdown;
 
 const TRIALS: usize = 15;
+const MINIMAL: &str = "minimal program";
 /// Packets of a run: some tens of milliseconds.
 const RUN: u32 = 100_000;
 /// New flows of a run: a table's worth in all trials together.
@@ -33,9 +34,9 @@ const NEW: u32 = MOST_FLOWS / (TRIALS as u32 + 1);
 /// XDP_ABORTED to XDP_REDIRECT (linux/bpf.h).
 const XDP_ABORTED: u32 = 0;
 
-pub(crate) fn run(object: &Path) -> Result<()> {
+pub(crate) fn run(object: &Path, only: &str) -> Result<()> {
     let mut outcome = Ok(String::new());
-    in_network(|| outcome = measure(object));
+    in_network(|| outcome = measure(object, only));
     println!("{}", outcome?);
     Ok(())
 }
@@ -86,7 +87,13 @@ impl Caller {
     }
 
     /// Runs packets of a stream through a program: nanoseconds of CPU time, and the last output.
-    fn run(&mut self, program: &ProgramFd, stream: &Stream, scenario: &Scenario, count: u32) -> Result<(f64, Vec<u8>)> {
+    fn run(
+        &mut self,
+        program: &ProgramFd,
+        stream: &Stream,
+        scenario: &Scenario,
+        count: u32,
+    ) -> Result<(f64, Vec<u8>)> {
         self.scenario()?.set(0, AsPod(*scenario), 0)?;
         ProgramArray::try_from(self.0.map_mut("PROGRAM").context("PROGRAM")?)?.set(0, program, 0)?;
         // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
@@ -104,7 +111,8 @@ impl Caller {
         let ended = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
         ensure!(result.return_value != XDP_ABORTED, "the caller gave up");
         output.truncate(result.data_size_out as usize);
-        let nanoseconds = (ended.tv_sec() - began.tv_sec()) as f64 * 1e9 + (ended.tv_nsec() - began.tv_nsec()) as f64;
+        let nanoseconds =
+            (ended.tv_sec() - began.tv_sec()) as f64 * 1e9 + (ended.tv_nsec() - began.tv_nsec()) as f64;
         let done = self.scenario()?.get(&0, 0)?.0;
         ensure!(
             done.good == count - 1 && done.bad == 0,
@@ -149,7 +157,9 @@ impl Subject {
     }
 
     fn counted(&mut self) -> Result<u64> {
-        let Some(kernel) = &mut self.kernel else { return Ok(0) };
+        let Some(kernel) = &mut self.kernel else {
+            return Ok(0);
+        };
         Ok(kernel.reason_counters()?[self.stream.reason.0 as usize].packets)
     }
 
@@ -254,7 +264,11 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
         ..Gateway::PLAIN
     };
     let mut caller = Caller::load(object, flows * 2)?;
-    let mut stream = gateway.stream(if is_opening { Packets::Opening } else { Packets::Request })?;
+    let mut stream = gateway.stream(if is_opening {
+        Packets::Opening
+    } else {
+        Packets::Request
+    })?;
     if program == "bench_minimal" {
         let mut index: HashMap<_, AsPod<FloorKey>, u32> =
             HashMap::try_from(caller.0.map_mut("FLOOR_FLOWS").context("FLOOR_FLOWS")?)?;
@@ -282,8 +296,7 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
         stream.scenario.output_len = stream.scenario.frame_len;
     }
     if is_opening {
-        let mut free: Queue<_, u32> =
-            Queue::try_from(caller.0.map_mut("FLOOR_FREE").context("FLOOR_FREE")?)?;
+        let mut free: Queue<_, u32> = Queue::try_from(caller.0.map_mut("FLOOR_FREE").context("FLOOR_FREE")?)?;
         for number in 0..flows {
             free.push(number, 0)?;
         }
@@ -306,29 +319,37 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
     Ok(subject)
 }
 
-/// The subjects, in the order of the table.
-fn subjects(object: &Path) -> Result<Vec<Subject>> {
+/// What is to be measured.
+enum Plan {
+    Floor(&'static str, u32, bool),
+    Gateway(Gateway, Packets),
+}
+
+/// The subjects' names and what they are, in the order of the table.
+fn plans() -> Vec<(String, Plan)> {
     let plain = Gateway::PLAIN;
-    let mut all = vec![floor(object, "swap of the link addresses", "bench_swap", 1, false)?];
+    let mut plans = Vec::new();
+    let floor =
+        |name: &str, program, flows, is_opening| (name.to_owned(), Plan::Floor(program, flows, is_opening));
+    let gateway = |name: &str, gateway, packets| (name.to_owned(), Plan::Gateway(gateway, packets));
+    let ways = [("request", Packets::Request), ("reply", Packets::Reply)];
+
+    plans.push(floor("swap of the link addresses", "bench_swap", 1, false));
     for flows in [1, 4096, 65_536, MOST_FLOWS] {
-        all.push(floor(object, "minimal program", "bench_minimal", flows, false)?);
-        for (name, packets) in [("request", Packets::Request), ("reply", Packets::Reply)] {
-            all.push(gateway(
-                object,
-                &format!("{name}, full NAT"),
-                Gateway { flows, ..plain },
-                packets,
-            )?);
+        plans.push(floor(MINIMAL, "bench_minimal", flows, false));
+        for (name, packets) in ways {
+            let many = Gateway { flows, ..plain };
+            plans.push(gateway(&format!("{name}, full NAT"), many, packets));
         }
     }
-    for (name, packets) in [("request", Packets::Request), ("reply", Packets::Reply)] {
-        let dnat = Gateway {
-            way: Way::Dnat,
-            ..plain
-        };
-        all.push(gateway(object, &format!("{name}, DNAT"), dnat, packets)?);
-        let v6 = Gateway { is_v6: true, ..plain };
-        all.push(gateway(object, &format!("{name}, full NAT, IPv6"), v6, packets)?);
+    let dnat = Gateway {
+        way: Way::Dnat,
+        ..plain
+    };
+    let v6 = Gateway { is_v6: true, ..plain };
+    for (name, packets) in ways {
+        plans.push(gateway(&format!("{name}, DNAT"), dnat, packets));
+        plans.push(gateway(&format!("{name}, full NAT, IPv6"), v6, packets));
     }
     for (tunnel, is_v6) in [
         ("VXLAN", false),
@@ -341,73 +362,67 @@ fn subjects(object: &Path) -> Result<Vec<Subject>> {
     ] {
         let way = Way::Tunnel(tunnel, is_v6);
         let over = if is_v6 { " over IPv6" } else { "" };
-        for (name, packets) in [
-            ("request into", Packets::Request),
-            ("reply out of", Packets::Reply),
-        ] {
-            let name = format!("{name} {tunnel}{over}");
-            all.push(gateway(object, &name, Gateway { way, ..plain }, packets)?);
+        let tunnelled = Gateway { way, ..plain };
+        for ((_, packets), how) in ways.into_iter().zip(["request into", "reply out of"]) {
+            plans.push(gateway(&format!("{how} {tunnel}{over}"), tunnelled, packets));
         }
     }
-    for listeners in [1, 10_000] {
-        let flows = 65_536;
-        all.push(gateway(
-            object,
-            &format!("request, full NAT, {listeners} listeners"),
-            Gateway {
-                flows,
-                listeners,
-                ..plain
-            },
-            Packets::Request,
-        )?);
-    }
-    for backends in [8, 10_000] {
-        let flows = 65_536;
-        all.push(gateway(
-            object,
-            &format!("request, full NAT, {backends} backends"),
-            Gateway {
-                flows,
-                backends,
-                ..plain
-            },
-            Packets::Request,
-        )?);
-    }
-    all.push(floor(object, "inserts of a flow with one key", "bench_insert", MOST_FLOWS, true)?);
-    let new = Gateway {
-        flows: MOST_FLOWS,
+    let many = Gateway {
+        flows: 65_536,
         ..plain
     };
-    all.push(gateway(object, "new flow, full NAT", new, Packets::Opening)?);
-    all.push(floor(
-        object,
-        "inserts of a flow with two keys",
-        "bench_insert_two",
-        MOST_FLOWS,
-        true,
-    )?);
-    let new = Gateway {
-        way: Way::Dnat,
-        ..new
-    };
-    all.push(gateway(object, "new flow, DNAT", new, Packets::Opening)?);
+    for listeners in [1, 10_000] {
+        let name = format!("request, full NAT, listeners: {listeners}");
+        plans.push(gateway(&name, Gateway { listeners, ..many }, Packets::Request));
+    }
+    for backends in [8, 10_000] {
+        let name = format!("request, full NAT, backends: {backends}");
+        plans.push(gateway(&name, Gateway { backends, ..many }, Packets::Request));
+    }
+    for (name, program, way) in [
+        ("inserts of a flow with one key", "bench_insert", Way::FullNat),
+        ("inserts of a flow with two keys", "bench_insert_two", Way::Dnat),
+    ] {
+        plans.push(floor(name, program, MOST_FLOWS, true));
+        let new = Gateway {
+            flows: MOST_FLOWS,
+            way,
+            ..plain
+        };
+        let name = if way == Way::Dnat {
+            "new flow, DNAT"
+        } else {
+            "new flow, full NAT"
+        };
+        plans.push(gateway(name, new, Packets::Opening));
+    }
     for (name, packets) in [
         ("SYN while no flow is free", Packets::Refused),
         ("to a VIP's port without a listener", Packets::NoListener),
         ("not for us", Packets::Others),
     ] {
-        all.push(gateway(object, name, plain, packets)?);
+        plans.push(gateway(name, plain, packets));
     }
-    Ok(all)
+    plans
 }
 
-fn measure(object: &Path) -> Result<String> {
+/// Those whose names have `only` in them, and the first floor.
+fn subjects(object: &Path, only: &str) -> Result<Vec<Subject>> {
+    plans()
+        .into_iter()
+        .filter(|(name, plan)| name.contains(only) || matches!(plan, Plan::Floor("bench_minimal", 1, _)))
+        .map(|(name, plan)| match plan {
+            Plan::Floor(program, flows, is_opening) => floor(object, &name, program, flows, is_opening),
+            Plan::Gateway(of, packets) => gateway(object, &name, of, packets),
+        })
+        .collect()
+}
+
+fn measure(object: &Path, only: &str) -> Result<String> {
     let mut cpus = CpuSet::new();
     cpus.set(0)?;
     sched_setaffinity(Pid::from_raw(0), &cpus)?;
-    let mut subjects = subjects(object)?;
+    let mut subjects = subjects(object, only)?;
     for trial in 0..TRIALS {
         eprintln!("trial {} of {TRIALS} ...", trial + 1);
         for subject in &mut subjects {
@@ -435,7 +450,11 @@ fn measure(object: &Path) -> Result<String> {
             subject.name.clone(),
             subject.gateway.flows.to_string(),
             format!("{median:.0}"),
-            format!("{:.0} to {:.0}", subject.costs[0], subject.costs[subject.costs.len() - 1]),
+            format!(
+                "{:.0} to {:.0}",
+                subject.costs[0],
+                subject.costs[subject.costs.len() - 1]
+            ),
             reference.map_or_else(String::new, |reference| format!("{:.2}", median / reference)),
         ]);
     }
