@@ -132,17 +132,19 @@ pub fn answer<P: Packet, T: Tables>(
     }
     match P::CHECKSUM_OFFLOAD {
         ChecksumOffload::Kernel => return Err(none),
-        ChecksumOffload::Kept if frame.is_sctp() => {
-            if sctp::is_left_to_kernel(packet, frame, settings)? {
+        ChecksumOffload::Kept => {
+            let is_left_to_kernel = if frame.is_sctp() {
+                sctp::is_left_to_kernel(packet, frame, settings)?
+            } else if frame.is_usual() {
+                transport_checksum::state(packet, frame, settings)? != State::Complete
+            } else {
+                false
+            };
+            if is_left_to_kernel {
                 return Err(none);
             }
         }
-        ChecksumOffload::Kept if frame.is_usual() => {
-            if let State::Partial { .. } = transport_checksum::state(packet, frame, settings)? {
-                return Err(none);
-            }
-        }
-        _ => {}
+        ChecksumOffload::LostOnSend => {}
     }
     let is_v4 = frame.is_v4();
     let network = frame.network_offset as usize;

@@ -161,7 +161,11 @@ impl Gateway {
         tables.flow_keys = self.flows as usize * 2;
         tables.flows.clear();
         tables.free_flows = (0..self.flows).map(FlowId).collect();
-        if self.is_v6 { twin::in_ipv6(&tables) } else { tables }
+        if self.is_v6 {
+            twin::in_ipv6(&tables)
+        } else {
+            tables
+        }
     }
 
     fn add_listeners(&self, tables: &mut MemoryTables) {
@@ -288,7 +292,11 @@ impl Gateway {
             for packets in before {
                 // Many backends: who answers is not known, and nobody has to.
                 if *packets == Packets::Opening || self.backends == 1 {
-                    let side = if *packets == Packets::Answer { &SERVER_SIDE } else { &CLIENT_SIDE };
+                    let side = if *packets == Packets::Answer {
+                        &SERVER_SIDE
+                    } else {
+                        &CLIENT_SIDE
+                    };
                     tables.forward(Program::Native, side.ifindex, &self.frame(*packets, flow)?);
                 }
             }
@@ -317,9 +325,17 @@ impl Gateway {
         let frame = &samples[0].frame;
         let is_reply = matches!(packets, Packets::Answer | Packets::Reply);
         // Headers in front of the inner packet's IP header.
-        let whole = self.family(Builder::tcp(segment::ACK, SERVER, SERVER).payload(PAYLOAD).build())?;
+        let whole = self.family(
+            Builder::tcp(segment::ACK, SERVER, SERVER)
+                .payload(PAYLOAD)
+                .build(),
+        )?;
         let start = (frame.len() - whole.len() + ETHERNET_LEN) as u32;
-        let (addresses, len, ip_checksum) = if self.is_v6 { (8, 40, 0) } else { (12, 20, start + 10) };
+        let (addresses, len, ip_checksum) = if self.is_v6 {
+            (8, 40, 0)
+        } else {
+            (12, 20, start + 10)
+        };
         let address_len = if self.is_v6 { 16 } else { 4 };
         let (address, port, other_port) = if is_reply {
             (addresses + address_len, 2, 0)
@@ -360,7 +376,12 @@ impl Gateway {
             (ip_checksum, if ip_checksum == 0 { 0 } else { 2 }),
             (scenario.transport_checksum_offset, 2),
         ];
-        ensure!(zeroed.iter().all(|(offset, _)| *offset as usize + 4 <= TEMPLATE_BYTES), "headers too long");
+        ensure!(
+            zeroed
+                .iter()
+                .all(|(offset, _)| *offset as usize + 4 <= TEMPLATE_BYTES),
+            "headers too long"
+        );
         // What the checksums cover besides the fields: their own sums less the fields'.
         let less = |offset: u32| u32::from(!at(offset));
         let address = less(scenario.address_offset) + less(scenario.address_offset + 2);

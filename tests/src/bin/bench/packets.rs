@@ -86,7 +86,13 @@ impl Caller {
     }
 
     /// Runs packets of a stream through a program: nanoseconds of CPU time, and the last output.
-    fn run(&mut self, program: &ProgramFd, stream: &Stream, scenario: &Scenario, count: u32) -> Result<(f64, Vec<u8>)> {
+    fn run(
+        &mut self,
+        program: &ProgramFd,
+        stream: &Stream,
+        scenario: &Scenario,
+        count: u32,
+    ) -> Result<(f64, Vec<u8>)> {
         self.scenario()?.set(0, AsPod(*scenario), 0)?;
         ProgramArray::try_from(self.0.map_mut("PROGRAM").context("PROGRAM")?)?.set(0, program, 0)?;
         // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
@@ -104,7 +110,8 @@ impl Caller {
         let ended = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
         ensure!(result.return_value != XDP_ABORTED, "the caller gave up");
         output.truncate(result.data_size_out as usize);
-        let nanoseconds = (ended.tv_sec() - began.tv_sec()) as f64 * 1e9 + (ended.tv_nsec() - began.tv_nsec()) as f64;
+        let nanoseconds =
+            (ended.tv_sec() - began.tv_sec()) as f64 * 1e9 + (ended.tv_nsec() - began.tv_nsec()) as f64;
         let done = self.scenario()?.get(&0, 0)?.0;
         ensure!(
             done.good == count - 1 && done.bad == 0,
@@ -149,7 +156,9 @@ impl Subject {
     }
 
     fn counted(&mut self) -> Result<u64> {
-        let Some(kernel) = &mut self.kernel else { return Ok(0) };
+        let Some(kernel) = &mut self.kernel else {
+            return Ok(0);
+        };
         Ok(kernel.reason_counters()?[self.stream.reason.0 as usize].packets)
     }
 
@@ -254,7 +263,11 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
         ..Gateway::PLAIN
     };
     let mut caller = Caller::load(object, flows * 2)?;
-    let mut stream = gateway.stream(if is_opening { Packets::Opening } else { Packets::Request })?;
+    let mut stream = gateway.stream(if is_opening {
+        Packets::Opening
+    } else {
+        Packets::Request
+    })?;
     if program == "bench_minimal" {
         let mut index: HashMap<_, AsPod<FloorKey>, u32> =
             HashMap::try_from(caller.0.map_mut("FLOOR_FLOWS").context("FLOOR_FLOWS")?)?;
@@ -282,8 +295,7 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
         stream.scenario.output_len = stream.scenario.frame_len;
     }
     if is_opening {
-        let mut free: Queue<_, u32> =
-            Queue::try_from(caller.0.map_mut("FLOOR_FREE").context("FLOOR_FREE")?)?;
+        let mut free: Queue<_, u32> = Queue::try_from(caller.0.map_mut("FLOOR_FREE").context("FLOOR_FREE")?)?;
         for number in 0..flows {
             free.push(number, 0)?;
         }
@@ -309,7 +321,13 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
 /// The subjects, in the order of the table.
 fn subjects(object: &Path) -> Result<Vec<Subject>> {
     let plain = Gateway::PLAIN;
-    let mut all = vec![floor(object, "swap of the link addresses", "bench_swap", 1, false)?];
+    let mut all = vec![floor(
+        object,
+        "swap of the link addresses",
+        "bench_swap",
+        1,
+        false,
+    )?];
     for flows in [1, 4096, 65_536, MOST_FLOWS] {
         all.push(floor(object, "minimal program", "bench_minimal", flows, false)?);
         for (name, packets) in [("request", Packets::Request), ("reply", Packets::Reply)] {
@@ -375,7 +393,13 @@ fn subjects(object: &Path) -> Result<Vec<Subject>> {
             Packets::Request,
         )?);
     }
-    all.push(floor(object, "inserts of a flow with one key", "bench_insert", MOST_FLOWS, true)?);
+    all.push(floor(
+        object,
+        "inserts of a flow with one key",
+        "bench_insert",
+        MOST_FLOWS,
+        true,
+    )?);
     let new = Gateway {
         flows: MOST_FLOWS,
         ..plain
@@ -435,7 +459,11 @@ fn measure(object: &Path) -> Result<String> {
             subject.name.clone(),
             subject.gateway.flows.to_string(),
             format!("{median:.0}"),
-            format!("{:.0} to {:.0}", subject.costs[0], subject.costs[subject.costs.len() - 1]),
+            format!(
+                "{:.0} to {:.0}",
+                subject.costs[0],
+                subject.costs[subject.costs.len() - 1]
+            ),
             reference.map_or_else(String::new, |reference| format!("{:.2}", median / reference)),
         ]);
     }

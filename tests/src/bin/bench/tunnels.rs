@@ -224,8 +224,10 @@ impl OneWay {
         Array::try_from(generator.map_mut("SCENARIO").context("SCENARIO")?)?.set(0, AsPod(scenario), 0)?;
 
         let mut taker = Ebpf::load_file(object)?;
-        let program: &mut SchedClassifier =
-            taker.program_mut("bench_take").context("bench_take")?.try_into()?;
+        let program: &mut SchedClassifier = taker
+            .program_mut("bench_take")
+            .context("bench_take")?
+            .try_into()?;
         program.load()?;
         to.0.inside(|| program.attach(to.1, TcAttachType::Ingress))?
             .with_context(|| format!("attach to {} of {}", to.1, to.0.role()))?;
@@ -240,7 +242,9 @@ impl OneWay {
     }
 
     fn arrivals(&mut self) -> Result<Array<&mut MapData, AsPod<Arrivals>>> {
-        Ok(Array::try_from(self.taker.map_mut("ARRIVALS").context("ARRIVALS")?)?)
+        Ok(Array::try_from(
+            self.taker.map_mut("ARRIVALS").context("ARRIVALS")?,
+        )?)
     }
 
     fn trial(&mut self, count: u32) -> Result<Trial> {
@@ -278,7 +282,11 @@ impl OneWay {
             );
             Ok(())
         })?;
-        ensure!(arrived.bad == 0, "{} packets were not as they have to be", arrived.bad);
+        ensure!(
+            arrived.bad == 0,
+            "{} packets were not as they have to be",
+            arrived.bad
+        );
         Ok(Trial {
             packets_per_second: f64::from(count) / took.as_secs_f64(),
             nanoseconds: cpu as f64 / f64::from(count),
@@ -354,7 +362,11 @@ fn gateway(object: &Path, who: Who) -> Result<Candidate> {
     let vip = SocketAddrV4::new(site.vip, SERVER_PORT);
     let backend = SocketAddrV4::new(server.address, SERVER_PORT);
     let client = SocketAddrV4::new(Ipv4Addr::new(172, 18, 0, 10), CLIENT_PORT);
-    let mode = if who == Who::Native { Mode::Native } else { Mode::Kernel };
+    let mode = if who == Who::Native {
+        Mode::Native
+    } else {
+        Mode::Kernel
+    };
     let agent = if who == Who::Nftables {
         nftables(&site, vip, backend)?;
         None
@@ -406,7 +418,9 @@ fn gateway(object: &Path, who: Who) -> Result<Candidate> {
     };
     let devices = [(&site.far_router, site.tunnel), (&site.gateway, site.tunnel)];
     let inner_link = (mac(devices[0])?, mac(devices[1])?);
-    let tunnelled_len = outer(near_end, far_end, inner_link, inner_link).around(&request).len();
+    let tunnelled_len = outer(near_end, far_end, inner_link, inner_link)
+        .around(&request)
+        .len();
     let mut requests = OneWay::new(
         object,
         client_side,
@@ -422,9 +436,7 @@ fn gateway(object: &Path, who: Who) -> Result<Candidate> {
         arrived.source.to_ne_bytes().into(),
         u16::from_be(arrived.source_port),
     );
-    let reply = Builder::udp(backend, binding)
-        .payload_of(&payload())
-        .build();
+    let reply = Builder::udp(backend, binding).payload_of(&payload()).build();
     let frame = outer(far_end, near_end, (mac(far)?, mac(near)?), inner_link).around(&reply);
     let mut replies = OneWay::new(
         object,
