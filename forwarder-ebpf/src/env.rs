@@ -15,7 +15,11 @@ use forwarder_common::{
     wire::{Be32, LinkPair, MacAddress},
 };
 
-use crate::{functions, maps, packet::masked};
+use crate::{
+    functions,
+    maps::{self, KernelTables},
+    packet::masked,
+};
 
 /// Linux's AF_INET.
 const AF_INET: u8 = 2;
@@ -56,7 +60,7 @@ impl Env for KernelEnv {
         lookup.dport = key.destination_port.raw();
         // Zero, for no MTU check, which the stack or the egress device makes.
         lookup.__bindgen_anon_1.tot_len = 0;
-        lookup.ifindex = self.ingress_ifindex;
+        lookup.ifindex = KernelTables::bond_or(self.ingress_ifindex);
         // TOS or flow label.
         lookup.__bindgen_anon_2.flowinfo = 0;
         if key.is_v4() {
@@ -110,7 +114,7 @@ impl Env for KernelEnv {
         let held = unsafe { &mut *entry.as_mut_ptr() };
         held.key = fragment::key(frame);
         held.ingress_ifindex = self.ingress_ifindex;
-        // The verifier refuses a length that may be zero; see `packet::forwarder_sum`.
+        // The verifier refuses a length that may be zero; see `packet::forwarder_sum_xdp`.
         let len = masked::<{ HELD_BYTES as u64 - 1 }>(frame.total_len as usize - 1) as u32 + 1;
         held.len = len;
         let packet = held.packet.as_mut_ptr().cast();

@@ -65,7 +65,7 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
     match action {
         Action::Transmit if settings.flags & flag::TRANSMIT_BY_REDIRECT == 0 => xdp_action::XDP_TX,
         // SAFETY: a helper without pointers.
-        Action::Transmit => unsafe { bpf_redirect(ingress_ifindex, 0) as u32 },
+        Action::Transmit => unsafe { bpf_redirect(KernelTables::bond_or(ingress_ifindex), 0) as u32 },
         // SAFETY: a helper without pointers.
         Action::Redirect => unsafe { bpf_redirect(ifindex, 0) as u32 },
         Action::Pass => xdp_action::XDP_PASS,

@@ -219,6 +219,15 @@ impl KernelTables {
         SETTINGS.get(0)
     }
 
+    /// The bond that an interface is a port of, else the interface itself.
+    #[inline(always)]
+    pub(crate) fn bond_or(ifindex: u32) -> u32 {
+        match KernelTables.interface(&InterfaceKey { ifindex }) {
+            Some(port) if port.carrier_ifindex != 0 => port.carrier_ifindex,
+            _ => ifindex,
+        }
+    }
+
     /// This CPU's walk; `None` as for the settings.
     #[inline(always)]
     pub(crate) fn walk() -> Option<&'static mut Walk> {

@@ -7,11 +7,14 @@ use core::{ffi::c_void, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{__sk_buff, BPF_F_PSEUDO_HDR, bpf_hdr_start_off::BPF_HDR_START_NET, xdp_md},
+    bindings::{
+        __sk_buff, BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+        bpf_hdr_start_off::BPF_HDR_START_NET, xdp_md,
+    },
     helpers::generated::{
-        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_proto,
-        bpf_skb_load_bytes_relative, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
-        bpf_xdp_get_buff_len, bpf_xdp_load_bytes,
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_proto,
+        bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_load_bytes_relative, bpf_skb_pull_data,
+        bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len, bpf_xdp_load_bytes,
     },
     programs::{TcContext, XdpContext},
 };
@@ -95,38 +98,63 @@ fn bounded(data: usize, data_end: usize, offset: usize, size: usize) -> Option<u
     }
 }
 
-/// Folded sum of a frame's bytes; negative when there are fewer.
+/// Folded sum of a frame's bytes; negative when there are fewer. The function of a hook: its name, the context's
+/// type, and the helper that copies bytes of a frame.
 ///
 /// A function of its own in BPF as well: inlined, the verifier follows every number of blocks to the program's
 /// end (more than 1 000 000 instructions, Linux 6.18).
-#[inline(never)]
-#[unsafe(no_mangle)]
-extern "C" fn forwarder_sum(ctx: *mut xdp_md, mut offset: u32, mut left: u32) -> i64 {
-    let Some(scratch) = maps::scratch() else { return -1 };
-    let mut total = 0u32;
-    for _ in 0..BLOCKS {
-        if left == 0 {
-            break;
+macro_rules! sum_function {
+    ($sum:ident $context:ty, $load:expr) => {
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        extern "C" fn $sum(ctx: *mut $context, mut offset: u32, mut left: u32) -> i64 {
+            let Some(scratch) = maps::scratch() else {
+                return -1;
+            };
+            let mut total = 0u32;
+            for _ in 0..BLOCKS {
+                if left == 0 {
+                    break;
+                }
+                // The verifier refuses a length that may be zero, and that of Linux 6.1 learns nothing from a
+                // comparison with zero ("R3 min value is outside of the allowed memory range"): one is added behind
+                // the mask.
+                let len = masked::<SCRATCH_MASK>(left.min(BLOCK) as usize - 1) as u32 + 1;
+                // SAFETY: `len` is at most SCRATCH_MASK + 1, less than the scratch buffer's size; the helper checks the
+                // offset.
+                if unsafe { $load(ctx.cast(), offset, scratch.cast(), len) } < 0 {
+                    return -1;
+                }
+                // The zeros that pad the block.
+                let padding = scratch
+                    .cast::<u8>()
+                    .wrapping_add(len as usize)
+                    .cast::<u32>();
+                // SAFETY: `len` is at most SCRATCH_MASK + 1, and there are 8 bytes behind that.
+                unsafe { padding.write_unaligned(0) };
+                let padded = masked::<SCRATCH_MASK>(len as usize + 3) & !3;
+                let nothing = core::ptr::null_mut();
+                // SAFETY: these bytes of the buffer were just written; the helper only reads them.
+                let block = unsafe { bpf_csum_diff(nothing, 0, scratch.cast(), padded as u32, 0) } as u32;
+                total = u32::from(fold(total + u32::from(fold(block))));
+                offset += len;
+                left -= len;
+            }
+            i64::from(total)
         }
-        // The verifier refuses a length that may be zero, and that of Linux 6.1 learns nothing from a comparison
-        // with zero ("R3 min value is outside of the allowed memory range"): one is added behind the mask.
-        let len = masked::<SCRATCH_MASK>(left.min(BLOCK) as usize - 1) as u32 + 1;
-        // SAFETY: `len` is at most SCRATCH_MASK + 1, less than the scratch buffer's size; the helper checks the offset.
-        if unsafe { bpf_xdp_load_bytes(ctx, offset, scratch.cast(), len) } < 0 {
-            return -1;
-        }
-        // The zeros that pad the block.
-        let padding = scratch.cast::<u8>().wrapping_add(len as usize).cast::<u32>();
-        // SAFETY: `len` is at most SCRATCH_MASK + 1, and there are 8 bytes behind that.
-        unsafe { padding.write_unaligned(0) };
-        let padded = masked::<SCRATCH_MASK>(len as usize + 3) & !3;
-        // SAFETY: these bytes of the buffer were just written; the helper only reads them.
-        let block = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, scratch.cast(), padded as u32, 0) };
-        total = u32::from(fold(total + u32::from(fold(block as u32))));
-        offset += len;
-        left -= len;
+    };
+}
+
+sum_function!(forwarder_sum_xdp xdp_md, bpf_xdp_load_bytes);
+sum_function!(forwarder_sum_tcx __sk_buff, bpf_skb_load_bytes);
+
+#[inline(always)]
+fn sum_of(number: i64) -> Result<u32, Stop> {
+    if number < 0 {
+        Err(Stop::pass(Reason::TRUNCATED))
+    } else {
+        Ok(number as u32)
     }
-    i64::from(total)
 }
 
 /// CRC32c of a frame's bytes; negative when there are fewer. For the same reason a function of its own.
@@ -211,12 +239,7 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
 
     #[inline(always)]
     fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
-        let sum = forwarder_sum(self.ctx.ctx, offset as u32, len as u32);
-        if sum < 0 {
-            Err(Stop::pass(Reason::TRUNCATED))
-        } else {
-            Ok(sum as u32)
-        }
+        sum_of(forwarder_sum_xdp(self.ctx.ctx, offset as u32, len as u32))
     }
 
     #[inline(always)]
@@ -271,7 +294,7 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
-    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
+    fn cut_and_grow(&mut self, len: usize, _network_offset: usize, front: usize) -> Result<(), Stop> {
         let ctx = self.ctx.ctx;
         let cut = len as i32 - self.frame_len() as i32;
         // SAFETY: the context is the one the kernel passed in; the helper checks the length.
@@ -383,9 +406,14 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn sum(&mut self, _offset: usize, _len: usize) -> Result<u32, Stop> {
-        // Never asked for where the kernel keeps the checksum.
-        Err(Stop::drop(Reason::INTERNAL))
+    fn segment_size(&self) -> u32 {
+        // SAFETY: the kernel passes a valid context.
+        unsafe { (*self.ctx.skb.skb).gso_size }
+    }
+
+    #[inline(always)]
+    fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
+        sum_of(forwarder_sum_tcx(self.ctx.skb.skb, offset as u32, len as u32))
     }
 
     #[inline(always)]
@@ -451,8 +479,17 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn cut_and_grow(&mut self, _len: usize, _front: usize) -> Result<(), Stop> {
-        // Never asked for where the kernel keeps the checksum.
-        Err(Stop::drop(Reason::INTERNAL))
+    fn cut_and_grow(&mut self, len: usize, _network_offset: usize, front: usize) -> Result<(), Stop> {
+        let skb = self.ctx.skb.skb;
+        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
+        if unsafe { bpf_skb_change_tail(skb, len as u32, 0) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        // Behind the link header.
+        // SAFETY: as above.
+        if unsafe { bpf_skb_adjust_room(skb, front as i32, BPF_ADJ_ROOM_MAC, 0) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
     }
 }

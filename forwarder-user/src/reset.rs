@@ -5,8 +5,8 @@
 //! keeps what each end acknowledged last, and of an idle connection that is what it expects. Both are told, or
 //! the one that is not would find out only when it sends.
 //!
-//! RFC 9260 §8.5.1: an ABORT is taken with the verification tag that all packets to its receiver carry. The flow keeps, as
-//! what an end "expects", the tag in the packets *of* that end, so it is the other end's that counts.
+//! RFC 9260 §8.5.1: an ABORT is taken with the verification tag that all packets to its receiver carry. The flow
+//! keeps, as what an end "expects", the tag in the packets *of* that end, so it is the other end's that counts.
 
 use std::net::SocketAddr;
 

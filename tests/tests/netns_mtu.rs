@@ -18,7 +18,7 @@ use forwarder_tests::lab::{
     agent::{self, Agent, ShowLog},
     configuration::{Check, Configuration},
     crossing::{Mode, await_mode, download, in_mode, transfer, upload},
-    topology::{PROBE_ADDRESS, Peering, Site},
+    topology::{Extras, PORT, PROBE_ADDRESS, Peering, Site},
     udp::{Client, EchoServer},
     wait_until,
 };
@@ -224,7 +224,6 @@ fn replies_shrink_to_a_narrow_link_by_icmp_alone() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs \"fragmentation needed\" in tcx, which sends what does not fit"]
 fn replies_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
     let path = Path {
         uplink_mtu_bytes: Some(NARROW_BYTES),
@@ -234,7 +233,6 @@ fn replies_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs the gateway's own ICMP errors to go back through native tunnels"]
 fn replies_of_a_native_tunnel_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
     let path = Path {
         uplink_mtu_bytes: Some(NARROW_BYTES),
@@ -258,5 +256,37 @@ fn a_datagram_that_does_not_fit_behind_the_tunnel_is_heard_of() -> Result<()> {
             learn_by_datagram(site, NARROW_BYTES)
         })?;
     }
+    Ok(())
+}
+
+/// The tunnel's own packets must not be fragmented, and a link that carries them, behind the first router, takes less
+/// than the gateway's. The kernel hears of it by ICMP, and what it has learned counts for native packets too.
+#[test]
+fn requests_shrink_to_what_carries_a_native_tunnel() -> Result<()> {
+    const CARRIED_BYTES: u16 = 1400;
+    if !lab::can_run_test(Some(agent::binary())) {
+        return Ok(());
+    }
+    let site = Site::cross_region(Lifetime::Process, Extras::default())?;
+    site.gateway
+        .run("ip link set cen type vxlan id 42 local 198.51.100.1 remote 203.0.113.2 df set")?;
+    let carrier = site.carrier.as_ref().context("a router below the tunnel")?;
+    for (host, interface) in [(carrier, "eth1"), (&site.far_router, "wan")] {
+        host.run(&format!("ip link set {interface} mtu {CARRIED_BYTES}"))?;
+    }
+    let show_log = ShowLog::of(&site.lab);
+    let server = site.server("ecs02")?;
+    let configuration = site
+        .configuration(&[])
+        .group("web", "full", Check::Http)
+        .backend("web", server.name, server.address, PORT, 1)
+        .listener("web", site.vip, PORT, "tcp", "web");
+    let agent = site.start_agent(&in_mode(configuration, Mode::Native), "web")?;
+    await_mode(&agent, Mode::Native)?;
+    upload(&site, site.client(), server, LENGTH_BYTES)?;
+    let learned = learned_mtu(site.client(), site.vip)?;
+    // VXLAN takes 50 bytes.
+    ensure!(learned == Some(CARRIED_BYTES - 50), "learned {learned:?}");
+    show_log.all_is_well();
     Ok(())
 }

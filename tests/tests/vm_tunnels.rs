@@ -53,6 +53,16 @@ tests! {
     ipip_natively: Ipip, Native;
     sit_by_the_kernel: Sit, Kernel;
     sit_natively: Sit, Native;
+    ipv6_in_ipv4_by_the_kernel: Ipv6InIpv4, Kernel;
+    ipv6_in_ipv4_natively: Ipv6InIpv4, Native;
+    ipv4_in_ipv6_by_the_kernel: Ipv4InIpv6, Kernel;
+    ipv4_in_ipv6_natively: Ipv4InIpv6, Native;
+    ipv6_in_ipv6_by_the_kernel: Ipv6InIpv6, Kernel;
+    ipv6_in_ipv6_natively: Ipv6InIpv6, Native;
+    gre_over_ipv6_by_the_kernel: Gre6, Kernel;
+    gre_over_ipv6_natively: Gre6, Native;
+    vxlan_over_ipv6_by_the_kernel: Vxlan6, Kernel;
+    vxlan_over_ipv6_natively: Vxlan6, Native;
     fou_by_the_kernel: Fou, Kernel;
     fou_natively: Fou, Native;
     gue_by_the_kernel: Gue, Kernel;

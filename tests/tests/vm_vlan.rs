@@ -4,9 +4,9 @@
 //! of the trunk, which has the XDP program. VLAN devices take a module that not every kernel has, so the tests run in
 //! `cargo xtask test vm` only; elsewhere they are skipped.
 
-use std::{env, net::Ipv4Addr};
+use std::{collections::BTreeMap, env, fs, net::Ipv4Addr, path::Path};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use forwarder_tests::lab::{
     self, Lab, Lifetime, Namespace,
     agent::{self, ShowLog},
@@ -14,6 +14,7 @@ use forwarder_tests::lab::{
     nginx::Nginx,
     topology::{POOL, PORT, Server, Site},
 };
+use serde_json::Value;
 
 /// Set in the virtual machine only.
 const MACHINE_VARIABLE: &str = "FORWARDER_TESTS_VM";
@@ -105,6 +106,7 @@ fn site(tags: Tags) -> Result<Site> {
             nginx,
         }],
         vip: Ipv4Addr::new(10, 0, 5, 100),
+        is_ipv6: false,
         interfaces: &["trunk"],
         tunnel: "",
         networks: [
@@ -166,4 +168,48 @@ fn two_tags_in_native_mode() -> Result<()> {
 #[test]
 fn two_tags_in_generic_mode() -> Result<()> {
     play(Tags::Two, "generic")
+}
+
+/// What `doctor -o json` finds on the gateway, by cause, with its commands.
+fn findings(site: &Site, file: &Path) -> Result<BTreeMap<String, Vec<String>>> {
+    let (binary, file) = (agent::binary()?.display().to_string(), file.display().to_string());
+    let output = site
+        .gateway
+        .output(&binary, &["doctor", "-c", &file, "-o", "json"])?;
+    let report: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let findings = report["findings"].as_array().context("a list of findings")?;
+    Ok(findings
+        .iter()
+        .map(|finding| {
+            let fixes = finding["fixes"].as_array().into_iter().flatten();
+            let commands = fixes.map(|fix| text(&fix["command"])).collect();
+            (text(&finding["cause"]), commands)
+        })
+        .collect())
+}
+
+#[test]
+fn the_doctor_finds_tags_that_the_card_takes_out() -> Result<()> {
+    const CAUSE: &str = "vlan-tags-hidden";
+    if env::var_os(MACHINE_VARIABLE).is_none() || !lab::can_run_test(Some(agent::binary())) {
+        println!("SKIP: needs `cargo xtask test vm`");
+        return Ok(());
+    }
+    let site = site(Tags::One)?;
+    let configuration = site.web_configuration_with(&[("mode", "native")], "full", |_| 1);
+    let file = site.lab.directory().join("forwarder.toml");
+    fs::write(&file, configuration.to_string())?;
+    let found = findings(&site, &file)?;
+    ensure!(!found.contains_key(CAUSE), "{found:?}");
+
+    site.gateway.offload("trunk", "rxvlan", true)?;
+    let found = findings(&site, &file)?;
+    for command in found.get(CAUSE).with_context(|| format!("{found:?}"))? {
+        site.gateway.run(command)?;
+    }
+    let found = findings(&site, &file)?;
+    ensure!(!found.contains_key(CAUSE), "still there: {found:?}");
+    Ok(())
 }

@@ -17,6 +17,9 @@ pub(crate) struct Arguments {
     /// Write `on_unhealthy = VALUE` into the group (failover)
     #[arg(long, value_name = "VALUE")]
     on_unhealthy: Option<String>,
+    /// Only what has TEXT in its name (packets)
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -49,6 +52,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     if let Some(value) = &arguments.on_unhealthy {
         bench.args(["--on-unhealthy", value]);
+    }
+    if let Some(text) = &arguments.only {
+        bench.args(["--only", text]);
     }
     Err(bench.exec()).context("can't start the benchmark")
 }

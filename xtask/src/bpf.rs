@@ -10,7 +10,13 @@ use std::{env, process::Command};
 use crate::toolchain::{Compiler, Core, Linker};
 
 /// The command that builds a BPF package, for programs that run on `arch`.
-pub(crate) fn cargo(package: &str, compiler: &Compiler, linker: &Linker, target: &str, arch: &str) -> Command {
+pub(crate) fn cargo(
+    package: &str,
+    compiler: &Compiler,
+    linker: &Linker,
+    target: &str,
+    arch: &str,
+) -> Command {
     let mut command = Command::new(compiler.cargo());
     for (name, _) in env::vars_os() {
         if is_of_the_outer_build(&name.to_string_lossy()) {
@@ -22,14 +28,7 @@ pub(crate) fn cargo(package: &str, compiler: &Compiler, linker: &Linker, target:
         // BPF needs unstable compiler features; this lets a stable compiler have them.
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", rustflags(linker, arch).join("\x1f"))
-        .args([
-            "build",
-            "--locked",
-            "--release",
-            "--package",
-            package,
-            "--bins",
-        ])
+        .args(["build", "--locked", "--release", "--package", package, "--bins"])
         .args(["--target", target])
         // bpf-linker optimises the whole program; LTO before it only takes time.
         .args(["--config", "profile.release.lto=\"off\""]);

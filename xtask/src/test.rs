@@ -25,7 +25,7 @@ pub(crate) struct Arguments {
     #[arg(value_enum)]
     ring: Option<Ring>,
     /// Passed to the test programs: a part of the tests' names, or options; for the vm ring, versions of kernels and
-    /// parts of the test programs' names
+    /// parts of the test programs' names, as in `6.12 tunnels:natively`
     #[arg(last = true, requires = "ring")]
     test_arguments: Vec<String>,
 }

@@ -51,11 +51,17 @@ const MODULES: [&str; 6] = [
 /// A test program, its arguments, how long it may take, in seconds, and the only kernel it runs on, if there is one.
 type Test = (&'static str, &'static [&'static str], u32, Option<&'static str>);
 
+/// One that was chosen, and the parts of its tests' names that were; none: all of them.
+struct Chosen<'a> {
+    test: Test,
+    parts: Vec<&'a str>,
+}
+
 /// What runs in a machine.
 ///
 /// Of ring 3 only what needs no load: an emulated processor is too slow for the load tests' bounds, and for the
 /// million flows of `program_explain`.
-const TESTS: [Test; 10] = [
+const TESTS: [Test; 11] = [
     ("program_budget", &["--nocapture"], 120, None),
     ("program_cases", &[], 240, None),
     ("program_tables", &[], 240, None),
@@ -66,10 +72,11 @@ const TESTS: [Test; 10] = [
     (
         "vm_tunnels",
         &["--test-threads=1", "--nocapture"],
-        1500,
+        2400,
         Some("6.12"),
     ),
     ("vm_vlan", &["--test-threads=1", "--nocapture"], 300, Some("6.12")),
+    ("vm_bond", &["--test-threads=1", "--nocapture"], 400, Some("6.12")),
     ("vm_sctp", &["--test-threads=1", "--nocapture"], 600, None),
     ("netns_forward", &["--test-threads=1", "generic_xdp"], 400, None),
 ];
@@ -134,7 +141,8 @@ sleep 60
 "#;
 
 /// Runs the tests on every kernel, one machine after the other; what each kernel came to, and whether all is well.
-/// `choice` narrows that down: versions of kernels, and parts of names of test programs.
+/// `choice` narrows that down: versions of kernels, and parts of names of test programs, where one with a colon goes on
+/// with a part of the names of its tests.
 ///
 /// # Errors
 /// A kernel cannot be had, a machine does not boot or end, or nothing is left to run.
@@ -143,14 +151,32 @@ pub(crate) fn run(forwarder: &Path, choice: &[String]) -> Result<(String, bool)>
         .iter()
         .map(String::as_str)
         .partition(|word| KERNELS.iter().any(|(version, _)| version == word));
-    let chosen: Vec<Test> = TESTS
+    let names: Vec<(&str, &str)> = names
         .into_iter()
-        .filter(|(name, ..)| names.is_empty() || names.iter().any(|part| name.contains(part)))
+        .map(|name| name.split_once(':').unwrap_or((name, "")))
+        .collect();
+    let chosen: Vec<Chosen<'_>> = TESTS
+        .into_iter()
+        .filter_map(|test| {
+            let mut named = names.iter().filter(|(part, _)| test.0.contains(part)).peekable();
+            let is_chosen = names.is_empty() || named.peek().is_some();
+            is_chosen.then(|| Chosen {
+                test,
+                parts: named
+                    .map(|(_, part)| *part)
+                    .filter(|part| !part.is_empty())
+                    .collect(),
+            })
+        })
         .collect();
     ensure!(
         !chosen.is_empty(),
         "no test program of the vm ring is called like {}",
-        names.join(" or ")
+        names
+            .iter()
+            .map(|(name, _)| *name)
+            .collect::<Vec<_>>()
+            .join(" or ")
     );
     let missing: Vec<_> = PROGRAMS
         .iter()
@@ -174,10 +200,9 @@ pub(crate) fn run(forwarder: &Path, choice: &[String]) -> Result<(String, bool)>
         }
         let kernel = Kernel::get(&folder, version, package)?;
         eprintln!("vm: Linux {}", kernel.release);
-        let here: Vec<Test> = chosen
+        let here: Vec<&Chosen<'_>> = chosen
             .iter()
-            .filter(|(.., only)| only.is_none_or(|only| only == version))
-            .copied()
+            .filter(|chosen| chosen.test.3.is_none_or(|only| only == version))
             .collect();
         let failed = kernel.boot(&forwarder, &here, &tests)?;
         is_ok &= failed == 0;
@@ -199,11 +224,11 @@ fn strip(name: &str, program: &Path, folder: &Path) -> Result<PathBuf> {
 }
 
 /// Builds the test programs; their copies by name.
-fn build_tests(folder: &Path, chosen: &[Test]) -> Result<BTreeMap<String, PathBuf>> {
+fn build_tests(folder: &Path, chosen: &[Chosen<'_>]) -> Result<BTreeMap<String, PathBuf>> {
     let mut command = workspace::cargo(&["test", "--locked", "--no-run"]);
     command.arg("--message-format=json-render-diagnostics");
-    for (name, ..) in chosen {
-        command.args(["--test", name]);
+    for chosen in chosen {
+        command.args(["--test", chosen.test.0]);
     }
     let mut child = command
         .stdout(Stdio::piped())
@@ -282,7 +307,12 @@ impl Kernel {
     }
 
     /// Boots it and waits for its end; how many test programs failed.
-    fn boot(&self, forwarder: &Path, chosen: &[Test], tests: &BTreeMap<String, PathBuf>) -> Result<usize> {
+    fn boot(
+        &self,
+        forwarder: &Path,
+        chosen: &[&Chosen<'_>],
+        tests: &BTreeMap<String, PathBuf>,
+    ) -> Result<usize> {
         let stage = self.folder.join("stage.sh");
         fs::write(&stage, self.stage(forwarder, chosen, tests)?)?;
         let initial = self.initial_files()?;
@@ -335,16 +365,23 @@ impl Kernel {
     }
 
     /// The script of [`STAGE`], for these programs.
-    fn stage(&self, forwarder: &Path, chosen: &[Test], tests: &BTreeMap<String, PathBuf>) -> Result<String> {
+    fn stage(
+        &self,
+        forwarder: &Path,
+        chosen: &[&Chosen<'_>],
+        tests: &BTreeMap<String, PathBuf>,
+    ) -> Result<String> {
         let mut run = String::new();
-        for (name, arguments, timeout_secs, _) in chosen {
+        for Chosen { test, parts } in chosen {
+            let (name, arguments, timeout_secs, _) = *test;
             let program = tests
-                .get(*name)
+                .get(name)
                 .with_context(|| format!("no test program {name}"))?;
             run += &format!(
-                "echo '== {name}'\ntimeout {timeout_secs} {} {} || {{ echo \"{name}: status $?\"; failed=$((failed + 1)); }}\n",
+                "echo '== {name}'\ntimeout {timeout_secs} {} {} {} || {{ echo \"{name}: status $?\"; failed=$((failed + 1)); }}\n",
                 program.display(),
-                arguments.join(" ")
+                arguments.join(" "),
+                parts.join(" ")
             );
         }
         let modules = self.folder.join("lib/modules").join(&self.release);

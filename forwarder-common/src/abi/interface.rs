@@ -28,7 +28,8 @@ pub struct Interface {
     pub flags: u16,
     /// Largest IP packet in bytes; zero: unknown.
     pub mtu_bytes: u32,
-    /// Of a VLAN device: the interface that carries its frames; else zero.
+    /// Of a VLAN device: the interface that carries its frames; of a port of a bond: the bond, which routes and
+    /// addresses belong to; else zero.
     pub carrier_ifindex: u32,
     /// Its VLAN identifiers, the outer one first; zero: none.
     pub vlans: [u16; 2],

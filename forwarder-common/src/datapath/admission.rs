@@ -19,8 +19,8 @@ pub const fn is_opening(frame: &Frame) -> bool {
     frame.tcp_flags & (FLAG_SYN | FLAG_ACK | FLAG_RST | FLAG_FIN) == FLAG_SYN
 }
 
-/// Only a SYN opens a flow of TCP, an INIT one of SCTP: any other segment belongs to a connection that some backend knows, and
-/// picking another backend would break it in silence.
+/// Only a SYN opens a flow of TCP, an INIT one of SCTP: any other segment belongs to a connection that some backend
+/// knows, and picking another backend would break it in silence.
 #[inline(always)]
 pub const fn admit(frame: &Frame) -> Result<(), Stop> {
     if frame.is_of_connection() && !is_opening(frame) {

@@ -3,10 +3,10 @@
 //! A request to a VIP is answered here (RFC 1122 §3.2.2.6): "is the gateway there?". If the VIP has a listener of echo,
 //! the request goes on to a backend instead, and its reply comes back: "is a backend there?".
 //!
-//! Echo messages have an identifier where others have two ports. It takes the part of the client's (RFC 5508 §3.1); the
-//! other port is zero. So a request's identifier stands in the key's source port, a reply's in the destination port, and
-//! pool, flow index and rewrite treat it as what it is: the number that the client chose, or the pool. Both families have
-//! ICMP's protocol number in the key, as one flow may be of both.
+//! Echo messages have an identifier where others have two ports. It takes the part of the client's (RFC 5508 §3.1);
+//! the other port is zero. So a request's identifier stands in the key's source port, a reply's in the destination
+//! port, and pool, flow index and rewrite treat it as what it is: the number that the client chose, or the pool. Both
+//! families have ICMP's protocol number in the key, as one flow may be of both.
 
 use super::{
     Outcome, Packet, Stop, Tables, Verdict, Walk, flow,
@@ -208,7 +208,10 @@ pub fn turn<P: Packet>(packet: &mut P, frame: &Frame, ttl: u8) -> Result<(), Sto
         ip.hop_limit = ttl;
         ip.set_addresses(&frame.key.destination, &frame.key.source);
     }
-    let ethernet = packet.header::<EthernetHeader>(0)?;
-    ethernet.link = { ethernet.link }.swapped();
+    // Packets of some tunnels begin with IP.
+    if offset != 0 {
+        let ethernet = packet.header::<EthernetHeader>(0)?;
+        ethernet.link = { ethernet.link }.swapped();
+    }
     Ok(())
 }

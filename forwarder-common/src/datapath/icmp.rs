@@ -65,8 +65,8 @@ impl Quote {
     }
 }
 
-/// Finds the flow that an error is about: the walk gets its hit and the quote. An echo message that is of a flow, or may
-/// open one, gets its key.
+/// Finds the flow that an error is about: the walk gets its hit and the quote. An echo message that is of a flow, or
+/// may open one, gets its key.
 ///
 /// # Errors
 /// The end of the walk for other messages: an echo request to a VIP is answered.
@@ -252,8 +252,8 @@ fn rewrite_quote<P: Packet>(
     Ok(change)
 }
 
-/// Gives a quoted echo message the identifier that the error's receiver knows. Returns what that changes in its checksum,
-/// and so in the sum of the message, beyond what the caller knows.
+/// Gives a quoted echo message the identifier that the error's receiver knows. Returns what that changes in its
+/// checksum, and so in the sum of the message, beyond what the caller knows.
 #[inline(always)]
 fn rewrite_quoted_echo<P: Packet>(
     packet: &mut P,

@@ -4,9 +4,16 @@
 //! §2.4 (c)), comes from the address that the packet was for, and goes where it came from, one for one and never
 //! longer than by its own headers: nothing to amplify.
 //!
-//! There is none about ICMP but echo messages, to no address that many hosts share, and no more than a thousand a second; none in tcx,
-//! where the kernel may still owe the checksum of what would be quoted, nor for a packet in generic XDP with a
-//! partial checksum, which the kernel would complete in the middle of the message.
+//! There is none about ICMP but echo messages, to no address that many hosts share, and no more than a thousand a
+//! second; nor for a packet in generic XDP with a partial checksum, which the kernel would complete in the middle of
+//! the message.
+//!
+//! In tcx the kernel, or the device, will do that: a checksum that is still owed (Linux: CHECKSUM_PARTIAL, also of
+//! packets that it has aggregated) is computed over the quote, from its transport header to the end, which is also the
+//! message's. The message's own checksum is made for what the quote will be then: the sum of a pseudo-header and of
+//! a segment with the right checksum is all ones, so that of the segment is the pseudo-header's complement. What is
+//! owed is told by the field, which holds the pseudo-header's sum; one of 65 536 checksums looks so by chance, and
+//! the message about that packet is lost.
 
 use super::{
     ChecksumOffload, Packet, Stop, Tables,
@@ -130,22 +137,24 @@ pub fn answer<P: Packet, T: Tables>(
     if !is_about_data || !is_host(frame.key.source) || !has_budget(tables) {
         return Err(none);
     }
-    match P::CHECKSUM_OFFLOAD {
-        ChecksumOffload::Kernel => return Err(none),
-        ChecksumOffload::Kept => {
-            let is_left_to_kernel = if frame.is_sctp() {
-                sctp::is_left_to_kernel(packet, frame, settings)?
-            } else if frame.is_usual() {
-                transport_checksum::state(packet, frame, settings)? != State::Complete
-            } else {
-                false
-            };
-            if is_left_to_kernel {
+    let owed = match P::CHECKSUM_OFFLOAD {
+        _ if frame.is_sctp() => {
+            if sctp::is_left_to_kernel(packet, frame, settings)? {
                 return Err(none);
             }
+            None
         }
-        ChecksumOffload::LostOnSend => {}
-    }
+        // Echo messages: nobody leaves their checksum to a device.
+        _ if !frame.is_usual() => None,
+        ChecksumOffload::Kernel => transport_checksum::owed(packet, frame)?,
+        ChecksumOffload::Kept => {
+            if let State::Partial { .. } = transport_checksum::state(packet, frame, settings)? {
+                return Err(none);
+            }
+            None
+        }
+        ChecksumOffload::LostOnSend => None,
+    };
     let is_v4 = frame.is_v4();
     let network = frame.network_offset as usize;
     let (ip_len, limit) = if is_v4 {
@@ -155,8 +164,11 @@ pub fn answer<P: Packet, T: Tables>(
     };
     let quote_len = frame.total_len.min(limit);
     let link = { packet.header::<EthernetHeader>(0)?.link }.swapped();
-    packet.cut_and_grow(network + quote_len as usize, ip_len + IcmpHeader::LEN)?;
-    rewrite::write_link(packet, link, frame.tags(), is_v4)?;
+    packet.cut_and_grow(network + quote_len as usize, network, ip_len + IcmpHeader::LEN)?;
+    // Packets of some tunnels begin with IP.
+    if network != 0 {
+        rewrite::write_link(packet, link, frame.tags(), is_v4)?;
+    }
 
     let payload_len = IcmpHeader::LEN as u32 + quote_len;
     let (source, destination) = (frame.key.destination, frame.key.source);
@@ -184,7 +196,14 @@ pub fn answer<P: Packet, T: Tables>(
         (message.v6, pseudo)
     };
     let transport = network + ip_len;
-    let quoted = packet.sum(transport + IcmpHeader::LEN, quote_len as usize)?;
+    let quote = transport + IcmpHeader::LEN;
+    let quoted = match owed {
+        Some(pseudo_header) => {
+            let header_len = frame.transport_offset as usize - network;
+            packet.sum(quote, header_len)? + u32::from(!pseudo_header)
+        }
+        None => packet.sum(quote, quote_len as usize)?,
+    };
     let icmp = packet.header::<IcmpHeader>(transport)?;
     *icmp = IcmpHeader {
         rest: Be32::new(message.rest),

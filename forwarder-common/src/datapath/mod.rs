@@ -193,8 +193,14 @@ pub trait Packet {
         true
     }
 
-    /// Folded sum of `len` bytes at `offset`, in machine order; an odd last byte is padded with zero. Asked for
-    /// where `CHECKSUM_OFFLOAD` is not `Kernel`.
+    /// Payload of each packet that this one will be sent as, in bytes, where the kernel has put several together
+    /// (GRO, or a local sender's TSO); zero: it is one packet.
+    #[inline(always)]
+    fn segment_size(&self) -> u32 {
+        0
+    }
+
+    /// Folded sum of `len` bytes at `offset`, in machine order; an odd last byte is padded with zero.
     ///
     /// # Errors
     /// [`Reason::TRUNCATED`] when the frame ends before that.
@@ -223,12 +229,12 @@ pub trait Packet {
     /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
     fn move_start(&mut self, by: i32) -> Result<(), Stop>;
 
-    /// Cuts the frame to `len` bytes, then makes room for `front` bytes before them, of any content. Asked for where
-    /// `CHECKSUM_OFFLOAD` is not `Kernel`.
+    /// Cuts the frame to `len` bytes, then makes room for `front` bytes before its IP header, at `network_offset`;
+    /// these, and the link header, have any content then.
     ///
     /// # Errors
     /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
-    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop>;
+    fn cut_and_grow(&mut self, len: usize, network_offset: usize, front: usize) -> Result<(), Stop>;
 
     /// [`overlay::recognise`], wherever it runs.
     #[inline(always)]

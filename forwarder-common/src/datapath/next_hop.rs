@@ -4,7 +4,7 @@
 //! neighbours or links change, the agent counts the generation up, and the next packet of each flow asks the
 //! kernel again. So a hit costs no route lookup and none is ever stale.
 
-use super::{Env, Hook, Route, Stop, Tables, Verdict, Walk, flow, translate};
+use super::{Env, Hook, Packet, Route, Stop, Tables, Verdict, Walk, flow, translate};
 use crate::{
     abi::{
         flow::{FlowKey, HopKind, NextHop},
@@ -13,7 +13,7 @@ use crate::{
         settings::{Settings, flag::TUNNELS},
         tunnel::{PeerId, TunnelHopKey},
     },
-    wire::{Be16, MacAddress, ipv4::PROTOCOL_UDP},
+    wire::{Be16, MacAddress, WireHeader as _, ipv4::PROTOCOL_UDP, tcp::TcpHeader, udp::UdpHeader},
 };
 
 /// Brings the next hop in the walk's hit up to date; asks for a route only if the flow remembers none that holds.
@@ -180,17 +180,30 @@ fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) 
 
 /// Does the packet fit its way? One that may be fragmented is left to the stack, which does so.
 ///
-/// In tcx the kernel looks after lengths. Generic XDP is handed packets above the MTU, aggregated (GRO, or a sender's
-/// TSO through a veth), which the stack segments: there TCP is never too big.
+/// Generic XDP is handed packets above the MTU, aggregated (GRO, or a sender's TSO through a veth), which the stack
+/// segments: there TCP is never too big. In tcx the kernel says how large the segments are.
 ///
 /// # Errors
 /// [`Reason::TOO_BIG`]; the size that fits is in the walk's next hop.
 #[inline(always)]
-pub fn fit<E: Env>(env: &E, walk: &mut Walk) -> Result<(), Stop> {
+pub fn fit<P: Packet, E: Env>(packet: &mut P, env: &E, walk: &mut Walk) -> Result<(), Stop> {
     let len = translate::len_then(walk);
     let Walk { frame, hit, .. } = walk;
-    if hit.hop.mtu_bytes == 0 || len <= u32::from(hit.hop.mtu_bytes) || env.hook() == Hook::Tcx {
+    let mtu_bytes = u32::from(hit.hop.mtu_bytes);
+    if mtu_bytes == 0 || len <= mtu_bytes {
         return Ok(());
+    }
+    let segment_size = packet.segment_size();
+    if segment_size != 0 {
+        let offset = frame.transport_offset as usize;
+        let header_len = if frame.is_tcp() {
+            packet.header::<TcpHeader>(offset)?.header_len()
+        } else {
+            UdpHeader::LEN
+        };
+        if len - frame.transport_len + header_len as u32 + segment_size <= mtu_bytes {
+            return Ok(());
+        }
     }
     let is_aggregated = env.hook() == Hook::XdpGeneric && frame.is_tcp();
     // What becomes IPv6 no router may fragment.

@@ -29,8 +29,7 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
 ) -> Outcome {
     let frame_bytes = packet.frame_len();
     let outcome = match stages(packet, tables, env, settings, walk, frame_bytes) {
-        // An answer to what came through a tunnel would have to go back through it; it does from the device's tcx
-        // program.
+        // An answer to what came through a tunnel goes back through it, from the device's tcx program.
         Err(Stop(refusal)) if refusal.reason.is_refusal() && walk.inside.is_tunnel() => {
             Stop::pass(Reason::TUNNEL_TO_STACK).0
         }
@@ -91,7 +90,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
     }
     translate::check(walk)?;
     next_hop::resolve(tables, env, settings, walk)?;
-    next_hop::fit(env, walk)?;
+    next_hop::fit(packet, env, walk)?;
     let mtu_bytes = if mss::is_announced(&walk.frame) && settings.flags & flag::KEEP_SEGMENT_SIZE == 0 {
         next_hop::path_mtu(tables, env, walk)
     } else {

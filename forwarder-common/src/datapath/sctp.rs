@@ -47,8 +47,8 @@ pub const fn flags(chunk_type: u8) -> u8 {
     }
 }
 
-/// Did the sender leave this checksum to its device? In tcx the kernel knows and needs not be asked: nobody else sends a
-/// zero, but for one checksum in 2^32.
+/// Did the sender leave this checksum to its device? In tcx the kernel knows and needs not be asked: nobody else
+/// sends a zero, but for one checksum in 2^32.
 #[inline(always)]
 fn is_owed<P: Packet>(checksum: SctpChecksum, settings: &Settings) -> bool {
     let may_be = matches!(P::CHECKSUM_OFFLOAD, ChecksumOffload::Kernel)

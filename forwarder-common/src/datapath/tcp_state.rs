@@ -1,5 +1,5 @@
-//! A small TCP tracker: what has been seen of a connection, and so how long its flow lives. Of SCTP, too, whose chunks are
-//! read as the segments that they correspond to (`sctp::flags`).
+//! A small TCP tracker: what has been seen of a connection, and so how long its flow lives. Of SCTP, too, whose
+//! chunks are read as the segments that they correspond to (`sctp::flags`).
 //!
 //! It keeps a set of events instead of a state number: events only accumulate, so packets may arrive in any
 //! order and on any CPU, and the phase is derived where it is needed. It does not check sequence numbers.

@@ -85,6 +85,18 @@ pub fn state<P: Packet>(packet: &mut P, frame: &Frame, settings: &Settings) -> R
     })
 }
 
+/// The folded sum of the pseudo-header if the kernel seems to owe the packet's checksum in tcx, where the field holds
+/// that sum then.
+#[inline(always)]
+pub fn owed<P: Packet>(packet: &mut P, frame: &Frame) -> Result<Option<u16>, Stop> {
+    if frame.fragment != part::WHOLE {
+        return Ok(None);
+    }
+    let field = packet.header::<Field16>(field_offset(frame))?.value.raw();
+    let pseudo = checksum::fold(pseudo_header(frame));
+    Ok((field == pseudo).then_some(pseudo))
+}
+
 /// What changes under a transport checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Change {

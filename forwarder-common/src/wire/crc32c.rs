@@ -2,8 +2,8 @@
 //!
 //! A CRC is the remainder of a division of polynomials over GF(2), and that is linear: what a change of some bytes
 //! changes in it is the remainder of that change alone, moved to the left by what stands behind it. Moving by n bytes
-//! is a multiplication by x^(8n), of which the binary digits of n take at most sixteen. So the payload need not be read,
-//! however long it is.
+//! is a multiplication by x^(8n), of which the binary digits of n take at most sixteen. So the payload need not be
+//! read, however long it is.
 //!
 //! Numbers are *reflected*, as bytes are sent with their lowest bit first: the bit of weight 2^31 is the coefficient of
 //! x^0. In this form the checksum stands in the packet with its lowest byte first.

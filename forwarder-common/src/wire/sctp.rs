@@ -66,8 +66,8 @@ pub struct SctpInit {
 
 impl WireHeader for SctpInit {}
 
-/// The checksum field: a CRC32c of the whole packet with this field zero, the lowest byte first (RFC 9260 appendix A). No
-/// pseudo-header is under it.
+/// The checksum field: a CRC32c of the whole packet with this field zero, the lowest byte first (RFC 9260 appendix
+/// A). No pseudo-header is under it.
 #[repr(C, packed)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct SctpChecksum(u32);

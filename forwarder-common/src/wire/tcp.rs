@@ -38,6 +38,12 @@ impl TcpHeader {
         u16::from_ne_bytes([self.data_offset, self.flags])
     }
 
+    /// Header and options, in bytes.
+    #[inline(always)]
+    pub const fn header_len(&self) -> usize {
+        (self.data_offset >> 4) as usize * 4
+    }
+
     /// Where the checksum stands, in bytes from the header's start.
     pub const CHECKSUM_OFFSET: usize = 16;
 }

@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -248,12 +248,18 @@ struct Agent {
     tables: Tables,
     tunnels: tunnels::Tunnels,
     native: native::Verdicts,
+    /// Far ends of tunnels that may be native, with the address they are sent to from, and what was carried to each
+    /// when the tunnels were surveyed.
+    ways: Vec<(IpAddr, Option<IpAddr>)>,
+    way_mtus: Vec<Option<u32>>,
     /// Entries that each table of tunnels has room for.
     tunnel_room: usize,
     sample: Sample,
     listener_rates: HashMap<ListenerId, Rates>,
     backend_rates: HashMap<BackendId, Rates>,
     warnings: Vec<String>,
+    /// Warnings about VLANs whose tags native XDP does not see.
+    hidden_tags: Vec<String>,
     pool_watch: PoolWatch,
     passive: passive::PassiveChecks,
     /// For those who look at the live maps.
@@ -350,6 +356,7 @@ impl Agent {
                     self.take_sample()?;
                     self.sweep.check()?;
                     self.look_for_trouble().await?;
+                    self.look_at_ways().await?;
                     self.announcer.tick();
                     self.forget_what_has_left()?;
                     self.look_after_drains();

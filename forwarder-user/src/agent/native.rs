@@ -3,7 +3,7 @@
 //! Whatever changes on the network may change a tunnel (a neighbour, a forwarding entry, a route to a far end), so
 //! all are looked at again each time; that is a few questions to the kernel per device.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use forwarder_common::abi::interface::flag;
 use tracing::{info, warn};
@@ -90,31 +90,73 @@ impl Agent {
         }
         self.native = verdicts;
         self.observed.tunnels = tables;
+        self.ways = surveyed
+            .iter()
+            .flat_map(|one| {
+                let local = one.device.local;
+                one.underlay.keys().map(move |remote| (*remote, local))
+            })
+            .collect();
+        self.way_mtus = self.ways_carry().await;
         Ok(())
+    }
+
+    /// Looks whether the ways to the far ends carry less than they did, or more. The kernel reports most changes, but
+    /// not what it has learned by ICMP, nor that it has forgotten that; so it is asked.
+    ///
+    /// # Errors
+    /// The kernel does not answer.
+    pub(super) async fn look_at_ways(&mut self) -> Result<(), Error> {
+        if self.ways_carry().await == self.way_mtus {
+            return Ok(());
+        }
+        self.survey_tunnels().await?;
+        // Flows remember what fits.
+        self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
+        self.reconcile()
+    }
+
+    /// What the way to each far end carries, where that is less than its interface sends.
+    async fn ways_carry(&self) -> Vec<Option<u32>> {
+        let mut carried = Vec::new();
+        for (remote, local) in &self.ways {
+            let way = self.network.way_to(*remote, *local).await;
+            carried.push(way.and_then(|way| way.mtu_bytes));
+        }
+        carried
     }
 
     /// A device with its surroundings; `None` if it is gone or of a kind that cannot be native.
     async fn survey(&self, name: &str) -> Result<Option<Surveyed>, Error> {
-        let Some(device) = self.network.tunnel_device(name).await? else {
+        let Some(mut device) = self.network.tunnel_device(name).await? else {
             return Ok(None);
         };
         let far_ends = self.network.far_ends(device.index).await?;
+        let is_over_v6 = Surveyed::remotes(&device, &far_ends).iter().any(IpAddr::is_ipv6);
+        // The kernel's answer to the program is then none, whoever made the packet (`bpf_ipv6_fib_lookup` of Linux
+        // 6.12).
+        if is_over_v6 && !self.network.forwards_v6("all").unwrap_or(true) {
+            let obstacle =
+                "it is over IPv6, which this host does not forward; sysctl -w net.ipv6.conf.all.forwarding=1";
+            device.obstacles.push(obstacle.to_owned());
+        }
         let neighbours = self.network.neighbour_macs(device.index).await?;
         let mut underlay = BTreeMap::new();
         for remote in Surveyed::remotes(&device, &far_ends) {
-            let Some((interface, source)) = self.network.way_to(remote, device.local).await else {
+            let Some(way) = self.network.way_to(remote, device.local).await else {
                 continue;
             };
-            let Some(local) = device.local.or(source) else {
+            let Some(local) = device.local.or(way.source) else {
                 continue;
             };
-            let attached = self.observed.interfaces.get(&interface);
+            let attached = self.observed.interfaces.get(&way.interface);
+            let sent_bytes = attached.map_or(0, |interface| interface.mtu_bytes);
             underlay.insert(
                 remote,
                 Underlay {
                     local,
-                    interface,
-                    mtu_bytes: attached.map_or(0, |interface| interface.mtu_bytes),
+                    interface: way.interface,
+                    mtu_bytes: way.mtu_bytes.unwrap_or(sent_bytes).min(sent_bytes),
                     is_native: attached.is_some_and(|interface| interface.flags & flag::SEND_NATIVE != 0),
                 },
             );

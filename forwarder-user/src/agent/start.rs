@@ -23,7 +23,7 @@ use crate::{
     announce::Announcer,
     config::{self, Config, NatMode, TableSizes},
     datapath::{
-        attach::{self, Attachment},
+        attach::{self, Attachment, AttachmentKind},
         flows::{Sweeper, Timeouts},
         free_list::Handover,
         held::HeldMaps,
@@ -41,6 +41,7 @@ use crate::{
     pool_watch::PoolWatch,
     reset::ResetSender,
     state::{
+        bonds,
         desired::{Desired, Observations, pool},
         ids::{Capacity, Ids},
         inherit::inherited_health,
@@ -93,9 +94,11 @@ impl Agent {
         let fragments = FragmentHolder::start(held_maps)?;
         let mut handover = Handover::open(old_lists, sizes.flows)?;
         handover.advance(&mut flow_maps)?;
+        let all_links = network.interfaces().await?;
         let mut attachments = Vec::new();
         for link in &links {
-            attachments.push(attached(&mut ebpf, pins, link, &config)?);
+            let ports = bonds::ports(&all_links, link.index);
+            attachments.push(attached(&mut ebpf, pins, link, &ports, &config)?);
         }
         attach::detach_others(pins, &attachments)?;
         let found = handover.finish(&mut flow_maps, Some(pins))?;
@@ -108,12 +111,13 @@ impl Agent {
         let timeouts = timeouts(&config, &applied.ids);
         let sweep = SweepThread::start(Sweeper::resume(flow_maps), timeouts.clone(), reset_sender);
 
+        let (interfaces, hidden_tags) = around(&network, &attachments).await?;
         let observed = Observations {
             health: inherited_health(&before, &HashMap::new(), &config, &applied.ids),
             slow_starts: BTreeMap::new(),
             now: Duration::ZERO,
             overrides: overrides::named(&before.desired.overrides, &applied.ids),
-            interfaces: with_vlans(&network, &attachments).await?,
+            interfaces,
             ejected: HashSet::new(),
             tunnels: before.desired.tunnels.clone(),
             // Flows ask for their routes anew: the programs or the interfaces may be others.
@@ -162,6 +166,8 @@ impl Agent {
             tables: Tables::new(),
             tunnels: super::tunnels::Tunnels::default(),
             native: super::native::Verdicts::new(),
+            ways: Vec::new(),
+            way_mtus: Vec::new(),
             tunnel_room: sizes.tunnel_peers as usize,
             sample: Sample {
                 taken_at: started_at,
@@ -171,6 +177,7 @@ impl Agent {
             listener_rates: HashMap::new(),
             backend_rates: HashMap::new(),
             warnings: Vec::new(),
+            hidden_tags,
             pool_watch: PoolWatch::default(),
             passive: PassiveChecks::start(backend_watch),
             names,
@@ -199,11 +206,12 @@ fn attached(
     ebpf: &mut Ebpf,
     pins: &PinDirectory,
     link: &network::Interface,
+    ports: &[&network::Interface],
     config: &Config,
 ) -> Result<Attachment, Error> {
     let attachment = match config.interfaces.get(&link.name) {
         Some(wanted) => {
-            let (attachment, why_generic) = attach::attach_xdp(ebpf, pins, link, wanted)?;
+            let (attachment, why_generic) = attach::attach_xdp(ebpf, pins, link, ports, wanted)?;
             if let Some(why) = why_generic {
                 info!(interface = link.name, "generic XDP: {why}");
             }
@@ -273,18 +281,28 @@ pub(super) fn keeps_bindings(before: &SnatPool, after: &SnatPool, flows: u32) ->
         })
 }
 
-/// What the data path has to know of interfaces: of those that it is attached to, and of VLAN devices on top of them.
-pub(super) async fn with_vlans(
+/// What the data path has to know of interfaces: of those that it is attached to, of VLAN devices on top of them and of
+/// the ports of bonds; and warnings about tags that it does not see.
+pub(super) async fn around(
     network: &Network,
     attachments: &[Attachment],
-) -> Result<BTreeMap<u32, Interface>, Error> {
+) -> Result<(BTreeMap<u32, Interface>, Vec<String>), Error> {
     let mut all: BTreeMap<_, _> = attachments
         .iter()
         .map(|one| (one.ifindex, one.interface))
         .collect();
-    let vlans = vlans::entries(&network.interfaces().await?, &all);
-    all.extend(vlans);
-    Ok(all)
+    let links = network.interfaces().await?;
+    let below = bonds::entries(&links, &all);
+    let above = vlans::entries(&links, &all);
+    all.extend(below);
+    all.extend(above);
+    let native = attachments
+        .iter()
+        .filter(|one| one.kind == AttachmentKind::XdpNative);
+    let warnings = native
+        .flat_map(|one| vlans::hidden(&links, one.ifindex, network::offloads))
+        .map(|hidden| format!("{hidden}; {}", hidden.command()));
+    Ok((all, warnings.collect()))
 }
 
 /// An interface of the configuration, which has to exist.

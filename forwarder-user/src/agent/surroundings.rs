@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use tracing::{debug, error, info, warn};
 
-use super::{Agent, start::with_vlans};
+use super::{Agent, start::around};
 use crate::{
     config::{Config, PerFamily, RoutingTable},
     error::Error,
@@ -52,7 +52,8 @@ impl ProbeAddresses {
 impl Agent {
     /// Looks at the host's settings again; logs what is new.
     pub(super) async fn look_for_trouble(&mut self) -> Result<(), Error> {
-        let warnings = warnings(&self.network, &self.config, &self.links_down).await?;
+        let mut warnings = warnings(&self.network, &self.config, &self.links_down).await?;
+        warnings.extend_from_slice(&self.hidden_tags);
         for warning in warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
             warn!("{warning}");
         }
@@ -89,7 +90,7 @@ impl Agent {
             }
         }
         if changes.overrun || !changes.links.is_empty() {
-            self.observed.interfaces = with_vlans(&self.network, &self.attachments).await?;
+            (self.observed.interfaces, self.hidden_tags) = around(&self.network, &self.attachments).await?;
         }
         self.survey_tunnels().await?;
         self.observed.route_generation = self.observed.route_generation.wrapping_add(1);

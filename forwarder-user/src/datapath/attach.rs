@@ -85,7 +85,8 @@ impl AttachmentKind {
     }
 }
 
-/// Attaches XDP to an interface; also says, in words, why it is not in native mode.
+/// Attaches XDP to an interface; also says, in words, why it is not in native mode. `ports`: of a bond, those whose
+/// frames it sees and which send its frames.
 ///
 /// # Errors
 /// When the kernel refuses the mode that the configuration demands.
@@ -93,6 +94,7 @@ pub fn attach_xdp(
     ebpf: &mut Ebpf,
     pins: &PinDirectory,
     link: &network::Interface,
+    ports: &[&network::Interface],
     wanted: &config::Interface,
 ) -> Result<(Attachment, Option<String>), Error> {
     if !link.is_ethernet {
@@ -113,12 +115,12 @@ pub fn attach_xdp(
         config::XdpMode::Auto => {}
     }
     if wanted.mode == config::XdpMode::Generic || generic.exists() {
-        return Ok((attach_generic(ebpf, pins, link, wanted)?, None));
+        return Ok((attach_generic(ebpf, pins, link, ports, wanted)?, None));
     }
-    match try_native(ebpf, pins, link, wanted) {
+    match try_native(ebpf, pins, link, ports, wanted) {
         Ok(attachment) => Ok((attachment, None)),
         Err(error) if wanted.mode == config::XdpMode::Native => Err(error),
-        Err(error) => Ok((attach_generic(ebpf, pins, link, wanted)?, Some(error.what))),
+        Err(error) => Ok((attach_generic(ebpf, pins, link, ports, wanted)?, Some(error.what))),
     }
 }
 
@@ -179,6 +181,7 @@ fn try_native(
     ebpf: &mut Ebpf,
     pins: &PinDirectory,
     link: &network::Interface,
+    ports: &[&network::Interface],
     wanted: &config::Interface,
 ) -> Result<Attachment, Error> {
     let kind = AttachmentKind::XdpNative;
@@ -192,12 +195,17 @@ fn try_native(
     )
     .map_err(|mut error| {
         error.what = format!("\"{}\" in native mode: {}", link.name, error.what);
-        error.hint("set mode = \"auto\" or \"generic\" for this interface, or use a driver with native XDP")
+        error.hint(if link.kind == InterfaceKind::Bond {
+            "native XDP takes a bond in mode balance-rr, active-backup, balance-xor or 802.3ad, and ports that all can; else \
+             set mode = \"auto\" or \"generic\" for this interface"
+        } else {
+            "set mode = \"auto\" or \"generic\" for this interface, or use a driver with native XDP"
+        })
     })?;
     let sends = match wanted.redirect {
         config::Redirect::On => true,
         config::Redirect::Off => false,
-        config::Redirect::Auto => can_send(link),
+        config::Redirect::Auto => can_send(link, ports),
     };
     if !sends && wanted.redirect == config::Redirect::Auto {
         pins.unpin(&pins.link(kind, link.index))?;
@@ -212,18 +220,19 @@ fn try_native(
     } else {
         0
     };
-    let redirects = if link.kind == InterfaceKind::Veth {
+    let redirects = if has_veth(link, ports) {
         settings::flag::TRANSMIT_BY_REDIRECT
     } else {
         0
     };
-    Ok(attachment(link, kind, flags, redirects))
+    Ok(attachment(link, ports, kind, flags, redirects))
 }
 
 fn attach_generic(
     ebpf: &mut Ebpf,
     pins: &PinDirectory,
     link: &network::Interface,
+    ports: &[&network::Interface],
     wanted: &config::Interface,
 ) -> Result<Attachment, Error> {
     attach_or_replace_xdp(
@@ -243,7 +252,7 @@ fn attach_generic(
     } else {
         flag::SEND_GENERIC
     };
-    Ok(attachment(link, AttachmentKind::XdpGeneric, flags, 0))
+    Ok(attachment(link, ports, AttachmentKind::XdpGeneric, flags, 0))
 }
 
 /// Attaches the tcx program to the ingress of a tunnel device.
@@ -272,7 +281,7 @@ pub fn attach_tunnel(
         tunnel
             .attach(&link.name, TcAttachType::Ingress)
             .map_err(|error| refused(error.into()))?;
-        return Ok(attachment(link, AttachmentKind::Tcx, 0, 0));
+        return Ok(attachment(link, &[], AttachmentKind::Tcx, 0, 0));
     }
     let is_replaced = replace(pins, &path, |found| {
         let id = tunnel.attach_to_link(SchedClassifierLink::try_from(found)?)?;
@@ -285,7 +294,7 @@ pub fn attach_tunnel(
         };
         pin(attach(tunnel).map_err(refused)?, &path)?;
     }
-    Ok(attachment(link, AttachmentKind::Tcx, 0, 0))
+    Ok(attachment(link, &[], AttachmentKind::Tcx, 0, 0))
 }
 
 /// Removes the pinned links that are none of `attachments`: of interfaces that have left the configuration, or the
@@ -307,12 +316,16 @@ pub fn detach_others(pins: &PinDirectory, attachments: &[Attachment]) -> Result<
 
 fn attachment(
     link: &network::Interface,
+    ports: &[&network::Interface],
     kind: AttachmentKind,
     flags: u16,
     settings_flags: u32,
 ) -> Attachment {
-    let is_physical = link.kind == InterfaceKind::Physical && link.driver.as_deref() != Some("virtio_net");
-    let partial = if is_physical {
+    let is_physical = |link: &network::Interface| {
+        link.kind == InterfaceKind::Physical && link.driver.as_deref() != Some("virtio_net")
+    };
+    let is_bond_of_such = !ports.is_empty() && ports.iter().all(|port| is_physical(port));
+    let partial = if is_physical(link) || is_bond_of_such {
         0
     } else {
         settings::flag::PARTIAL_CHECKSUMS
@@ -336,7 +349,12 @@ fn attachment(
 }
 
 /// Can frames leave the interface straight from native XDP?
-fn can_send(link: &network::Interface) -> bool {
+fn can_send(link: &network::Interface, ports: &[&network::Interface]) -> bool {
     // Where the kernel does not say (before 6.3), a veth is the one driver in doubt.
-    network::takes_redirects(link.index).unwrap_or(link.kind != InterfaceKind::Veth)
+    network::takes_redirects(link.index).unwrap_or(!has_veth(link, ports))
+}
+
+/// Is it a veth, or a bond with one?
+fn has_veth(link: &network::Interface, ports: &[&network::Interface]) -> bool {
+    link.kind == InterfaceKind::Veth || ports.iter().any(|port| port.kind == InterfaceKind::Veth)
 }

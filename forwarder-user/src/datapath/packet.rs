@@ -167,11 +167,13 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         Ok(())
     }
 
-    fn cut_and_grow(&mut self, len: usize, front: usize) -> Result<(), Stop> {
-        if len > self.bytes.len() {
+    fn cut_and_grow(&mut self, len: usize, network_offset: usize, front: usize) -> Result<(), Stop> {
+        if network_offset > len || len > self.bytes.len() {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         self.bytes.truncate(len);
-        self.move_start(-(front as i32))
+        self.bytes
+            .splice(network_offset..network_offset, std::iter::repeat_n(0, front));
+        Ok(())
     }
 }

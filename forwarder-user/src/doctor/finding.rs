@@ -31,6 +31,8 @@ pub enum Cause {
     LroOn,
     /// The same in hardware, which drivers undo or which undoes native mode.
     GroHwOn,
+    /// VLAN tags are taken out of frames before native XDP sees them.
+    VlanTagsHidden,
     /// The host does not forward.
     ForwardingOff,
     /// An address or a route of this host lies inside a network that is elsewhere.
@@ -73,6 +75,7 @@ impl Cause {
             Self::NativeImpossible => "native-impossible",
             Self::LroOn => "lro-on",
             Self::GroHwOn => "gro-hw-on",
+            Self::VlanTagsHidden => "vlan-tags-hidden",
             Self::ForwardingOff => "forwarding-off",
             Self::OverlappingNetwork => "overlapping-network",
             Self::TableWithoutRoute => "table-without-route",
@@ -99,7 +102,7 @@ impl Cause {
         match self {
             Self::KernelTooOld | Self::InterfaceMissing | Self::NotEthernet => 0,
             Self::Path(Path::TunnelDown | Path::InterfaceDown) | Self::InterfaceEnslaved => 1,
-            Self::NativeImpossible | Self::LroOn | Self::GroHwOn => 2,
+            Self::NativeImpossible | Self::LroOn | Self::GroHwOn | Self::VlanTagsHidden => 2,
             Self::ForwardingOff => 3,
             Self::OverlappingNetwork | Self::TableWithoutRoute => 4,
             Self::WrongRoute

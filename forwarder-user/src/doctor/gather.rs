@@ -1,7 +1,7 @@
 //! Asks the kernel, the routers and the servers. Nothing is judged here.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fs,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
@@ -20,6 +20,7 @@ use crate::{
     error::Error,
     health::{self, Origin, ProbeFailure, Stage, Target, tcp},
     network::{self, Network, PolicyRule, RouteError, Rule, Selector},
+    state::bonds,
 };
 
 /// Where probe addresses are local.
@@ -144,8 +145,17 @@ fn sources(config: &Config, has_agent: bool) -> Vec<(IpNet, IpAddr)> {
 pub(super) async fn gather(network: &Network, question: Question, loan: &Loan) -> Result<Facts, Error> {
     let config = narrowed(question.config, question.group.as_deref());
     let mut devices = Vec::new();
-    for link in network.interfaces().await? {
-        let is_ours = config.interfaces.contains_key(&link.name) || config.tunnels.contains_key(&link.name);
+    let links = network.interfaces().await?;
+    let bonded: HashSet<u32> = links
+        .iter()
+        .filter(|link| config.interfaces.contains_key(&link.name))
+        .flat_map(|link| bonds::ports(&links, link.index))
+        .map(|port| port.index)
+        .collect();
+    for link in links {
+        let is_ours = config.interfaces.contains_key(&link.name)
+            || config.tunnels.contains_key(&link.name)
+            || bonded.contains(&link.index);
         devices.push(device(network, link, is_ours).await?);
     }
     let vips = config.vips();

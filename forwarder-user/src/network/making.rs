@@ -202,15 +202,15 @@ impl Network {
             )));
         }
         let (mut tunnel, way) = (*tunnel, self.way_to(tunnel.remote, tunnel.local).await);
-        let (interface, source) = way.ok_or_else(|| {
+        let way = way.ok_or_else(|| {
             Error::host(format!(
                 "cannot {}: there is no route to {}",
                 what(),
                 tunnel.remote
             ))
         })?;
-        tunnel.local = tunnel.local.or(source);
-        let link = self.interface_by_index(interface).await?;
+        tunnel.local = tunnel.local.or(way.source);
+        let link = self.interface_by_index(way.interface).await?;
         let carried = link.map_or(0, |link| link.mtu_bytes.saturating_sub(tunnel.overhead_bytes()));
         let mtu_bytes = tunnel.mtu_bytes.unwrap_or(carried.max(1280));
         let (kind, data) = tunnel.info();
@@ -328,7 +328,7 @@ mod tests {
             assert_eq!(device.remote, Some([10, 7, 0, 2].into()));
             assert_eq!(device.local, Some([10, 7, 0, 1].into()));
             let way = network.way_to([192, 168, 1, 10].into(), None).await;
-            assert_eq!(way.map(|(interface, _)| interface), Some(device.index));
+            assert_eq!(way.map(|way| way.interface), Some(device.index));
             let other = MadeTunnel {
                 id: Some(43),
                 ..tunnel

@@ -44,7 +44,7 @@ pub use packet_socket::PacketSocket;
 pub use route::{Route, RouteError};
 pub use rule::{MAIN_TABLE, PolicyRule, RULE_PRIORITY, Selector};
 pub use sysctl::RpFilter;
-pub use tunnel::{FarEnd, TunnelDevice};
+pub use tunnel::{FarEnd, TunnelDevice, Way};
 pub use watch::{Changes, LinkChange, LinkState, Watch};
 pub use xdp_features::{runs_programs, takes_redirects};
 

@@ -22,7 +22,7 @@ use rtnetlink::{
             TunnelEncapType,
         },
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState as KernelState},
-        route::{RouteAddress, RouteAttribute, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteMetric, RouteType},
     },
 };
 
@@ -95,6 +95,18 @@ pub struct FarEnd {
     /// `None`: as the device.
     pub port: Option<u16>,
     pub vni: Option<u32>,
+}
+
+/// How packets to a far end leave this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// Number of the interface that they leave by.
+    pub interface: u32,
+    /// The source address that the kernel would choose, or was asked about.
+    pub source: Option<IpAddr>,
+    /// Largest packet that gets there, in bytes, where that is less than the interface sends: the route says so, or
+    /// the kernel has heard of it by ICMP (RFC 1191, RFC 8201), which it forgets after a while.
+    pub mtu_bytes: Option<u32>,
 }
 
 impl TunnelDevice {
@@ -495,9 +507,8 @@ impl Network {
             .map_err(|error| failed("list the forwarding entries", &error))
     }
 
-    /// The interface by which packets to `remote` leave, and the source address that the kernel would choose (or was
-    /// asked about); `None`: no route.
-    pub async fn way_to(&self, remote: IpAddr, from: Option<IpAddr>) -> Option<(u32, Option<IpAddr>)> {
+    /// How packets to `remote` leave; `None`: no route.
+    pub async fn way_to(&self, remote: IpAddr, from: Option<IpAddr>) -> Option<Way> {
         let request = match (remote, from) {
             (IpAddr::V4(remote), from) => {
                 let builder = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(remote, 32);
@@ -517,17 +528,27 @@ impl Network {
         let mut answers = std::pin::pin!(self.handle.route().get(request).execute());
         // Whatever the kernel says instead of a route means that there is none.
         let route = answers.try_next().await.ok()??;
-        let (mut interface, mut source) = (None, from);
+        let (mut interface, mut source, mut mtu_bytes) = (None, from, None);
         for attribute in &route.attributes {
             match attribute {
                 RouteAttribute::Oif(index) => interface = Some(*index),
                 RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some((*address).into()),
                 RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => source = Some((*address).into()),
+                RouteAttribute::Metrics(metrics) => {
+                    mtu_bytes = metrics.iter().find_map(|metric| match metric {
+                        RouteMetric::Mtu(bytes) => Some(*bytes),
+                        _ => None,
+                    });
+                }
                 _ => {}
             }
         }
         let is_sent = route.header.kind == RouteType::Unicast;
-        interface.filter(|_| is_sent).map(|interface| (interface, source))
+        interface.filter(|_| is_sent).map(|interface| Way {
+            interface,
+            source,
+            mtu_bytes,
+        })
     }
 
     /// Link addresses of the usable neighbours on the interface with number `interface`, of both families, with the IP

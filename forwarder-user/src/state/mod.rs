@@ -5,9 +5,10 @@
 //! contents; `tiers` says which backends of a group serve, `tables` builds the groups' tables (`turns` for groups that
 //! select in turn) and keeps them. `plan` lists the writes that lead from one state of the tables to the next, `apply`
 //! executes them all or none, `inherit` is what an agent takes over of another's. `difference` compares configurations
-//! for people. `vlans` is what the data path knows of VLAN devices.
+//! for people. `vlans` and `bonds` are what the data path knows of VLAN devices and of the ports of bonds.
 
 pub mod apply;
+pub mod bonds;
 pub mod desired;
 pub mod difference;
 pub mod ids;

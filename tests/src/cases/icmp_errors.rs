@@ -195,7 +195,14 @@ impl Flow {
 }
 
 pub(super) fn all() -> Vec<Case> {
-    [translated(), untranslated(), own(), in_tunnels()].concat()
+    [
+        translated(),
+        untranslated(),
+        own(),
+        in_tunnels(),
+        own_in_tunnels(),
+    ]
+    .concat()
 }
 
 fn translated() -> Vec<Case> {
@@ -551,4 +558,60 @@ fn in_tunnels() -> Vec<Case> {
             )
         })
         .collect()
+}
+
+/// What the gateway reports of packets out of a kernel tunnel, to the host behind it.
+fn own_in_tunnels() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for family in Family::BOTH {
+        let name = family.name();
+        let ip_len = if family == Family::V4 { 20 } else { 40 };
+        let opening = |case: Case| {
+            let packet = family.packet(&syn(REMOTE));
+            let left = packet
+                .clone()
+                .from(family.end(binding(0)))
+                .to(family.end(REMOTE.server));
+            case.then(Step::to_stack(&packet, &left).counts(REMOTE.opened()))
+        };
+        let reply = |len: usize| {
+            let reply = Builder::tcp(segment::ACK, REMOTE.server, binding(0))
+                .link(mac_of(*REMOTE.server.ip()), TUNNEL_SIDE.mac)
+                .payload(len - ip_len - 20)
+                .fragment(if family == Family::V4 { 0x4000 } else { 0 });
+            family.packet(&reply)
+        };
+        let is_told =
+            |packet: &Builder, reason, mtu_bytes| told(&TUNNEL_SIDE, packet, reason, mtu_bytes).in_tunnel();
+        // The kernel, or the device, completes the quoted checksum, and the message's is made for that.
+        let owed = reply(100).ttl(1);
+        let partial = owed.clone().checksum(Checksum::Partial).build();
+        let field = |start: usize| start..start + 2;
+        let own = &partial[field(ETHERNET_LEN + ip_len + 16)];
+        let out = owed.reported(if ip_len == 20 { 11 } else { 3 }, 0, 0).build();
+        let out = patched(out, ETHERNET_LEN + ip_len + 8 + ip_len + 16, own);
+        let list = [
+            opening(Case::new(
+                format!("A reply over {name} out of a tunnel that does not fit the client's link is told what does"),
+                world_with_mtu(),
+            ))
+            .then(is_told(&reply(1501), Reason::TOO_BIG, 1500)),
+            opening(Case::new(
+                format!("A reply over {name} out of a tunnel whose time to live is 1 is told so"),
+                world(),
+            ))
+            .then(is_told(&reply(100).ttl(1), Reason::TTL_EXCEEDED, 0)),
+            opening(Case::new(
+                format!("What is told of a packet over {name} whose checksum the kernel owes is right once it is paid"),
+                world(),
+            ))
+            .then(
+                Step::new(&TUNNEL_SIDE, partial.clone(), Verdict::TRANSMIT, Reason::TTL_EXCEEDED)
+                    .in_tunnel()
+                    .out(out),
+            ),
+        ];
+        cases.extend(list.into_iter().map(|case| family.case(case)));
+    }
+    cases
 }

@@ -4,7 +4,7 @@
 
 use std::{
     fmt, fs,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -17,6 +17,7 @@ use super::{
     agent::{Agent, ShowLog},
     command,
     configuration::{Check, Configuration},
+    dual_stack::{self, PEERING},
     nginx::pattern,
     topology::{PORT, Peering, Server, Site},
     tunnel::Kind,
@@ -69,7 +70,9 @@ pub fn cross(kind: Kind, mode: Mode, length_bytes: u32) -> Result<Transferred> {
     let site = Site::peering_with(Lifetime::Process, peering)?;
     let show_log = ShowLog::of(&site.lab);
     let server = site.servers.first().context("a server")?;
-    site.client().route(site.networks[1].1, NEAR_ROUTER)?;
+    if !site.is_ipv6 {
+        site.client().route(site.networks[1].1, NEAR_ROUTER)?;
+    }
     let agent = site.start_agent(&configuration(&site, server, mode), "web")?;
     await_mode(&agent, mode)?;
 
@@ -91,11 +94,19 @@ pub fn cross(kind: Kind, mode: Mode, length_bytes: u32) -> Result<Transferred> {
 }
 
 fn configuration(site: &Site, server: &Server, mode: Mode) -> Configuration {
-    let configuration = site
-        .web_configuration()
+    let (base, address) = if site.is_ipv6 {
+        let web = dual_stack::configuration(site)
+            .group("web", "full", Check::Http)
+            .backend("web", server.name, PEERING.server, PORT, 100)
+            .listener("web", PEERING.vip, PORT, "tcp", "web");
+        (web, IpAddr::from(PEERING.server))
+    } else {
+        (site.web_configuration(), server.address.into())
+    };
+    let configuration = base
         .group("echo", "full", Check::None)
-        .backend("echo", server.name, server.address, ECHO_PORT, 1)
-        .listener("echo", site.vip, ECHO_PORT, "udp", "echo");
+        .backend("echo", server.name, address, ECHO_PORT, 1)
+        .listener("echo", site.front(), ECHO_PORT, "udp", "echo");
     in_mode(configuration, mode)
 }
 
@@ -178,7 +189,7 @@ pub fn download(site: &Site, client: &Namespace, server: &Server, length_bytes: 
     let content = pattern(length_bytes);
     let (original, received) = (original(site, &content)?, site.lab.directory().join("received"));
     server.nginx.serve_large(&content)?;
-    let url = format!("http://{}:{PORT}/large", site.vip);
+    let url = format!("http://{}/large", SocketAddr::new(site.front(), PORT));
     let took = curl(client, &["--output", text(&received)?], &url).context("download")?;
     ensure!(
         digest(&received)? == digest(&original)?,
@@ -190,7 +201,7 @@ pub fn download(site: &Site, client: &Namespace, server: &Server, length_bytes: 
 /// The other way round.
 pub fn upload(site: &Site, client: &Namespace, server: &Server, length_bytes: u32) -> Result<Duration> {
     let original = original(site, &pattern(length_bytes))?;
-    let url = format!("http://{}:{PORT}/taken/upload", site.vip);
+    let url = format!("http://{}/taken/upload", SocketAddr::new(site.front(), PORT));
     let took = curl(client, &["--upload-file", text(&original)?], &url).context("upload")?;
     ensure!(
         digest(&server.nginx.taken("upload"))? == digest(&original)?,
@@ -208,24 +219,37 @@ fn original(site: &Site, content: &[u8]) -> Result<PathBuf> {
 
 /// Asks the echo server `server` through the VIP by datagrams, from the smallest to the largest of `lengths_bytes`.
 fn datagrams(site: &Site, server: &Server, port: u16, lengths_bytes: &[usize]) -> Result<()> {
-    let echo = EchoServer::start(&server.namespace, port)?;
-    let client = Client::open(site.client(), 0)?;
+    let any = if site.is_ipv6 {
+        IpAddr::from(Ipv6Addr::UNSPECIFIED)
+    } else {
+        Ipv4Addr::UNSPECIFIED.into()
+    };
+    let echo = EchoServer::start_on(&server.namespace, any, port)?;
+    let client = Client::open_on(site.client(), any, 0)?;
     for length_bytes in lengths_bytes {
         let name = client
-            .ask(&"x".repeat(*length_bytes), SocketAddrV4::new(site.vip, port))
+            .ask(&"x".repeat(*length_bytes), SocketAddr::new(site.front(), port))
             .with_context(|| format!("{length_bytes} bytes"))?;
         ensure!(name == server.namespace.role(), "{name} answered");
     }
-    ensure!(!echo.peers().is_empty(), "somebody else answered");
+    ensure!(echo.was_asked(), "somebody else answered");
     Ok(())
 }
 
-/// Echo requests to the VIP, and to the router at the other end, which are none of the forwarder's business and go
-/// through the same tunnel.
+/// Echo requests to the VIP, from either side of the tunnel; and to the router at the other end, which are none of the
+/// forwarder's business and go through the same tunnel.
 fn echo_requests(site: &Site) -> Result<()> {
-    for destination in [site.vip, FAR_ROUTER] {
-        site.client()
-            .run(&format!("ping -c 3 -i 0.2 -W 5 {destination}"))?;
+    let far_router = if site.is_ipv6 {
+        PEERING.far_router.into()
+    } else {
+        IpAddr::from(FAR_ROUTER)
+    };
+    for (host, destination) in [
+        (site.client(), site.front()),
+        (site.client(), far_router),
+        (&site.far_router, site.front()),
+    ] {
+        host.run(&format!("ping -c 3 -i 0.2 -W 5 {destination}"))?;
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! IPv6 beside IPv4 in the cross-region lab: the same hosts, links and tunnel with addresses and routes of their own.
+//! IPv6 beside IPv4 in the cross-region lab: the same hosts, links and tunnel with addresses and routes of their own;
+//! and in the peering lab, where a tunnel carries nothing else.
 //!
 //! Nothing of the gateway's VIPs and pool is configured on any host: who has them, the data path answers.
 
@@ -19,15 +20,60 @@ pub const LOCAL_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x16, 1, 0, 0, 0, 0, 0x10);
 /// ECS02's, behind the tunnel.
 pub const REMOTE_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xc0, 1, 0, 0, 0, 0, 0x10);
 
+/// The peering lab's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peering {
+    pub vip: Ipv6Addr,
+    pub server: Ipv6Addr,
+    /// The router behind the tunnel.
+    pub far_router: Ipv6Addr,
+}
+
+/// Addresses in the peering lab, whose networks are fd00:18::/64 and, behind the tunnel, fd00:17::/64.
+pub const PEERING: Peering = Peering {
+    vip: Ipv6Addr::new(0xfd00, 0x18, 0, 0, 0, 0, 0, 0x100),
+    server: Ipv6Addr::new(0xfd00, 0x17, 0, 0, 0, 0, 0, 0x205),
+    far_router: Ipv6Addr::new(0xfd00, 0x17, 0, 0, 0, 0, 0, 1),
+};
+
+/// Lets a host have IPv6. Labs of IPv4 do without, so that nothing is said on their links that no test asked for.
+pub(super) fn allow(host: &Namespace) -> Result<()> {
+    for interfaces in ["all", "default"] {
+        host.sysctl(&format!("net/ipv6/conf/{interfaces}/disable_ipv6"), "0")?;
+    }
+    Ok(())
+}
+
+/// Gives gateway, client, far router and server of a peering site their IPv6 addresses and routes; the tunnel has its
+/// own.
+pub(super) fn add_peering([gateway, client, far, server]: [&Namespace; 4]) -> Result<()> {
+    for (host, interface, address) in [
+        (gateway, "eth0", "fd00:18::1/64"),
+        (client, "eth0", "fd00:18::10/64"),
+        (far, "eth1", "fd00:17::1/64"),
+        (server, "eth0", "fd00:17::205/64"),
+    ] {
+        host.run(&format!("ip address add {address} dev {interface} nodad"))?;
+    }
+    for (host, to, via) in [
+        (gateway, "fd00:17::/64", "fd18::2"),
+        (client, "fd00:17::/64", "fd00:18::1"),
+        (far, "fd00:18::/64", "fd18::1"),
+        (far, POOL_V6, "fd18::1"),
+        (server, "fd00:18::/64", "fd00:17::1"),
+        (server, POOL_V6, "fd00:17::1"),
+    ] {
+        host.run(&format!("ip route add {to} via {via}"))?;
+    }
+    Ok(())
+}
+
 /// Gives the hosts of a cross-region site their IPv6 addresses and routes.
 pub fn add(site: &Site) -> Result<()> {
     let (gateway, far, client) = (&site.gateway, &site.far_router, site.client());
     let (local, remote) = (&site.server("ecs01")?.namespace, &site.server("ecs02")?.namespace);
     for host in [gateway, far, client, local, remote] {
-        // Labs of IPv4 do without, so that nothing is said on their links that no test asked for.
-        for interfaces in ["all", "default"] {
-            host.sysctl(&format!("net/ipv6/conf/{interfaces}/disable_ipv6"), "0")?;
-        }
+        allow(host)?;
     }
     for router in [gateway, far] {
         router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
@@ -65,6 +111,8 @@ pub fn configuration(site: &Site) -> Configuration {
     for (v4, v6) in [
         ("172.16.0.0/12", "fd00:16::/32"),
         ("192.168.0.0/16", "fd00:c0::/32"),
+        ("172.18.0.0/24", "fd00:18::/64"),
+        ("172.17.0.0/24", "fd00:17::/64"),
     ] {
         text = text.replace(&format!("\"{v4}\""), &format!("\"{v4}\", \"{v6}\""));
     }

@@ -8,7 +8,10 @@
 //! The connection between networks is a VXLAN device over links of 1500 bytes, so it takes 50 bytes less than
 //! the networks it joins: what goes through it has to be told. Peering can be had over any other kind of tunnel.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 
@@ -16,6 +19,7 @@ use super::{
     Lab, Lifetime, Namespace,
     agent::{self, Agent},
     configuration::{Check, Configuration},
+    dual_stack,
     load::{Answer, curl},
     nginx::Nginx,
     status::HEALTHY,
@@ -62,6 +66,8 @@ pub struct Site {
     pub remote_client: Option<Namespace>,
     pub servers: Vec<Server>,
     pub vip: Ipv4Addr,
+    /// Does its tunnel carry IPv6 only? See [`dual_stack::PEERING`].
+    pub is_ipv6: bool,
     /// Interfaces of the gateway that get the XDP program.
     pub interfaces: &'static [&'static str],
     /// The gateway's tunnel device.
@@ -211,6 +217,12 @@ impl Site {
         let transit = lab.namespace("transit")?;
         let server = lab.namespace("ecs-test")?;
 
+        let is_ipv6 = peering.kind.is_for_ipv6();
+        if is_ipv6 || peering.kind.is_over_ipv6() {
+            for host in [&gateway, &client, &transit, &server] {
+                dual_stack::allow(host)?;
+            }
+        }
         lab.cable((&gateway, "eth0"), (&client, "eth0"), peering.client_mtu_bytes)?;
         gateway.address("eth0", "172.18.0.1/24")?;
         client.address("eth0", "172.18.0.10/24")?;
@@ -227,6 +239,15 @@ impl Site {
         transit.address("wan", "198.51.100.2/30")?;
         gateway.forward()?;
         transit.forward()?;
+        if is_ipv6 || peering.kind.is_over_ipv6() {
+            for router in [&gateway, &transit] {
+                router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+            }
+        }
+        if peering.kind.is_over_ipv6() {
+            gateway.run("ip address add 2001:db8:51::1/64 dev wan nodad")?;
+            transit.run("ip address add 2001:db8:51::2/64 dev wan nodad")?;
+        }
 
         let (near, far) = (Ipv4Addr::new(169, 254, 18, 1), Ipv4Addr::new(169, 254, 18, 2));
         let ends = [
@@ -235,9 +256,15 @@ impl Site {
         ];
         tunnel::join(&lab, peering.kind, "peering", ends, MTU_BYTES)?;
         // VPC-Test-01's route table; then VPC-Test-02's, in its router and on its server.
-        gateway.route("172.17.0.0/24", far)?;
+        if is_ipv6 {
+            dual_stack::add_peering([&gateway, &client, &transit, &server])?;
+        } else {
+            gateway.route("172.17.0.0/24", far)?;
+        }
         for destination in ["172.18.0.0/24", POOL] {
-            transit.route(destination, near)?;
+            if !is_ipv6 {
+                transit.route(destination, near)?;
+            }
             if let Some(branch) = &branch {
                 branch.route(destination, NARROW[0])?;
             }
@@ -246,7 +273,10 @@ impl Site {
         if branch.is_some() {
             transit.route("172.17.0.0/24", NARROW[1])?;
         }
-        server.security_group(&["172.17.0.0/24", BACK_TO_ORIGIN])?;
+        // Its rules are of IPv4, and would admit nothing else.
+        if !is_ipv6 {
+            server.security_group(&["172.17.0.0/24", BACK_TO_ORIGIN])?;
+        }
 
         let page = "Welcome to nginx on ECS-Test in VPC-Test-02!";
         let nginx = Nginx::start(&lab, &server, &[PORT], page)?;
@@ -265,6 +295,7 @@ impl Site {
                 nginx,
             }],
             vip: Ipv4Addr::new(172, 18, 0, 100),
+            is_ipv6,
             interfaces: &["eth0"],
             tunnel: "peering",
             networks: [
@@ -383,12 +414,22 @@ impl Site {
             remote_client,
             servers,
             vip: Ipv4Addr::new(172, 16, 0, 100),
+            is_ipv6: false,
             interfaces: &["eth0", "eth1"],
             tunnel: "cen",
             networks: [("vpc1", "172.16.0.0/12", false), ("vpc2", "192.168.0.0/16", true)],
             drawing: CROSS_REGION_DRAWING,
             lab,
         })
+    }
+
+    /// The VIP in the family that its tunnel carries.
+    pub const fn front(&self) -> IpAddr {
+        if self.is_ipv6 {
+            IpAddr::V6(dual_stack::PEERING.vip)
+        } else {
+            IpAddr::V4(self.vip)
+        }
     }
 
     /// The client that requests come from.
@@ -548,10 +589,13 @@ fn narrow(lab: &Lab, router: &Namespace, mtu_bytes: u16) -> Result<Namespace> {
 
 /// The end of a tunnel on a host whose interface `wan` leads to the other end.
 fn end(namespace: &Namespace, outside: Ipv4Addr, inside: Ipv4Addr) -> End<'_> {
+    let number = |address: Ipv4Addr| u16::from(address.octets()[3]);
     End {
         namespace,
         carrier: "wan",
         outside,
+        outside_v6: Ipv6Addr::new(0x2001, 0xdb8, 0x51, 0, 0, 0, 0, number(outside)),
         inside,
+        inside_v6: Ipv6Addr::new(0xfd18, 0, 0, 0, 0, 0, 0, number(inside)),
     }
 }

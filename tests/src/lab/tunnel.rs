@@ -3,7 +3,12 @@
 //! What a kind is called, what it takes of the MTU and the commands that make it: nothing else is different between
 //! labs. Most kinds need a module that a kernel may not have, so only labs in a virtual machine make them.
 
-use std::{fs, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::Path};
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+};
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
@@ -37,6 +42,16 @@ pub enum Kind {
     Ipip,
     /// A `sit` device in the mode that takes IPv4 beside IPv6.
     Sit,
+    /// A `sit` device for IPv6 alone.
+    Ipv6InIpv4,
+    /// An `ip6tnl` device for IPv4.
+    Ipv4InIpv6,
+    /// An `ip6tnl` device for IPv6.
+    Ipv6InIpv6,
+    /// IP in GRE over IPv6, with a key.
+    Gre6,
+    /// VXLAN over IPv6.
+    Vxlan6,
     /// IP in UDP, nothing between.
     Fou,
     Gue,
@@ -48,9 +63,25 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Outer IPv4 and all headers up to the inner IP packet, in bytes.
+    /// Is the outer packet IPv6?
+    pub const fn is_over_ipv6(self) -> bool {
+        matches!(
+            self,
+            Self::Ipv4InIpv6 | Self::Ipv6InIpv6 | Self::Gre6 | Self::Vxlan6
+        )
+    }
+
+    /// Does it carry IPv6 only? All others carry IPv4 here.
+    pub const fn is_for_ipv6(self) -> bool {
+        matches!(self, Self::Ipv6InIpv4 | Self::Ipv6InIpv6)
+    }
+
+    /// Outer IP header and all headers up to the inner IP packet, in bytes.
     pub const fn overhead_bytes(self) -> u16 {
         const IPV4: u16 = 20;
+        const IPV6: u16 = 40;
+        // The option that limits nesting, which Linux sends by default (RFC 2473 §4.1.1).
+        const LIMIT: u16 = 8;
         const UDP: u16 = 8;
         const ETHERNET: u16 = 14;
         const GRE_WITH_KEY: u16 = 8;
@@ -59,7 +90,10 @@ impl Kind {
             Self::Vxlan | Self::Geneve => IPV4 + UDP + 8 + ETHERNET,
             Self::Gretap => IPV4 + GRE_WITH_KEY + ETHERNET,
             Self::Gre => IPV4 + GRE_WITH_KEY,
-            Self::Ipip | Self::Sit => IPV4,
+            Self::Ipip | Self::Sit | Self::Ipv6InIpv4 => IPV4,
+            Self::Ipv4InIpv6 | Self::Ipv6InIpv6 => IPV6 + LIMIT,
+            Self::Gre6 => IPV6 + LIMIT + GRE_WITH_KEY,
+            Self::Vxlan6 => IPV6 + UDP + 8 + ETHERNET,
             Self::Fou | Self::Tun => IPV4 + UDP,
             Self::Gue => IPV4 + UDP + 4,
             // Message header 16 and tag 16 (wireguard.com/protocol); the packet is padded to 16, up to the MTU.
@@ -76,10 +110,23 @@ pub struct End<'a> {
     pub namespace: &'a Namespace,
     /// Interface to the network that carries the tunnel.
     pub carrier: &'a str,
-    /// Address in that network.
+    /// Addresses in that network; the second where the tunnel is over IPv6.
     pub outside: Ipv4Addr,
-    /// Address of the tunnel device, in a /30.
+    pub outside_v6: Ipv6Addr,
+    /// Addresses of the tunnel device, in a /30 and a /64; the second where the tunnel is for IPv6.
     pub inside: Ipv4Addr,
+    pub inside_v6: Ipv6Addr,
+}
+
+impl End<'_> {
+    /// The address in the carrier that this kind of tunnel has.
+    const fn outside_of(&self, kind: Kind) -> IpAddr {
+        if kind.is_over_ipv6() {
+            IpAddr::V6(self.outside_v6)
+        } else {
+            IpAddr::V4(self.outside)
+        }
+    }
 }
 
 /// Joins two ends by devices called `name`, for a carrier of `carrier_mtu_bytes`.
@@ -105,9 +152,9 @@ pub fn join(lab: &Lab, kind: Kind, name: &str, ends: [End<'_>; 2], carrier_mtu_b
                 ))
                 .map(drop)
         };
-        let (local, remote) = (this.outside, other.outside);
+        let (local, remote) = (this.outside_of(kind), other.outside_of(kind));
         match kind {
-            Kind::Vxlan => add(&format!(
+            Kind::Vxlan | Kind::Vxlan6 => add(&format!(
                 "vxlan id {NUMBER} local {local} remote {remote} dstport {VXLAN_PORT}"
             )),
             Kind::Geneve => add(&format!(
@@ -117,6 +164,10 @@ pub fn join(lab: &Lab, kind: Kind, name: &str, ends: [End<'_>; 2], carrier_mtu_b
             Kind::Gre => add(&format!("gre key {NUMBER} local {local} remote {remote}")),
             Kind::Ipip => add(&format!("ipip local {local} remote {remote}")),
             Kind::Sit => add(&format!("sit mode any local {local} remote {remote}")),
+            Kind::Ipv6InIpv4 => add(&format!("sit mode ip6ip local {local} remote {remote}")),
+            Kind::Ipv4InIpv6 => add(&format!("ip6tnl mode ipip6 local {local} remote {remote}")),
+            Kind::Ipv6InIpv6 => add(&format!("ip6tnl mode ip6ip6 local {local} remote {remote}")),
+            Kind::Gre6 => add(&format!("ip6gre key {NUMBER} local {local} remote {remote}")),
             Kind::Fou => {
                 // 4: IPv4 in IP.
                 this.namespace
@@ -154,7 +205,12 @@ pub fn join(lab: &Lab, kind: Kind, name: &str, ends: [End<'_>; 2], carrier_mtu_b
                 keys[1 - number].public
             ))?;
         }
-        this.namespace.address(name, &format!("{}/30", this.inside))?;
+        if kind.is_for_ipv6() {
+            this.namespace
+                .run(&format!("ip address add {}/64 dev {name} nodad", this.inside_v6))?;
+        } else {
+            this.namespace.address(name, &format!("{}/30", this.inside))?;
+        }
         this.namespace.run(&format!("ip link set {name} up"))?;
     }
     Ok(())

@@ -2,7 +2,7 @@
 
 use std::{
     io::ErrorKind,
-    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -24,14 +24,20 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct EchoServer {
     socket: UdpSocket,
-    peers: Arc<Mutex<Vec<SocketAddrV4>>>,
+    peers: Arc<Mutex<Vec<SocketAddr>>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl EchoServer {
+    /// Serves IPv4.
     pub fn start(namespace: &Namespace, port: u16) -> Result<Self> {
-        let socket = open(namespace, port)?;
+        Self::start_on(namespace, Ipv4Addr::UNSPECIFIED, port)
+    }
+
+    /// Serves this address.
+    pub fn start_on(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> Result<Self> {
+        let socket = open(namespace, address, port)?;
         socket.set_read_timeout(Some(LOOK))?;
         let peers = Arc::new(Mutex::new(Vec::new()));
         let stop = Arc::new(AtomicBool::new(false));
@@ -50,9 +56,23 @@ impl EchoServer {
         })
     }
 
-    /// Sources of the datagrams so far, in order.
+    /// Sources of the datagrams over IPv4 so far, in order.
     pub fn peers(&self) -> Vec<SocketAddrV4> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let v4 = peers.iter().filter_map(|peer| match peer {
+            SocketAddr::V4(peer) => Some(*peer),
+            SocketAddr::V6(_) => None,
+        });
+        v4.collect()
+    }
+
+    /// Has anybody asked?
+    pub fn was_asked(&self) -> bool {
+        !self
+            .peers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_empty()
     }
 
     /// Sends a datagram that nobody asked for, from the server's own port.
@@ -74,14 +94,11 @@ impl Drop for EchoServer {
     }
 }
 
-fn answer(socket: &UdpSocket, name: &str, peers: &Mutex<Vec<SocketAddrV4>>, stop: &AtomicBool) {
+fn answer(socket: &UdpSocket, name: &str, peers: &Mutex<Vec<SocketAddr>>, stop: &AtomicBool) {
     let mut buffer = [0; 2048];
     while !stop.load(Ordering::Relaxed) {
         // Errors are timeouts, or ICMP errors that answers to a closed client socket caused.
         let Ok((length, peer)) = socket.recv_from(&mut buffer) else {
-            continue;
-        };
-        let std::net::SocketAddr::V4(peer) = peer else {
             continue;
         };
         peers.lock().unwrap_or_else(PoisonError::into_inner).push(peer);
@@ -98,9 +115,14 @@ pub struct Client {
 }
 
 impl Client {
-    /// Opens a socket on `port`, 0 for any, of all addresses of the namespace.
+    /// Opens a socket on `port`, 0 for any, of all IPv4 addresses of the namespace.
     pub fn open(namespace: &Namespace, port: u16) -> Result<Self> {
-        let socket = open(namespace, port)?;
+        Self::open_on(namespace, Ipv4Addr::UNSPECIFIED, port)
+    }
+
+    /// Opens a socket on `port`, 0 for any, of this address.
+    pub fn open_on(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> Result<Self> {
+        let socket = open(namespace, address, port)?;
         socket.set_read_timeout(Some(ANSWER_DEADLINE))?;
         Ok(Self { socket })
     }
@@ -110,32 +132,39 @@ impl Client {
         Ok(self.socket.local_addr()?.port())
     }
 
-    pub fn send(&self, payload: &str, to: SocketAddrV4) -> Result<()> {
+    pub fn send(&self, payload: &str, to: impl Into<SocketAddr>) -> Result<()> {
         self.socket
-            .send_to(payload.as_bytes(), to)
+            .send_to(payload.as_bytes(), to.into())
             .map(drop)
             .context("cannot send from the client")
     }
 
-    /// The next datagram and whom it came from; `None` when none comes for two seconds.
+    /// The next datagram over IPv4 and whom it came from; `None` when none comes for two seconds.
     pub fn receive(&self) -> Result<Option<(String, SocketAddrV4)>> {
+        Ok(self.receive_any()?.and_then(|(text, from)| match from {
+            SocketAddr::V4(from) => Some((text, from)),
+            SocketAddr::V6(_) => None,
+        }))
+    }
+
+    fn receive_any(&self) -> Result<Option<(String, SocketAddr)>> {
         let mut buffer = [0; 2048];
         match self.socket.recv_from(&mut buffer) {
-            Ok((length, std::net::SocketAddr::V4(from))) => Ok(Some((
+            Ok((length, from)) => Ok(Some((
                 String::from_utf8_lossy(&buffer[..length]).into_owned(),
                 from,
             ))),
-            Ok(_) => Ok(None),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(None),
             Err(error) => Err(error).context("cannot receive on the client"),
         }
     }
 
     /// Sends `payload` and returns the name of the server that echoed it from the address it was sent to.
-    pub fn ask(&self, payload: &str, to: SocketAddrV4) -> Result<String> {
+    pub fn ask(&self, payload: &str, to: impl Into<SocketAddr>) -> Result<String> {
+        let to = to.into();
         self.send(payload, to)?;
         let (answer, from) = self
-            .receive()?
+            .receive_any()?
             .with_context(|| format!("no answer to {payload:?} from {to}"))?;
         let (server, echoed) = answer.split_once(' ').context("an answer without a name")?;
         anyhow::ensure!(from == to, "asked {to}, but {from} answered");
@@ -144,9 +173,10 @@ impl Client {
     }
 }
 
-fn open(namespace: &Namespace, port: u16) -> Result<UdpSocket> {
+fn open(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> Result<UdpSocket> {
+    let address = address.into();
     namespace
-        .inside(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)))?
+        .inside(|| UdpSocket::bind((address, port)))?
         .with_context(|| {
             format!(
                 "cannot open UDP port {port} in the namespace {}",

@@ -9,6 +9,7 @@ use crate::{
         finding::{Cause, Finding},
     },
     network::InterfaceKind,
+    state::vlans::{self, Hidden},
 };
 
 const LRO: &str = "rx-lro";
@@ -27,6 +28,7 @@ pub(super) fn check(facts: &Facts) -> Vec<Finding> {
         findings.extend(offloads(device));
         findings.extend(queues(facts, device));
         findings.extend(native_impossible(device, wanted));
+        findings.extend(hidden_tags(facts, device, wanted));
     }
     for name in facts.config.tunnels.keys() {
         let Some(device) = facts.device(name) else {
@@ -67,7 +69,14 @@ fn expected_mode(device: &Device, wanted: &config::Interface) -> (&'static str, 
         generic("the configuration says so")
     } else if device.runs_programs == Some(false) {
         let driver = link.driver.clone().unwrap_or_else(|| link.kind.to_string());
-        ("generic", format!("the driver ({driver}) runs no XDP programs"))
+        let why = if link.kind == InterfaceKind::Bond {
+            "the bond runs no XDP programs: its mode is none of balance-rr, active-backup, balance-xor and 802.3ad, or a \
+             port cannot"
+                .to_owned()
+        } else {
+            format!("the driver ({driver}) runs no XDP programs")
+        };
+        ("generic", why)
     } else if wanted.redirect == config::Redirect::Auto && !device.takes_redirects.unwrap_or(!is_veth) {
         generic("frames cannot leave straight from XDP: the other end of the veth has neither XDP nor GRO")
     } else if device.runs_programs.is_none() {
@@ -173,6 +182,28 @@ fn offloads(device: &Device) -> Vec<Finding> {
     findings
 }
 
+/// In native mode; in generic mode the kernel keeps the tag with the frame.
+fn hidden_tags(facts: &Facts, device: &Device, wanted: &config::Interface) -> Vec<Finding> {
+    if expected_mode(device, wanted).0 != "native" {
+        return Vec::new();
+    }
+    let links: Vec<_> = facts.devices.iter().map(|device| device.link.clone()).collect();
+    let offloads = |index| facts.device_by_index(index)?.offloads.clone();
+    let finding = |hidden: Hidden| {
+        let finding = Finding::broken(Cause::VlanTagsHidden, &hidden.name, hidden.to_string());
+        if hidden.is_switchable {
+            finding.fixes([Fix::here(hidden.command())])
+        } else {
+            finding.advice(format!(
+                "the driver does not let the tags stay: set mode = \"generic\" for [interface.{}]",
+                device.link.name
+            ))
+        }
+    };
+    let hidden = vlans::hidden(&links, device.link.index, offloads);
+    hidden.into_iter().map(finding).collect()
+}
+
 fn queues(facts: &Facts, device: &Device) -> Option<Finding> {
     let queues = device.queues?;
     let wanted = queues.most.min(facts.host.cores);
@@ -217,7 +248,7 @@ mod tests {
             checks::testing::{device, offloads, sound},
             finding::Severity,
         },
-        network::Queues,
+        network::{Queues, Vlan},
     };
 
     fn only(facts: &Facts) -> Finding {
@@ -255,6 +286,41 @@ mod tests {
             (Cause::GroHwOn, Severity::Warning)
         );
         assert_eq!(finding.fixes, [Fix::here("ethtool -K eth0 rx-gro-hw off")]);
+    }
+
+    #[test]
+    fn tags_that_native_mode_does_not_see_are_left_in_the_frame() {
+        let mut facts = sound();
+        let mut vlan = device("eth0.5", 50, InterfaceKind::Vlan, &[]);
+        vlan.link.vlan = Some(Vlan {
+            carrier: 1,
+            id: 5,
+            is_service: false,
+        });
+        facts.devices.push(vlan);
+        assert_eq!(check(&facts), []);
+        facts.devices[0].offloads = Some(offloads(&["rx-vlan-hw-parse"], &["rx-vlan-hw-parse"]));
+        let finding = only(&facts);
+        assert_eq!(
+            (finding.cause, finding.severity),
+            (Cause::VlanTagsHidden, Severity::Broken)
+        );
+        assert_eq!(
+            finding.fixes,
+            [Fix::here("ethtool -K eth0 rxvlan off txvlan off")]
+        );
+        facts.config.interfaces.get_mut("eth0").unwrap().mode = XdpMode::Generic;
+        assert_eq!(check(&facts), []);
+    }
+
+    #[test]
+    fn a_bond_that_cannot_be_native_says_what_could() {
+        let facts = sound();
+        let mut bond = facts.devices[0].clone();
+        bond.link.kind = InterfaceKind::Bond;
+        bond.runs_programs = Some(false);
+        let (name, why) = mode(&bond, &facts.config.interfaces["eth0"], None);
+        assert!(name == "generic" && why.contains("active-backup"), "{why}");
     }
 
     #[test]

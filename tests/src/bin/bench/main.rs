@@ -39,6 +39,9 @@ enum Name {
         /// The benchmark's own BPF programs
         #[arg(long, env = "BENCH_OBJECT")]
         object: PathBuf,
+        /// Only what has this in its name, and the minimal program for one flow
+        #[arg(long)]
+        only: Option<String>,
     },
     /// Packets per second and CPU time per packet through tunnels, natively and by the kernel's device
     Tunnels {
@@ -59,7 +62,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.name {
         Name::Failover { on_unhealthy } => failover::run(on_unhealthy.as_deref()),
         Name::Tables => tables::run(),
-        Name::Packets { object } => packets::run(&object),
+        Name::Packets { object, only } => packets::run(&object, only.as_deref().unwrap_or_default()),
         Name::Tunnels { object } => tunnels::run(&object),
     };
     match outcome {

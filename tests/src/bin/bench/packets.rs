@@ -1,7 +1,7 @@
 //! What a packet costs: the programs run on one CPU by BPF_PROG_TEST_RUN, whose every output is checked.
 //!
-//! A figure is CPU time per packet, less that of the same packets through an empty program. All programs take turns, and
-//! what is printed is the median of their trials and its ratio to the minimal program's of as many flows.
+//! A figure is CPU time per packet, less that of the same packets through an empty program. All programs take turns,
+//! and what is printed is the median of their trials and its ratio to the minimal program's of as many flows.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -26,6 +26,7 @@ use nix::{
 use crate::markdown;
 
 const TRIALS: usize = 15;
+const MINIMAL: &str = "minimal program";
 /// Packets of a run: some tens of milliseconds.
 const RUN: u32 = 100_000;
 /// New flows of a run: a table's worth in all trials together.
@@ -33,9 +34,9 @@ const NEW: u32 = MOST_FLOWS / (TRIALS as u32 + 1);
 /// XDP_ABORTED to XDP_REDIRECT (linux/bpf.h).
 const XDP_ABORTED: u32 = 0;
 
-pub(crate) fn run(object: &Path) -> Result<()> {
+pub(crate) fn run(object: &Path, only: &str) -> Result<()> {
     let mut outcome = Ok(String::new());
-    in_network(|| outcome = measure(object));
+    in_network(|| outcome = measure(object, only));
     println!("{}", outcome?);
     Ok(())
 }
@@ -318,35 +319,37 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
     Ok(subject)
 }
 
-/// The subjects, in the order of the table.
-fn subjects(object: &Path) -> Result<Vec<Subject>> {
+/// What is to be measured.
+enum Plan {
+    Floor(&'static str, u32, bool),
+    Gateway(Gateway, Packets),
+}
+
+/// The subjects' names and what they are, in the order of the table.
+fn plans() -> Vec<(String, Plan)> {
     let plain = Gateway::PLAIN;
-    let mut all = vec![floor(
-        object,
-        "swap of the link addresses",
-        "bench_swap",
-        1,
-        false,
-    )?];
+    let mut plans = Vec::new();
+    let floor =
+        |name: &str, program, flows, is_opening| (name.to_owned(), Plan::Floor(program, flows, is_opening));
+    let gateway = |name: &str, gateway, packets| (name.to_owned(), Plan::Gateway(gateway, packets));
+    let ways = [("request", Packets::Request), ("reply", Packets::Reply)];
+
+    plans.push(floor("swap of the link addresses", "bench_swap", 1, false));
     for flows in [1, 4096, 65_536, MOST_FLOWS] {
-        all.push(floor(object, "minimal program", "bench_minimal", flows, false)?);
-        for (name, packets) in [("request", Packets::Request), ("reply", Packets::Reply)] {
-            all.push(gateway(
-                object,
-                &format!("{name}, full NAT"),
-                Gateway { flows, ..plain },
-                packets,
-            )?);
+        plans.push(floor(MINIMAL, "bench_minimal", flows, false));
+        for (name, packets) in ways {
+            let many = Gateway { flows, ..plain };
+            plans.push(gateway(&format!("{name}, full NAT"), many, packets));
         }
     }
-    for (name, packets) in [("request", Packets::Request), ("reply", Packets::Reply)] {
-        let dnat = Gateway {
-            way: Way::Dnat,
-            ..plain
-        };
-        all.push(gateway(object, &format!("{name}, DNAT"), dnat, packets)?);
-        let v6 = Gateway { is_v6: true, ..plain };
-        all.push(gateway(object, &format!("{name}, full NAT, IPv6"), v6, packets)?);
+    let dnat = Gateway {
+        way: Way::Dnat,
+        ..plain
+    };
+    let v6 = Gateway { is_v6: true, ..plain };
+    for (name, packets) in ways {
+        plans.push(gateway(&format!("{name}, DNAT"), dnat, packets));
+        plans.push(gateway(&format!("{name}, full NAT, IPv6"), v6, packets));
     }
     for (tunnel, is_v6) in [
         ("VXLAN", false),
@@ -359,79 +362,67 @@ fn subjects(object: &Path) -> Result<Vec<Subject>> {
     ] {
         let way = Way::Tunnel(tunnel, is_v6);
         let over = if is_v6 { " over IPv6" } else { "" };
-        for (name, packets) in [
-            ("request into", Packets::Request),
-            ("reply out of", Packets::Reply),
-        ] {
-            let name = format!("{name} {tunnel}{over}");
-            all.push(gateway(object, &name, Gateway { way, ..plain }, packets)?);
+        let tunnelled = Gateway { way, ..plain };
+        for ((_, packets), how) in ways.into_iter().zip(["request into", "reply out of"]) {
+            plans.push(gateway(&format!("{how} {tunnel}{over}"), tunnelled, packets));
         }
     }
-    for listeners in [1, 10_000] {
-        let flows = 65_536;
-        all.push(gateway(
-            object,
-            &format!("request, full NAT, {listeners} listeners"),
-            Gateway {
-                flows,
-                listeners,
-                ..plain
-            },
-            Packets::Request,
-        )?);
-    }
-    for backends in [8, 10_000] {
-        let flows = 65_536;
-        all.push(gateway(
-            object,
-            &format!("request, full NAT, {backends} backends"),
-            Gateway {
-                flows,
-                backends,
-                ..plain
-            },
-            Packets::Request,
-        )?);
-    }
-    all.push(floor(
-        object,
-        "inserts of a flow with one key",
-        "bench_insert",
-        MOST_FLOWS,
-        true,
-    )?);
-    let new = Gateway {
-        flows: MOST_FLOWS,
+    let many = Gateway {
+        flows: 65_536,
         ..plain
     };
-    all.push(gateway(object, "new flow, full NAT", new, Packets::Opening)?);
-    all.push(floor(
-        object,
-        "inserts of a flow with two keys",
-        "bench_insert_two",
-        MOST_FLOWS,
-        true,
-    )?);
-    let new = Gateway {
-        way: Way::Dnat,
-        ..new
-    };
-    all.push(gateway(object, "new flow, DNAT", new, Packets::Opening)?);
+    for listeners in [1, 10_000] {
+        let name = format!("request, full NAT, listeners: {listeners}");
+        plans.push(gateway(&name, Gateway { listeners, ..many }, Packets::Request));
+    }
+    for backends in [8, 10_000] {
+        let name = format!("request, full NAT, backends: {backends}");
+        plans.push(gateway(&name, Gateway { backends, ..many }, Packets::Request));
+    }
+    for (name, program, way) in [
+        ("inserts of a flow with one key", "bench_insert", Way::FullNat),
+        ("inserts of a flow with two keys", "bench_insert_two", Way::Dnat),
+    ] {
+        plans.push(floor(name, program, MOST_FLOWS, true));
+        let new = Gateway {
+            flows: MOST_FLOWS,
+            way,
+            ..plain
+        };
+        let name = if way == Way::Dnat {
+            "new flow, DNAT"
+        } else {
+            "new flow, full NAT"
+        };
+        plans.push(gateway(name, new, Packets::Opening));
+    }
     for (name, packets) in [
         ("SYN while no flow is free", Packets::Refused),
         ("to a VIP's port without a listener", Packets::NoListener),
         ("not for us", Packets::Others),
     ] {
-        all.push(gateway(object, name, plain, packets)?);
+        plans.push(gateway(name, plain, packets));
     }
-    Ok(all)
+    plans
 }
 
-fn measure(object: &Path) -> Result<String> {
+/// Those whose names have `only` in them, and the first floor.
+fn subjects(object: &Path, only: &str) -> Result<Vec<Subject>> {
+    plans()
+        .into_iter()
+        .filter(|(name, plan)| name.contains(only) || matches!(plan, Plan::Floor("bench_minimal", 1, _)))
+        .map(|(name, plan)| match plan {
+            Plan::Floor(program, flows, is_opening) => floor(object, &name, program, flows, is_opening),
+            Plan::Gateway(of, packets) => gateway(object, &name, of, packets),
+        })
+        .collect()
+}
+
+fn measure(object: &Path, only: &str) -> Result<String> {
     let mut cpus = CpuSet::new();
     cpus.set(0)?;
     sched_setaffinity(Pid::from_raw(0), &cpus)?;
-    let mut subjects = subjects(object)?;
+    let mut subjects = subjects(object, only)?;
     for trial in 0..TRIALS {
         eprintln!("trial {} of {TRIALS} ...", trial + 1);
         for subject in &mut subjects {
