@@ -3,18 +3,20 @@
 use std::{fmt, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// A configuration to be planned or applied.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Submission {
     /// What errors call it; nothing is read from there.
+    #[schema(value_type = String)]
     pub file: PathBuf,
     /// The text of the file.
     pub text: String,
 }
 
 /// What a configuration changes, or has changed.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ChangeAnswer {
     /// `false`: nothing was changed.
     pub applied: bool,
@@ -25,7 +27,7 @@ pub struct ChangeAnswer {
 }
 
 /// What happens to one object of the configuration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Change {
     pub action: Action,
     /// `listener "web"`, `backend "web"/"a"`, …
@@ -35,7 +37,7 @@ pub struct Change {
 }
 
 /// What happens to an object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
     Create,

@@ -19,6 +19,7 @@ use forwarder_common::{
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     config::Protocol,
@@ -33,17 +34,21 @@ pub const DEFAULT_LIMIT: usize = 1000;
 const ACTIVE_SECS: u32 = 5;
 
 /// One flow. Bytes are IP bytes; "in" is from the client.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FlowStatus {
     /// `tcp`, `udp`, `sctp` or `icmp`, whose identifier stands for the client's port.
     pub protocol: String,
+    #[schema(value_type = String)]
     pub client: SocketAddr,
+    #[schema(value_type = String)]
     pub vip: SocketAddr,
     pub listener: String,
     pub group: String,
     pub backend: String,
+    #[schema(value_type = String)]
     pub backend_address: SocketAddr,
     /// What the backend sees as its client.
+    #[schema(value_type = String)]
     pub binding: SocketAddr,
     pub state: FlowPhase,
     /// Since the agent saw it first, which is less than its age if the agent was restarted; none for a flow of the
@@ -58,7 +63,7 @@ pub struct FlowStatus {
 }
 
 /// Where a flow stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FlowPhase {
     /// TCP, SCTP: the handshake is not complete.
@@ -196,12 +201,17 @@ impl fmt::Display for Endpoints {
 }
 
 /// Which flows are meant; what is absent, lets all through. The query of `/v1/flows`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub struct FlowQuery {
+    /// `ADDRESS`, `ADDRESS/LENGTH`, either with `:PORT`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[param(value_type = Option<String>)]
     pub client: Option<Endpoints>,
+    /// As `client`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[param(value_type = Option<String>)]
     pub vip: Option<Endpoints>,
     /// A backend's name, `GROUP/NAME`, or its address as in [`Endpoints`].
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -235,7 +245,7 @@ impl FlowQuery {
 }
 
 /// Flows that a query lets through.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FlowList {
     /// How many there are, listed or not.
     pub matching: u64,
@@ -243,7 +253,7 @@ pub struct FlowList {
 }
 
 /// What a deletion did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Deleted {
     pub deleted: u64,
 }

@@ -14,28 +14,20 @@ use std::{
     sync::Arc,
 };
 
-use axum::{
-    Json, Router,
-    extract::{DefaultBodyLimit, Query, State, rejection},
-    http::StatusCode,
-    response::{IntoResponse, Response},
-    routing::{get, post},
-};
+use axum::{Extension, Json};
 use tokio::{sync::watch, task::spawn_blocking};
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    api::{EXPLAIN_PATH, FLOWS_PATH, refuse},
+    api::{Body, EXPLAIN_PATH, ErrorBody, ErrorCode, FLOWS_PATH, Parameters, Refusal, StatusSource},
     datapath::view::{Arrival, Live},
-    error::{EXIT_USAGE, Error},
+    error::Error,
     explain::{ExplainRequest, Explanation, Explanations},
     flows::{Deleted, FlowList, FlowQuery, FlowTable},
     network::Network,
     state::names::{InterfaceName, Names},
     sweep::SweepHandle,
 };
-
-/// Largest request, in bytes: a capture in hexadecimal digits.
-const MAX_REQUEST: usize = 64 << 20;
 
 /// What looks at the data path.
 pub struct Inspector {
@@ -46,15 +38,39 @@ pub struct Inspector {
     pub network: Network,
 }
 
-/// The routes of the control socket that an inspector answers.
-pub fn routes(inspector: Inspector) -> Router {
-    Router::new()
-        .route(
-            EXPLAIN_PATH,
-            post(answer_explain).layer(DefaultBodyLimit::max(MAX_REQUEST)),
-        )
-        .route(FLOWS_PATH, get(answer_flows).delete(answer_delete))
-        .with_state(Arc::new(inspector))
+/// The inspector as handlers find it.
+#[derive(Clone)]
+pub struct Inspection(Option<Arc<Inspector>>);
+
+impl From<Inspector> for Inspection {
+    fn from(inspector: Inspector) -> Self {
+        Self(Some(Arc::new(inspector)))
+    }
+}
+
+impl Inspection {
+    /// Without a data path to look at.
+    #[must_use]
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// What hands it to the handlers of [`calls`].
+    pub(crate) fn into_layer(self) -> Extension<Self> {
+        Extension(self)
+    }
+
+    fn inspector(self) -> Result<Arc<Inspector>, Refusal> {
+        self.0
+            .ok_or_else(|| Refusal::new(ErrorCode::Unavailable, "there is no data path to look at", None))
+    }
+}
+
+/// The calls that an inspector answers.
+pub(crate) fn calls() -> OpenApiRouter<StatusSource> {
+    OpenApiRouter::new()
+        .routes(routes!(answer_explain))
+        .routes(routes!(answer_flows, answer_delete))
 }
 
 impl Inspector {
@@ -169,46 +185,47 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
+/// What would happen to packets, step by step, from the live tables; changes nothing
+#[utoipa::path(
+    post,
+    path = EXPLAIN_PATH,
+    tag = "data path",
+    request_body = ExplainRequest,
+    responses((status = 200, body = Explanations), (status = "default", body = ErrorBody))
+)]
 async fn answer_explain(
-    State(inspector): State<Arc<Inspector>>,
-    request: Result<Json<ExplainRequest>, rejection::JsonRejection>,
-) -> Response {
-    match request {
-        Ok(Json(request)) => answer(inspector.explain(request).await),
-        Err(error) => refuse(error.status(), error.body_text(), None),
-    }
+    Extension(inspection): Extension<Inspection>,
+    Body(request): Body<ExplainRequest>,
+) -> Result<Json<Explanations>, Refusal> {
+    Ok(Json(inspection.inspector()?.explain(request).await?))
 }
 
+/// Live flows
+#[utoipa::path(
+    get,
+    path = FLOWS_PATH,
+    tag = "data path",
+    params(FlowQuery),
+    responses((status = 200, body = FlowList), (status = "default", body = ErrorBody))
+)]
 async fn answer_flows(
-    State(inspector): State<Arc<Inspector>>,
-    query: Result<Query<FlowQuery>, rejection::QueryRejection>,
-) -> Response {
-    match query {
-        Ok(Query(query)) => answer(inspector.list(query).await),
-        Err(error) => refuse(error.status(), error.body_text(), None),
-    }
+    Extension(inspection): Extension<Inspection>,
+    Parameters(query): Parameters<FlowQuery>,
+) -> Result<Json<FlowList>, Refusal> {
+    Ok(Json(inspection.inspector()?.list(query).await?))
 }
 
+/// Deletes flows: their connections break; asks for a filter, or all=true
+#[utoipa::path(
+    delete,
+    path = FLOWS_PATH,
+    tag = "data path",
+    params(FlowQuery),
+    responses((status = 200, body = Deleted), (status = "default", body = ErrorBody))
+)]
 async fn answer_delete(
-    State(inspector): State<Arc<Inspector>>,
-    query: Result<Query<FlowQuery>, rejection::QueryRejection>,
-) -> Response {
-    match query {
-        Ok(Query(query)) => answer(inspector.delete(query).await),
-        Err(error) => refuse(error.status(), error.body_text(), None),
-    }
-}
-
-fn answer(outcome: Result<impl serde::Serialize, Error>) -> Response {
-    match outcome {
-        Ok(answer) => Json(answer).into_response(),
-        Err(error) => {
-            let code = if error.exit_code == EXIT_USAGE {
-                StatusCode::BAD_REQUEST
-            } else {
-                StatusCode::INTERNAL_SERVER_ERROR
-            };
-            refuse(code, error.what, error.hint.as_deref())
-        }
-    }
+    Extension(inspection): Extension<Inspection>,
+    Parameters(query): Parameters<FlowQuery>,
+) -> Result<Json<Deleted>, Refusal> {
+    Ok(Json(inspection.inspector()?.delete(query).await?))
 }

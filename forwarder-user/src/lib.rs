@@ -7,6 +7,7 @@
 //!          \---> datapath                     the kernel's objects; the only place that knows aya
 //! announce                               tells neighbours whose addresses these are
 //! status -> metrics, api                 what is known, for people and programs
+//! tui -> cli -> api                      the same on a terminal, live; the only place that knows ratatui
 //! explain, flows -> inspect -> api       looks at the data path beside the agent's loop
 //! ```
 
@@ -35,3 +36,4 @@ pub mod reset;
 pub mod state;
 pub mod status;
 pub mod sweep;
+pub mod tui;

@@ -18,6 +18,7 @@ use forwarder_user::cli::{
     plan::plan,
     run::run,
     status::status,
+    top::top,
 };
 
 fn main() -> ExitCode {
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         Verb::Run(args) => run(&args),
         Verb::Check(args) => check(&args),
         Verb::Status(args) => status(&args),
+        Verb::Top(args) => top(&args),
         Verb::Explain(args) => explain(&args),
         Verb::Flows(args) => flows(&args),
         Verb::Doctor(args) => doctor(&args),

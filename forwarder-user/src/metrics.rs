@@ -760,7 +760,7 @@ mod tests {
 # Metrics
 
 The agent serves them at `http://127.0.0.1:9469/metrics`; `metrics_address` in the configuration changes the address.
-The format is OpenMetrics 1.0, which Prometheus reads.
+Beside them, at `/`, is a [page for people](operations.md#status-page). The format is OpenMetrics 1.0, which Prometheus reads.
 
 - Counters start at zero with the agent. *In* is from clients to backends (requests), *out* is back (replies), on
   whatever interface. A *connection* is a TCP connection or a UDP flow.

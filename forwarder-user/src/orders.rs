@@ -3,9 +3,11 @@
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
 
 /// A backend by group and name, written GROUP/BACKEND.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct BackendPath {
     pub group: String,
     pub backend: String,
@@ -35,7 +37,7 @@ impl fmt::Display for BackendPath {
 
 /// An order for one backend; it holds until another one, across restarts and changes of the configuration, as long as
 /// the backend is configured.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BackendOrder {
     #[serde(flatten)]
     pub path: BackendPath,
@@ -44,7 +46,7 @@ pub struct BackendOrder {
 }
 
 /// What a backend is to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "order", rename_all = "lowercase")]
 pub enum Order {
     /// Take no new flows. Those it has may finish; after the timeout, if there is one, the rest is ended.

@@ -10,9 +10,10 @@ use std::net::IpAddr;
 
 use crate::config::address::at_port;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Everything there is to show.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// Version of the agent.
     pub version: String,
@@ -31,7 +32,7 @@ pub struct Status {
 }
 
 /// An interface the data path is attached to.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct InterfaceStatus {
     pub name: String,
     /// `xdp-native`, `xdp-generic` or `tcx`.
@@ -42,7 +43,7 @@ pub struct InterfaceStatus {
 }
 
 /// A tunnel, and whether it carries packets.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TunnelStatus {
     pub name: String,
     /// `native`: XDP pushes and strips the outer headers; `kernel`: the kernel's device does.
@@ -52,6 +53,7 @@ pub struct TunnelStatus {
     /// Its device.
     pub is_up: bool,
     /// The address of the far side that is probed; none without a check.
+    #[schema(value_type = Option<String>)]
     pub address: Option<IpAddr>,
     /// `healthy`, `unhealthy`, `unknown` before the first probe, or `unchecked`.
     pub health: String,
@@ -63,7 +65,7 @@ pub struct TunnelStatus {
 }
 
 /// Counters since the agent's start, and rates over the last second or so. Bytes are IP bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Traffic {
     pub connections_opened: u64,
     /// New connections refused: no backend, no binding, no room.
@@ -118,7 +120,7 @@ impl Traffic {
 }
 
 /// Per second.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Rates {
     pub connections: f64,
     pub packets_in: f64,
@@ -127,12 +129,14 @@ pub struct Rates {
     pub bytes_out: f64,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ListenerStatus {
     pub name: String,
     /// The first of `vips`.
+    #[schema(value_type = String)]
     pub vip: IpAddr,
     /// The addresses it listens on, of either family.
+    #[schema(value_type = Vec<String>)]
     pub vips: Vec<IpAddr>,
     /// `80`, `8000-8099` or `any`.
     pub port: String,
@@ -143,7 +147,7 @@ pub struct ListenerStatus {
     pub traffic: Traffic,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct GroupStatus {
     pub name: String,
     /// `full` or `dnat`.
@@ -158,12 +162,16 @@ pub struct GroupStatus {
     pub backends: Vec<BackendStatus>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct BackendStatus {
     pub name: String,
+    #[schema(value_type = String)]
     pub address: IpAddr,
     /// None: the one that the client asked for.
     pub port: Option<u16>,
+    /// The tunnel that it is behind; none: it is reached without one.
+    #[serde(default)]
+    pub tunnel: Option<String>,
     /// As configured.
     pub weight: u16,
     /// The weight that holds in its place, by an operator's order.
@@ -189,7 +197,7 @@ pub struct BackendStatus {
 }
 
 /// How far a backend is that takes no new flows while those it has finish.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DrainStatus {
     /// `order`, or `weight` where its weight is zero.
     pub by: String,
@@ -202,7 +210,7 @@ pub struct DrainStatus {
 }
 
 /// Flows that the agent ended before their time, since its start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FlowsEnded {
     /// As they were left when a draining time was over.
     pub drained: u64,
@@ -213,7 +221,7 @@ pub struct FlowsEnded {
 }
 
 /// A backend that has left the configuration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LeavingStatus {
     pub group: String,
     pub name: String,
@@ -233,7 +241,7 @@ impl BackendStatus {
 }
 
 /// What the agent found out about a backend that does not answer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DiagnosisStatus {
     /// Stable kebab-case name, such as `no-return-route`.
     pub cause: String,
@@ -242,7 +250,7 @@ pub struct DiagnosisStatus {
 }
 
 /// Why a backend is out, and for how long.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct EjectionStatus {
     /// `rejected`: it answered new flows with TCP resets. `silent`: nothing came from it.
     pub cause: String,
@@ -253,14 +261,14 @@ pub struct EjectionStatus {
 }
 
 /// How often a backend was ejected since the agent's start, by cause.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Ejections {
     pub rejected: u64,
     pub silent: u64,
 }
 
 /// SNAT bindings, each of which one flow holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PoolStatus {
     /// Flows the table has room for, each with its binding.
     pub capacity: u64,
@@ -281,7 +289,7 @@ impl PoolStatus {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ReasonStatus {
     pub name: String,
     /// `send`, `pass` or `drop`.

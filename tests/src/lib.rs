@@ -5,4 +5,5 @@ pub mod lab;
 pub mod packet;
 pub mod program;
 pub mod tables;
+pub mod terminal;
 pub mod tunnel;

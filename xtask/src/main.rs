@@ -8,6 +8,7 @@ mod bpf;
 mod build;
 mod demo;
 mod lint;
+mod screenshots;
 mod setup;
 mod test;
 #[allow(dead_code)] // shared with forwarder-user/build.rs; each of the two leaves some of it unused
@@ -38,6 +39,8 @@ enum Verb {
     Test(test::Arguments),
     /// Measure it, in a lab of network namespaces
     Bench(bench::Arguments),
+    /// Make the pictures of the documentation anew
+    Screenshots,
     /// Show the forwarder at work, in a lab of network namespaces
     Demo(demo::Arguments),
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Verb::Lint => lint::run(),
         Verb::Test(arguments) => test::run(&arguments),
         Verb::Bench(arguments) => bench::run(&arguments),
+        Verb::Screenshots => screenshots::run(),
         Verb::Demo(arguments) => demo::run(&arguments),
     };
     match outcome {

@@ -28,9 +28,10 @@ pub(crate) struct Arguments {
 }
 
 /// Programs that must be there, and the Debian package that has each.
-const PROGRAMS: [(&str, &str); 12] = [
+const PROGRAMS: [(&str, &str); 13] = [
     ("bpftool", "bpftool"),
     ("c++", "g++"),
+    ("chromium", "chromium"),
     ("conntrack", "conntrack"),
     ("curl", "curl"),
     ("ethtool", "ethtool"),

@@ -36,7 +36,7 @@ use crate::{
     error::Error,
     fragments::FragmentHolder,
     health::{self, Health, ProbeFailure, Report, Target},
-    inspect,
+    inspect::Inspection,
     network::{self, Network},
     pool_watch::PoolWatch,
     state::{desired::Observations, ids::Capacity, names::Names, plan::Applied},
@@ -110,7 +110,11 @@ async fn run_on(
     signals: &mut Signals,
 ) -> Result<(OnStop, Result<(), Error>), Error> {
     let metrics_listener = api::bind_metrics(config.agent.metrics_address)?;
-    let control_socket = api::bind_control(&config.agent.control_socket)?;
+    let control_socket = api::bind_control(
+        &config.agent.control_socket,
+        config.agent.control_group.as_deref(),
+    )?;
+    let remote_listener = config.agent.api.as_ref().map(api::bind_remote).transpose()?;
     let network = Network::open()?;
     let changes = network.watch().await?;
 
@@ -123,7 +127,8 @@ async fn run_on(
 
     let (source, requests) = StatusSource::channel();
     let (stop, stopped) = watch::channel(());
-    let servers = [
+    let inspection = Inspection::from(inspector);
+    let mut servers = vec![
         tokio::spawn(api::serve_metrics(
             metrics_listener,
             source.clone(),
@@ -131,11 +136,15 @@ async fn run_on(
         )),
         tokio::spawn(api::serve_control(
             control_socket,
-            source,
-            inspect::routes(inspector),
-            ended(stopped),
+            source.clone(),
+            inspection.clone(),
+            ended(stopped.clone()),
         )),
     ];
+    if let Some(listener) = remote_listener {
+        let server = api::serve_remote(listener, source, inspection, ended(stopped));
+        servers.push(tokio::spawn(server));
+    }
     let outcome = agent.serve(signals, changes, requests).await;
     // A failure to say so changes nothing about the stop.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);

@@ -124,6 +124,7 @@ impl Agent {
                 name: backend_name.clone(),
                 address: backend.address,
                 port: backend.port,
+                tunnel: self.config.tunnel_to(backend.address).map(str::to_owned),
                 weight: backend.weight,
                 ordered_weight: self.ordered_weight(&key),
                 health: health.to_owned(),

@@ -18,6 +18,9 @@ use crate::{
     orders::BackendPath,
 };
 
+/// Shortest time between two questions to the agent: rates are computed once a second.
+const MIN_INTERVAL: Duration = Duration::from_millis(200);
+
 /// Forwards traffic from listeners on VIPs to backends in other networks, by XDP.
 #[derive(Debug, Parser)]
 #[command(name = "forwarder", version, propagate_version = true)]
@@ -32,6 +35,7 @@ pub enum Verb {
     Run(RunArgs),
     Check(CheckArgs),
     Status(StatusArgs),
+    Top(TopArgs),
     Explain(ExplainArgs),
     Flows(FlowsArgs),
     Doctor(DoctorArgs),
@@ -97,6 +101,25 @@ pub struct StatusArgs {
     pub agent: AgentArgs,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Show the same on the whole terminal, anew every second, with trends
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// How often to ask the agent
+    #[arg(long, value_name = "TIME", value_parser = interval, default_value = "1s")]
+    pub interval: Duration,
+    #[command(flatten)]
+    pub agent: AgentArgs,
+}
+
+/// A time between two questions.
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = parse_duration(text)?;
+    if interval < MIN_INTERVAL {
+        return Err(format!("at least {} ms", MIN_INTERVAL.as_millis()));
+    }
+    Ok(interval)
 }
 
 /// Which agent is asked.
@@ -394,6 +417,13 @@ mod tests {
         let args: StatusArgs = read(&[]);
         assert_eq!(args.agent.socket, PathBuf::from("/run/forwarder/control.sock"));
         assert_eq!(args.output.output, OutputFormat::Text);
+    }
+
+    #[test]
+    fn top_asks_every_second_and_not_too_often() {
+        let args: TopArgs = read(&[]);
+        assert_eq!(args.interval, Duration::from_secs(1));
+        assert!(refused::<TopArgs>(&["--interval", "10ms"]));
     }
 
     #[test]

@@ -110,20 +110,7 @@ async fn exchange<T: DeserializeOwned>(
         .map_err(|error| Error::failed(format!("the agent on {} broke off: {error}", socket.display())))?;
     if code != StatusCode::OK {
         return Err(match serde_json::from_slice::<ErrorBody>(&body) {
-            Ok(ErrorBody { errors, .. }) if !errors.is_empty() => {
-                Errors(errors.into_iter().map(Error::from).collect())
-            }
-            Ok(ErrorBody { error, .. }) => {
-                let refused = if code == StatusCode::BAD_REQUEST {
-                    Error::usage(error.what)
-                } else {
-                    Error::failed(error.what)
-                };
-                match error.hint {
-                    Some(hint) => refused.hint(hint).into(),
-                    None => refused.into(),
-                }
-            }
+            Ok(ErrorBody { errors }) => Errors(errors.into_iter().map(Error::from).collect()),
             Err(_) => Error::failed(format!("{} answers HTTP status {code}", socket.display()))
                 .hint("is this the control socket of an agent?")
                 .into(),
@@ -147,7 +134,7 @@ fn not_connected(socket: &Path, error: &io::Error) -> Error {
                  another agent.control_socket, name that with --socket",
         ),
         io::ErrorKind::PermissionDenied => Error::host(format!("no permission to ask the agent on {path}"))
-            .hint("run this as root, or as the user that the agent runs as"),
+            .hint("run this as root, as the user that the agent runs as, or as a member of its agent.control_group"),
         _ => Error::failed(format!("cannot ask the agent on {path}: {error}")),
     }
 }
@@ -185,6 +172,7 @@ mod tests {
     use super::*;
     use crate::{
         api::{Request as Asked, STATUS_PATH, StatusSource, bind_control, serve_control},
+        inspect::Inspection,
         status::{Status, testing::sample},
     };
 
@@ -194,9 +182,9 @@ mod tests {
         let path = directory.path().join("control.sock");
         let (source, mut requests) = StatusSource::channel();
         let server = tokio::spawn(serve_control(
-            bind_control(&path).unwrap(),
+            bind_control(&path, None).unwrap(),
             source,
-            axum::Router::new(),
+            Inspection::none(),
             std::future::pending(),
         ));
         let (answer, ()) = tokio::join!(exchange::<Status>(&path, Method::GET, STATUS_PATH, &[]), async {

@@ -161,7 +161,7 @@ fn backends(group: &GroupStatus) -> Vec<String> {
 }
 
 /// What is not as usual with a backend: orders, why it does not answer, what to do.
-fn trouble(backend: &BackendStatus) -> Vec<String> {
+pub(crate) fn trouble(backend: &BackendStatus) -> Vec<String> {
     let mut text = Vec::new();
     if let Some(EjectionStatus {
         cause,
@@ -204,7 +204,7 @@ fn trouble(backend: &BackendStatus) -> Vec<String> {
     text
 }
 
-fn explanation(diagnosis: Option<&DiagnosisStatus>, failure: Option<&str>) -> Vec<String> {
+pub(crate) fn explanation(diagnosis: Option<&DiagnosisStatus>, failure: Option<&str>) -> Vec<String> {
     let mut text = Vec::new();
     match (diagnosis, failure) {
         (
@@ -340,7 +340,7 @@ fn drops(status: &Status) -> Vec<String> {
 }
 
 /// A share of 0 to 1 in percent, short.
-fn share(share: f64) -> String {
+pub(crate) fn share(share: f64) -> String {
     let percent = share * 100.0;
     // Not 100.0, which 99.95 would be rounded to.
     let digits = usize::from(percent < 99.95);
@@ -348,7 +348,7 @@ fn share(share: f64) -> String {
 }
 
 /// A number per second, short.
-fn rate(rate: f64) -> String {
+pub(crate) fn rate(rate: f64) -> String {
     if rate > 0.0 && rate < 100.0 {
         format!("{rate:.1}")
     } else {
@@ -357,7 +357,7 @@ fn rate(rate: f64) -> String {
 }
 
 /// Bytes per second, short, with the SI prefix that fits (k is 1000).
-fn byte_rate(rate: f64) -> String {
+pub(crate) fn byte_rate(rate: f64) -> String {
     let mut rate = rate;
     for prefix in ["", "k", "M", "G"] {
         // Not 1000, which 999.95 would be rounded to.
@@ -371,7 +371,7 @@ fn byte_rate(rate: f64) -> String {
 }
 
 /// A duration in its two largest units.
-pub(super) fn duration(secs: u64) -> String {
+pub(crate) fn duration(secs: u64) -> String {
     let (days, hours, minutes) = (secs / 86_400, secs / 3600 % 24, secs / 60 % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{secs} s"),

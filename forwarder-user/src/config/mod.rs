@@ -58,6 +58,13 @@ impl Config {
         })
     }
 
+    /// The tunnel that leads to an address, if its network is behind one.
+    pub fn tunnel_to(&self, address: IpAddr) -> Option<&str> {
+        let mut networks = self.networks.values();
+        let holds = |network: &&Network| network.cidrs.iter().any(|cidr| cidr.contains(&address));
+        networks.find(holds)?.tunnel.as_deref()
+    }
+
     /// All VIPs, each once.
     pub fn vips(&self) -> BTreeSet<IpAddr> {
         self.listeners
@@ -74,6 +81,10 @@ pub struct Agent {
     pub metrics_address: SocketAddr,
     /// Unix socket of the control API; default `/run/forwarder/control.sock`.
     pub control_socket: PathBuf,
+    /// Whose members may use it beside the agent's user; `None`: nobody.
+    pub control_group: Option<String>,
+    /// The same API for readers over TCP; `None`: not served.
+    pub api: Option<RemoteApi>,
     /// Concurrent flows the tables hold; 1024 to 16 777 216, default 262 144. Fixed while the agent runs.
     pub max_flows: u32,
     /// Slots of all Maglev tables together, counted twice as a new table is built beside the old one;
@@ -89,6 +100,25 @@ pub struct Agent {
     pub on_stop: OnStop,
     /// Lower the segment size that TCP connections announce to what the interfaces they pass carry; default true.
     pub mss_clamp: bool,
+}
+
+/// Where the control API is read over TCP, and what readers have to show: a certificate, the token, or both.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteApi {
+    pub listen: SocketAddr,
+    /// Holds the token that requests carry.
+    pub token_file: Option<PathBuf>,
+    /// `None`, which only a loopback address may have: not encrypted.
+    pub tls: Option<RemoteTls>,
+}
+
+/// PEM files of the API over TCP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteTls {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    /// Who has certified the clients; `None`: they need no certificate.
+    pub client_ca: Option<PathBuf>,
 }
 
 /// What remains when the agent is told to stop.

@@ -98,6 +98,7 @@ const AGENT: Shape = Shape {
     keys: &[
         "metrics_address",
         "control_socket",
+        "control_group",
         "max_flows",
         "max_slots",
         "max_persistent_clients",
@@ -105,7 +106,12 @@ const AGENT: Shape = Shape {
         "on_stop",
         "mss_clamp",
         "allowed_backend_ranges",
+        "api",
     ],
+};
+const REMOTE_API: Shape = Shape {
+    header: "agent.api",
+    keys: &["listen", "token_file", "certificate", "key", "client_ca"],
 };
 const SNAT: Shape = Shape {
     header: "snat",
@@ -180,6 +186,7 @@ const LISTENER: Shape = Shape {
 pub const SHAPES: &[&Shape] = &[
     &FILE,
     &AGENT,
+    &REMOTE_API,
     &SNAT,
     &INTERFACE,
     &TUNNEL,
@@ -209,6 +216,7 @@ pub struct Document {
 pub struct Agent {
     pub metrics_address: OptionalField<SocketAddr>,
     pub control_socket: OptionalField<PathBuf>,
+    pub control_group: OptionalField<String>,
     pub max_flows: OptionalField<u32>,
     pub max_slots: OptionalField<u32>,
     pub max_persistent_clients: OptionalField<u32>,
@@ -216,6 +224,17 @@ pub struct Agent {
     pub on_stop: OptionalField<OnStop>,
     pub mss_clamp: OptionalField<bool>,
     pub allowed_backend_ranges: OptionalField<Vec<Field<IpNet>>>,
+    pub api: Result<Option<RemoteApi>, Reported>,
+}
+
+/// `[agent.api]`
+#[derive(Clone, Debug)]
+pub struct RemoteApi {
+    pub listen: Field<SocketAddr>,
+    pub token_file: OptionalField<PathBuf>,
+    pub certificate: OptionalField<PathBuf>,
+    pub key: OptionalField<PathBuf>,
+    pub client_ca: OptionalField<PathBuf>,
 }
 
 /// `[snat]`
@@ -323,6 +342,7 @@ impl Document {
             agent: file.table("agent", &AGENT, |table| Agent {
                 metrics_address: table.optional("metrics_address", socket_address),
                 control_socket: table.optional("control_socket", socket_path),
+                control_group: table.optional("control_group", text("the name of a group of users")),
                 max_flows: table.optional("max_flows", integer(MAX_FLOWS)),
                 max_slots: table.optional("max_slots", integer(MAX_SLOTS)),
                 max_persistent_clients: table.optional("max_persistent_clients", integer(PERSISTENT_CLIENTS)),
@@ -333,6 +353,13 @@ impl Document {
                 ),
                 mss_clamp: table.optional("mss_clamp", boolean),
                 allowed_backend_ranges: table.optional_list("allowed_backend_ranges", CIDRS, prefix),
+                api: table.optional_table("api", &REMOTE_API, |table| RemoteApi {
+                    listen: table.required("listen", "\"127.0.0.1:9470\"", socket_address),
+                    token_file: table.optional("token_file", absolute_path),
+                    certificate: table.optional("certificate", absolute_path),
+                    key: table.optional("key", absolute_path),
+                    client_ca: table.optional("client_ca", absolute_path),
+                }),
             }),
             snat: file.required_table("snat", &SNAT, |table| Snat {
                 prefixes: table.required_list("prefixes", "[\"100.64.0.0/26\"]", SNAT_PREFIXES, prefix),

@@ -18,8 +18,8 @@ use ipnet::IpNet;
 
 use super::{
     Agent, Backend, Config, Group, HealthCheck, Interface, Listener, MadeKind, MadeTunnel, NatMode, Network,
-    OnStop, OnUnhealthy, Passive, PerFamily, Persistence, Ports, Protocol, Redirect, RoutingTable, Selection,
-    SnatPool, TableSizes, Tunnel, TunnelMode, XdpMode,
+    OnStop, OnUnhealthy, Passive, PerFamily, Persistence, Ports, Protocol, Redirect, RemoteApi, RemoteTls,
+    RoutingTable, Selection, SnatPool, TableSizes, Tunnel, TunnelMode, XdpMode,
     address::{DEFAULT_BACKEND_RANGES, count, family_name, hosts, not_for_hosts, plus, without_mapped},
     health::{
         read::HealthKind,
@@ -412,7 +412,60 @@ impl<'d> Check<'d> {
             pin_directory: or(&agent.pin_directory, PathBuf::from(DEFAULT_PIN_DIRECTORY))?,
             on_stop: or(&agent.on_stop, OnStop::Detach)?,
             mss_clamp: or(&agent.mss_clamp, true)?,
+            control_group: option(&agent.control_group)?,
+            api: self.remote_api(agent)?,
         })
+    }
+
+    /// Nobody reads over TCP without showing something, and no token crosses a network in the clear.
+    fn remote_api(&self, agent: &schema::Agent) -> Result<Option<RemoteApi>, Reported> {
+        let Some(api) = agent.api.as_ref().map_err(|reported| *reported)? else {
+            return Ok(None);
+        };
+        let listen = *api.listen.as_ref().map_err(|reported| *reported)?;
+        let (certificate, key) = (option(&api.certificate)?, option(&api.key)?);
+        let (token_file, client_ca) = (option(&api.token_file)?, option(&api.client_ca)?);
+        let wrong = |what: &str, hint: &str| Err(self.error(listen.at, format!("agent, api: {what}"), hint));
+        let tls = match (certificate, key) {
+            (Some(certificate), Some(key)) => Some(RemoteTls {
+                certificate,
+                key,
+                client_ca: client_ca.clone(),
+            }),
+            (None, None) => None,
+            _ => {
+                return wrong(
+                    "certificate and key belong together",
+                    "write both, or neither for a loopback address",
+                );
+            }
+        };
+        if client_ca.is_none() && token_file.is_none() {
+            return wrong(
+                "everybody who reaches the address could read",
+                "write token_file, or certificate, key and client_ca",
+            );
+        }
+        if client_ca.is_some() && tls.is_none() {
+            return wrong(
+                "clients show a certificate only over TLS",
+                "write certificate and key beside client_ca",
+            );
+        }
+        if tls.is_none() && !listen.value.ip().is_loopback() {
+            return wrong(
+                &format!(
+                    "the token would cross the network to {} unencrypted",
+                    listen.value.ip()
+                ),
+                "write certificate and key, or listen on 127.0.0.1 or ::1",
+            );
+        }
+        Ok(Some(RemoteApi {
+            listen: listen.value,
+            token_file,
+            tls,
+        }))
     }
 
     fn backend_ranges(&self) -> Result<Vec<IpNet>, Reported> {
@@ -1374,6 +1427,8 @@ mod tests {
                 pin_directory: "/sys/fs/bpf/forwarder".into(),
                 on_stop: OnStop::Detach,
                 mss_clamp: true,
+                control_group: None,
+                api: None,
             }
         );
         assert_eq!(

@@ -16,6 +16,7 @@ use forwarder_common::wire::{
     },
 };
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::config::{Protocol, address::at_port};
 
@@ -153,7 +154,7 @@ fn as_v6(address: IpAddr) -> [u8; 16] {
 }
 
 /// A packet as people read it; what its bytes do not tell is absent.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PacketSummary {
     /// `tcp`, `udp`, `sctp`, `icmp`, `icmpv6`, `arp` or a protocol number; `?` where it cannot be read.
     pub protocol: String,

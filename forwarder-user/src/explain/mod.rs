@@ -15,6 +15,7 @@ use forwarder_common::{
 };
 use nix::net::if_::if_indextoname;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use self::frame::PacketSummary;
 use crate::{
@@ -27,7 +28,7 @@ pub mod capture;
 pub mod frame;
 
 /// Packets to explain: the body of `POST /v1/explain`. Each sees what those before it would have changed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ExplainRequest {
     /// Where the packets arrive; none: for each the interface that leads to its source.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -36,18 +37,19 @@ pub struct ExplainRequest {
 }
 
 /// An Ethernet frame, in hexadecimal digits.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(transparent)]
+#[schema(value_type = String)]
 pub struct Bytes(#[serde(with = "hex")] pub Vec<u8>);
 
 /// The answer: one explanation per packet, in order.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Explanations {
     pub packets: Vec<Explanation>,
 }
 
 /// What would happen to a packet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Explanation {
     /// Where it arrives.
     pub interface: String,
@@ -61,6 +63,7 @@ pub struct Explanation {
     /// Which way it goes in its flow, existing or new: `request` or `reply`.
     pub direction: Option<String>,
     /// A new flow: the (address, port) that it would hold.
+    #[schema(value_type = Option<String>)]
     pub binding: Option<SocketAddr>,
     /// `binding` is the very one, not only one of the free ones: false for the second new flow of a capture and those
     /// after it.
@@ -85,7 +88,7 @@ pub struct Explanation {
 }
 
 /// From listener to backend.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Choice {
     pub listener: String,
     pub group: Option<String>,
@@ -104,9 +107,10 @@ pub struct Choice {
 }
 
 /// A backend that was looked at.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BackendChoice {
     pub name: String,
+    #[schema(value_type = String)]
     pub address: SocketAddr,
     /// `healthy`, `unhealthy`, `draining` or `absent`.
     pub state: String,
@@ -115,7 +119,7 @@ pub struct BackendChoice {
 }
 
 /// The kernel's answer about the rewritten packet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RouteText {
     /// `neighbour` (its link address is known), `unresolved`, `none` or `forwarding-disabled`; `remembered`: the
     /// flow knows it from a packet before, and routes have not changed since.

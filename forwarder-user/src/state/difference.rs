@@ -265,6 +265,12 @@ pub fn restart_needed(before: &Config, after: &Config) -> Vec<Error> {
             flows_stay,
         ),
         (
+            "agent.control_group",
+            old.control_group != new.control_group,
+            flows_stay,
+        ),
+        ("[agent.api]", old.api != new.api, flows_stay),
+        (
             "snat.probe_address",
             before.snat.probes != after.snat.probes,
             flows_stay,

@@ -16,6 +16,7 @@ use anyhow::{Result, bail};
 use nix::sys::signal::Signal;
 
 pub mod agent;
+pub mod browser;
 mod command;
 pub mod configuration;
 pub mod crossing;
