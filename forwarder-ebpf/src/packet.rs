@@ -167,7 +167,7 @@ extern "C" fn forwarder_crc(ctx: *mut xdp_md, mut offset: u32, mut left: u32) ->
         if left == 0 {
             break;
         }
-        // As in `forwarder_sum`.
+        // As in `forwarder_sum_xdp`.
         let len = masked::<SCRATCH_MASK>(left.min(BLOCK) as usize - 1) as u32 + 1;
         // SAFETY: `len` is at most SCRATCH_MASK + 1, less than the scratch buffer's size; the helper checks the offset.
         if unsafe { bpf_xdp_load_bytes(ctx, offset, scratch.cast(), len) } < 0 {

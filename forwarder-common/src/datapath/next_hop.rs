@@ -195,6 +195,10 @@ pub fn fit<P: Packet, E: Env>(packet: &mut P, env: &E, walk: &mut Walk) -> Resul
     }
     let segment_size = packet.segment_size();
     if segment_size != 0 {
+        // Of SCTP the kernel does not say how large the largest is (Linux: GSO_BY_FRAGS).
+        if !frame.is_usual() {
+            return Ok(());
+        }
         let offset = frame.transport_offset as usize;
         let header_len = if frame.is_tcp() {
             packet.header::<TcpHeader>(offset)?.header_len()
