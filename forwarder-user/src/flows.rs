@@ -218,7 +218,7 @@ pub struct FlowQuery {
     pub backend: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listener: Option<String>,
-    /// `tcp` or `udp`.
+    /// `tcp`, `udp`, `sctp` or `icmp`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub protocol: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
