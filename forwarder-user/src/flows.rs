@@ -213,17 +213,17 @@ pub struct FlowQuery {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[param(value_type = Option<String>)]
     pub vip: Option<Endpoints>,
-    /// A backend's name, `GROUP/NAME`, or its address as in [`Endpoints`].
+    /// A backend's name, `GROUP/NAME`, or its address as in `client`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listener: Option<String>,
-    /// `tcp` or `udp`.
+    /// `tcp`, `udp`, `sctp` or `icmp`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub protocol: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state: Option<FlowPhase>,
-    /// Most flows to list; 0: none, they are only counted. Default [`DEFAULT_LIMIT`].
+    /// Most flows to list; 0: none, they are only counted. Default 1000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
     /// To delete: all flows, as no filter is given.

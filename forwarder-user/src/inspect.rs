@@ -188,6 +188,7 @@ async fn blocking<T: Send + 'static>(
 /// What would happen to packets, step by step, from the live tables; changes nothing
 #[utoipa::path(
     post,
+    operation_id = "explain",
     path = EXPLAIN_PATH,
     tag = "data path",
     request_body = ExplainRequest,
@@ -203,6 +204,7 @@ async fn answer_explain(
 /// Live flows
 #[utoipa::path(
     get,
+    operation_id = "flows",
     path = FLOWS_PATH,
     tag = "data path",
     params(FlowQuery),
@@ -218,6 +220,7 @@ async fn answer_flows(
 /// Deletes flows: their connections break; asks for a filter, or all=true
 #[utoipa::path(
     delete,
+    operation_id = "delete_flows",
     path = FLOWS_PATH,
     tag = "data path",
     params(FlowQuery),

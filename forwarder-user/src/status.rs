@@ -140,7 +140,7 @@ pub struct ListenerStatus {
     pub vips: Vec<IpAddr>,
     /// `80`, `8000-8099` or `any`.
     pub port: String,
-    /// `tcp` or `udp`.
+    /// `tcp`, `udp`, `sctp` or `icmp`.
     pub protocol: String,
     pub group: String,
     #[serde(flatten)]

@@ -170,7 +170,7 @@ pub fn picture(screen: &Screen) -> String {
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\">\n\
          <rect width=\"{width}\" height=\"{height}\" rx=\"10\" fill=\"{}\"/>\n\
-         <g font-family=\"ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace\" font-size=\"15\" xml:space=\"preserve\">\n",
+         <g font-family=\"ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace\" font-size=\"15\">\n",
         DEFAULTS.1
     );
     for row in 0..rows {
@@ -234,15 +234,24 @@ fn run(screen: &Screen, row: u16, start: u16, svg: &mut String) -> u16 {
         }
     } else if !symbols.trim().is_empty() {
         let weight = if bold { " font-weight=\"bold\"" } else { "" };
-        let escaped = symbols
-            .replace('&', "&amp;")
-            .replace('<', "&lt;")
-            .replace('>', "&gt;");
-        let _ = writeln!(
-            svg,
-            "<text x=\"{x}\" y=\"{}\" textLength=\"{width}\" lengthAdjust=\"spacingAndGlyphs\" fill=\"{fill}\"{weight}{faint}>{escaped}</text>",
-            y + 15
-        );
+        // Word by word, as browsers draw several spaces as one.
+        let mut place = 0;
+        for word in symbols.split(' ') {
+            let (x, cells) = (x + place * CELL.0, word.chars().count() as u32);
+            place += cells + 1;
+            if cells > 0 {
+                let word = word
+                    .replace('&', "&amp;")
+                    .replace('<', "&lt;")
+                    .replace('>', "&gt;");
+                let _ = writeln!(
+                    svg,
+                    "<text x=\"{x}\" y=\"{}\" textLength=\"{}\" lengthAdjust=\"spacingAndGlyphs\" fill=\"{fill}\"{weight}{faint}>{word}</text>",
+                    y + 15,
+                    cells * CELL.0
+                );
+            }
+        }
     }
     length
 }

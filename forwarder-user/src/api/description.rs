@@ -50,6 +50,7 @@ pub(super) static PATHS: LazyLock<String> = LazyLock::new(|| {
 /// This description
 #[utoipa::path(
     get,
+    operation_id = "openapi",
     path = OPENAPI_PATH,
     tag = "agent",
     responses((status = 200, description = "OpenAPI 3.1", content_type = "application/json"))

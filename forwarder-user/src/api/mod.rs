@@ -134,6 +134,7 @@ where
 /// Everything that is known
 #[utoipa::path(
     get,
+    operation_id = "status",
     path = STATUS_PATH,
     tag = "agent",
     responses((status = 200, body = Status), (status = "default", body = ErrorBody))
@@ -145,6 +146,7 @@ async fn answer_status(State(source): State<StatusSource>) -> Result<Json<Status
 /// What a configuration would change; changes nothing
 #[utoipa::path(
     post,
+    operation_id = "plan",
     path = PLAN_PATH,
     tag = "configuration",
     request_body = Submission,
@@ -160,6 +162,7 @@ async fn answer_plan(
 /// Takes a configuration over, all or nothing; flows and counters stay
 #[utoipa::path(
     post,
+    operation_id = "apply",
     path = APPLY_PATH,
     tag = "configuration",
     request_body = Submission,
@@ -188,6 +191,7 @@ async fn change(
 /// One backend of the status
 #[utoipa::path(
     get,
+    operation_id = "backend",
     path = BACKEND_PATH,
     tag = "backends",
     params(BackendPath),
@@ -204,6 +208,7 @@ async fn answer_backend(
 /// Has a backend drained, takes that back, or gives it another weight; holds across restarts, until another order
 #[utoipa::path(
     post,
+    operation_id = "order",
     path = BACKEND_PATH,
     tag = "backends",
     request_body = BackendOrder,

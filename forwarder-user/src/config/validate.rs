@@ -69,7 +69,9 @@ pub fn validate(document: &Document, report: &Report) -> Result<Config, Reported
     check.prefixes();
     check.listeners();
     let agent = check.agent();
-    let snat = check.snat();
+    // What is wrong with it is reported with it.
+    let max_flows = agent.as_ref().map_or(DEFAULT_MAX_FLOWS, |agent| agent.max_flows);
+    let snat = check.snat(max_flows);
     if let (Ok(agent), Ok(pool)) = (&agent, &snat) {
         check.capacity(agent.max_flows, pool);
     }
@@ -501,7 +503,7 @@ impl<'d> Check<'d> {
             })
     }
 
-    fn snat(&self) -> Result<SnatPool, Reported> {
+    fn snat(&self, max_flows: u32) -> Result<SnatPool, Reported> {
         let snat = self.document.snat.as_ref().map_err(|reported| *reported)?;
         let list = snat.prefixes.as_ref().map_err(|reported| *reported)?;
         let mut prefixes = all(&list.value)?;
@@ -510,8 +512,6 @@ impl<'d> Check<'d> {
             Ok(None) => Vec::new(),
             Err(reported) => return Err(*reported),
         };
-        // What is wrong with it is reported with it.
-        let max_flows = self.agent().map_or(DEFAULT_MAX_FLOWS, |agent| agent.max_flows);
         let mut probes = Vec::new();
         let mut ranges = Vec::new();
         for (is_v4, written) in [(true, &snat.probe_address), (false, &snat.probe_address_v6)] {

@@ -49,17 +49,20 @@ function keep(parent, items, key, create, update) {
 
 // ---- numbers for people ----
 
-function short(number, unit = "") {
+/** A number and its unit with the SI prefix that fits: ["57.4", "kbit/s"]. */
+function scaled(number, unit) {
   let rest = number;
   for (const prefix of ["", "k", "M", "G"]) {
     if (rest < 999.5) {
       const digits = (prefix && rest < 99.5) || (rest > 0 && rest < 9.95) ? 1 : 0;
-      return `${rest.toFixed(digits)}${unit ? " " : ""}${prefix}${unit}`;
+      return [rest.toFixed(digits), prefix + unit];
     }
     rest /= 1000;
   }
-  return `${rest.toFixed(1)}${unit ? " " : ""}T${unit}`;
+  return [rest.toFixed(1), `T${unit}`];
 }
+
+const short = (number, unit = "") => scaled(number, unit).join(unit ? " " : "");
 
 const whole = (number) => number.toLocaleString("en").replaceAll(",", " ");
 const percent = (share) => `${(share * 100).toFixed(share > 0 && share < 0.9995 ? 1 : 0)} %`;
@@ -149,29 +152,32 @@ function tile(id, parts, names, time, unit) {
     );
   }
   const now = tile.querySelector(".now");
-  keep(now, parts, (part) => part.name, () => make("span", {}, make("span", {}), make("small", {})), (span, part) => {
+  keep(now, parts, (part) => part.key, () => make("span", {}, make("span", {}), make("small", {})), (span, part) => {
     span.className = part.colour ? `key ${part.colour}` : "";
     say(span.firstChild, part.text);
-    say(span.lastChild, part.name);
+    say(span.lastChild, part.unit);
   });
   const top = chart(tile.querySelector("svg"), names, time);
   say(tile.querySelector(".top"), top > 1e-6 ? `top ${short(top, unit)}` : "quiet");
 }
 
 function drawTiles(time) {
-  const part = (name, text, colour) => ({ name, text, colour });
-  tile("chart-flows", [part("/s", short(latest("flows")))], [["flows", "accent"]], time, "");
+  const part = (name, unit, after, colour) => {
+    const [text, scaledUnit] = scaled(latest(name), unit);
+    return { key: name, text, unit: `${scaledUnit} ${after}`.trim(), colour };
+  };
+  tile("chart-flows", [part("flows", "/s", "")], [["flows", "accent"]], time, "/s");
   tile(
     "chart-packets",
-    [part("in/s", short(latest("packets in")), "accent"), part("out/s", short(latest("packets out")), "second")],
-    [["packets in", "accent"], ["packets out", "second"]], time, "",
+    [part("packets in", "/s", "in", "accent"), part("packets out", "/s", "out", "second")],
+    [["packets in", "accent"], ["packets out", "second"]], time, "/s",
   );
   tile(
     "chart-bits",
-    [part("in", short(latest("bits in"), "bit/s"), "accent"), part("out", short(latest("bits out"), "bit/s"), "second")],
+    [part("bits in", "bit/s", "in", "accent"), part("bits out", "bit/s", "out", "second")],
     [["bits in", "accent"], ["bits out", "second"]], time, "bit/s",
   );
-  tile("chart-dropped", [part("packets/s", short(latest("dropped")))], [["dropped", "bad-colour"]], time, "");
+  tile("chart-dropped", [part("dropped", "/s", "packets")], [["dropped", "bad-colour"]], time, "/s");
 }
 
 // ---- topology ----
@@ -234,7 +240,7 @@ function drawTopology(status) {
       link(`group ${group.name}`, key, packets(backend), isBad);
       if (backend.tunnel) link(key, `tunnel ${backend.tunnel}`, packets(backend), isBad);
       backends.push({
-        key, name: backend.name, tone: TONES[state(backend)], state: state(backend), title: backend.failure ?? "",
+        key, name: status.groups.length > 1 ? `${group.name}/${backend.name}` : backend.name, tone: TONES[state(backend)], state: state(backend), title: backend.failure ?? "",
         text: `${endpoint(backend.address, backend.port)} · ${state(backend)}`, rate: pace(packets(backend)),
       });
     }
@@ -251,12 +257,13 @@ function drawTopology(status) {
   byId("tunnels").hidden = status.tunnels.length === 0;
   byId("topology").classList.toggle("plain", status.tunnels.length === 0);
   column("column-tunnels", status.tunnels.map((tunnel) => {
+    const behind = status.groups.flatMap((group) => group.backends.filter((backend) => backend.tunnel === tunnel.name));
     const health = tunnel.is_up ? tunnel.health : "down";
     return {
       key: `tunnel ${tunnel.name}`, name: tunnel.name, state: health, title: tunnel.diagnosis?.text ?? tunnel.failure ?? "",
       tone: TONES[health === "unchecked" || health === "unknown" ? "up" : health],
       text: `${tunnel.mode} · ${health === "unchecked" ? "up" : health}`,
-      rate: tunnel.backends_held ? `holds ${plural(tunnel.backends_held, "backend")}` : "",
+      rate: tunnel.backends_held ? `holds ${plural(tunnel.backends_held, "backend")}` : pace(total(behind, packets)),
     };
   }));
   drawEdges();
@@ -295,9 +302,9 @@ function trouble(backend) {
 function drawBackends(status, time) {
   const rows = status.groups.flatMap((group) => group.backends.map((backend) => ({ group, backend }))).slice(0, MOST_ROWS);
   const cells = ["name", "address", "health", "share", "flows", "new", "in", "out"];
-  const numbers = new Set(["share", "flows", "new", "in", "out"]);
+  const numbers = { share: "share", flows: "flows", new: "new/s", in: "in/s", out: "out/s" };
   const create = () => {
-    const row = make("tr", {}, ...cells.map((cell) => make("td", { "data-field": cell, class: numbers.has(cell) ? "n" : "" })));
+    const row = make("tr", {}, ...cells.map((cell) => make("td", numbers[cell] ? { "data-field": cell, "data-label": numbers[cell], class: "n" } : { "data-field": cell })));
     row.children[2].className = "why";
     row.children[2].append(make("span", { class: "badge" }), make("small", { class: "problem" }), make("small", { class: "hint" }));
     const trend = make("td", { class: "trend" });
@@ -344,7 +351,7 @@ function drawDrops(status) {
     say(count, whole(reason.packets));
     item.querySelector("i").style.width = `${Math.max(1, (100 * reason.packets) / most)}%`;
     const known = reasons.get(reason.name);
-    say(item.querySelector("p"), known ? [known.text, known.hint].filter(Boolean).join(". ") : "");
+    say(item.querySelector("p"), known ? [known.text, known.hint].filter(Boolean).join(" ") : "");
   });
 }
 

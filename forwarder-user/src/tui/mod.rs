@@ -17,7 +17,9 @@ use ratatui::{
     layout::{Constraint, HorizontalAlignment, Layout, Rect},
     style::{Color, Style, Stylize as _},
     text::{Line, Span},
-    widgets::{Block, Paragraph, RenderDirection, Row, Sparkline, Table, TableState, Tabs, Wrap},
+    widgets::{
+        Block, HighlightSpacing, Paragraph, RenderDirection, Row, Sparkline, Table, TableState, Tabs, Wrap,
+    },
 };
 
 use self::{
@@ -48,6 +50,8 @@ const DETAIL_HEIGHT: u16 = 5;
 const SHORTEST_TREND: u16 = 8;
 /// Between two columns.
 const COLUMN_SPACING: u16 = 2;
+/// Stands before the chosen row.
+const CHOSEN: &str = "▸ ";
 /// Rows that a page key moves by.
 const PAGE: isize = 10;
 
@@ -73,6 +77,9 @@ impl Tab {
         Self::ALL[(self as usize + steps) % Self::ALL.len()].0
     }
 }
+
+/// A chart above the table: its name, what it shows, how its newest value is written, its colour.
+type Chart = (&'static str, Trend, fn(f64) -> String, Color);
 
 /// What a key asks for, beyond the dashboard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,7 +246,7 @@ impl Dashboard {
         if area.height == 0 {
             return;
         }
-        let charts: [(&str, Trend, fn(f64) -> String, Color); 4] = [
+        let charts: [Chart; 4] = [
             ("New flows/s", Trend::NewFlows, rate, Color::Cyan),
             ("Packets/s", Trend::Packets, rate, Color::Green),
             ("Bytes/s", Trend::Bytes, byte_rate, Color::Blue),
@@ -300,7 +307,8 @@ impl Dashboard {
             })
             .collect();
         let taken: u16 = widths.iter().map(|width| width + COLUMN_SPACING).sum();
-        let trend_width = area.width.saturating_sub(taken);
+        let marked = CHOSEN.chars().count() as u16;
+        let trend_width = area.width.saturating_sub(taken + marked);
         let has_trend = trend_width >= SHORTEST_TREND;
         let aligned = |text: String, (_, alignment): &(&str, HorizontalAlignment)| {
             Line::from(text).alignment(*alignment)
@@ -332,7 +340,9 @@ impl Dashboard {
         let table = Table::new(rows, widths.iter().copied().map(Constraint::Length).chain([last]))
             .header(head)
             .column_spacing(COLUMN_SPACING)
-            .row_highlight_style(Style::new().reversed());
+            .highlight_symbol(CHOSEN)
+            .highlight_spacing(HighlightSpacing::Always)
+            .row_highlight_style(Style::new().bold());
         let chosen = &mut self.chosen[self.tab as usize];
         let row = chosen.selected().unwrap_or(0).min(sheet.rows.len() - 1);
         chosen.select(Some(row));

@@ -121,7 +121,7 @@ impl Browser {
         )?;
         self.call(
             "Emulation.setDeviceMetricsOverride",
-            &json!({"width": screen.width, "height": 900, "deviceScaleFactor": 2, "mobile": screen.is_phone}),
+            &json!({"width": screen.width, "height": 900, "deviceScaleFactor": 1.5, "mobile": screen.is_phone}),
         )?;
         Ok(())
     }

@@ -80,11 +80,12 @@ fn with_visitors(site: &Site, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
         let visitors = scope.spawn(|| visit(site, &is_over));
+        let strangers = scope.spawn(|| knock(site, &is_over));
         let outcome = work();
         is_over.store(true, Ordering::Relaxed);
-        match visitors.join() {
-            Ok(visited) => outcome.and(visited),
-            Err(_) => bail!("the visitors are gone"),
+        match (visitors.join(), strangers.join()) {
+            (Ok(visited), Ok(knocked)) => outcome.and(visited).and(knocked),
+            _ => bail!("the visitors are gone"),
         }
     })
 }
@@ -117,7 +118,7 @@ fn start_top(site: &Site, agent: &Agent) -> Result<Terminal> {
     Terminal::start(command, 112, 30)
 }
 
-/// Clients that come and go, more and less of them, and now and then one that is not admitted.
+/// Clients that come and go, more and less of them.
 fn visit(site: &Site, is_over: &AtomicBool) -> Result<()> {
     let client = site.client();
     let start = Instant::now();
@@ -138,11 +139,16 @@ fn visit(site: &Site, is_over: &AtomicBool) -> Result<()> {
         if step.is_multiple_of(4) {
             curl(client, site.vip, PORT)?;
         }
-        if step.is_multiple_of(60) {
-            curl(client, site.vip, CLOSED_PORT)?;
-        }
         step += 1;
         thread::sleep(STEP);
+    }
+    Ok(())
+}
+
+/// Clients that are not admitted: each gives up when its SYNs are not answered.
+fn knock(site: &Site, is_over: &AtomicBool) -> Result<()> {
+    while !is_over.load(Ordering::Relaxed) {
+        curl(site.client(), site.vip, CLOSED_PORT)?;
     }
     Ok(())
 }
@@ -184,5 +190,7 @@ fn take(agent: &Agent, page: &mut Browser, top: &mut Terminal, arguments: &Argum
     top.wait_for("backend that is out", PATIENCE, |screen| {
         screen.contents().contains("hint:")
     })?;
+    // The rest of what is drawn at a time.
+    top.watch(STEP)?;
     save("top.svg", picture(top.screen()).as_bytes())
 }
