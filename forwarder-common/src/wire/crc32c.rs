@@ -8,6 +8,8 @@
 //! Numbers are *reflected*, as bytes are sent with their lowest bit first: the bit of weight 2^31 is the coefficient of
 //! x^0. In this form the checksum stands in the packet with its lowest byte first.
 
+use core::hint::black_box;
+
 /// The polynomial without x^32, reflected.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 /// x^8, reflected.
@@ -55,9 +57,14 @@ const fn multiplied(mut left: u32, mut right: u32) -> u32 {
 }
 
 /// The register, of any content before it, after one byte of a message.
+///
+/// The sum is masked, though both parts of it fit: to the verifier of Linux 6.1 the sum (`^`) of two unknown numbers may be
+/// any ("math between map_value pointer and register with unbounded min value is not allowed"). The compiler, which
+/// knows better, would drop the mask of a sum that it sees through.
 #[inline(always)]
 pub const fn step(register: u32, byte: u8) -> u32 {
-    register >> 8 ^ STEPS[(register as u8 ^ byte) as usize]
+    let sum = black_box(register ^ byte as u32);
+    register >> 8 ^ STEPS[(sum & 0xff) as usize]
 }
 
 /// The register before a message.
