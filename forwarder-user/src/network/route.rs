@@ -259,7 +259,7 @@ mod tests {
             ip("link set fa up");
             ip("link set fb up");
             ip("address add fd07::1/64 dev fa nodad");
-            ip("address add fd64::1/128 dev lo");
+            ip("address add fd64::1/128 dev lo nodad");
             ip("route add fd00:1::/64 via fd07::2");
             ip("route add blackhole fd00:2::/64");
             ip("route add prohibit fd00:3::/64");
