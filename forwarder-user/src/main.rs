@@ -9,11 +9,13 @@ use forwarder_user::cli::{
     apply::apply,
     args::{Cli, Verb},
     check::check,
+    completions::completions,
     detach::detach,
     doctor::doctor,
     drain::{drain, undrain, weight},
     explain::explain,
     flows::flows,
+    man::man,
     output,
     plan::plan,
     run::run,
@@ -37,6 +39,8 @@ fn main() -> ExitCode {
         Verb::Undrain(args) => undrain(&args),
         Verb::Weight(args) => weight(&args),
         Verb::Detach(args) => detach(&args),
+        Verb::Completions(args) => completions(&args),
+        Verb::Man(args) => man(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

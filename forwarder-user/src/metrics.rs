@@ -755,6 +755,24 @@ mod tests {
         assert_same_as_file("docs/metrics.md", &page);
     }
 
+    #[test]
+    fn alert_rules_name_metrics_that_there_are() {
+        let rules = include_str!("../../deploy/prometheus-rules.yml");
+        let documented = include_str!("../../docs/metrics.md");
+        let is_of_a_name = |letter: char| letter.is_ascii_lowercase() || letter == '_';
+        let expressions = rules
+            .lines()
+            .filter(|line| line.trim_start().starts_with("expr:"));
+        let names: Vec<_> = expressions
+            .flat_map(|line| line.split(|letter| !is_of_a_name(letter)))
+            .filter(|word| word.starts_with("forwarder_"))
+            .collect();
+        assert!(names.len() >= 9, "{names:?}");
+        for name in names {
+            assert!(documented.contains(&format!("| `{name}` |")), "{name}");
+        }
+    }
+
     const METRICS_INTRODUCTION: &str = "\
 <!-- Generated from forwarder-user/src/metrics.rs: `FORWARDER_BLESS=1 cargo test -p forwarder-user docs_` -->
 # Metrics
@@ -787,6 +805,8 @@ Beside them, at `/`, is a [page for people](operations.md#status-page). The form
 | `cause` | as in `forwarder status -o json`, such as `no-return-route` |
 
 ## Worth an alert
+
+[deploy/prometheus-rules.yml](../deploy/prometheus-rules.yml) has these as rules, and more.
 
 ```text
 min by (group) (forwarder_group_backends{health=\"healthy\"}) == 0               nobody serves the group

@@ -45,6 +45,24 @@ pub enum Verb {
     Undrain(UndrainArgs),
     Weight(WeightArgs),
     Detach(DetachArgs),
+    Completions(CompletionsArgs),
+    Man(ManArgs),
+}
+
+/// Print completions for a shell: `forwarder completions bash > /usr/share/bash-completion/completions/forwarder`
+#[derive(Debug, Args)]
+#[command(hide = true)]
+pub struct CompletionsArgs {
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// Write the manual pages, one for each verb, into a directory, such as /usr/local/share/man/man8
+#[derive(Debug, Args)]
+#[command(hide = true)]
+pub struct ManArgs {
+    /// An existing directory
+    pub directory: PathBuf,
 }
 
 /// Which configuration file is meant.

@@ -56,3 +56,20 @@ fn address_of(interface: u32) -> io::Result<SockAddr> {
     // SAFETY: a whole sockaddr_ll was just written.
     Ok(unsafe { SockAddr::new(storage, size_of::<sockaddr_ll>() as socklen_t) })
 }
+
+#[cfg(test)]
+mod tests {
+    /// Else VIPs are not announced where systemd runs the agent.
+    #[test]
+    fn the_unit_admits_packet_sockets() {
+        let unit = include_str!("../../../deploy/forwarder.service");
+        let families = unit
+            .lines()
+            .find_map(|line| line.strip_prefix("RestrictAddressFamilies="))
+            .expect("families");
+        assert!(
+            families.split(' ').any(|family| family == "AF_PACKET"),
+            "{families}"
+        );
+    }
+}
