@@ -32,7 +32,7 @@ mod tests {
             clap_complete::generate(shell, &mut Cli::command(), "forwarder", &mut script);
             let script = String::from_utf8(script).expect("text");
             assert!(
-                script.contains("undrain") && script.contains("--config"),
+                script.contains("undrain") && script.contains("config"),
                 "{shell}"
             );
         }
