@@ -31,10 +31,7 @@ mod tests {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "forwarder", &mut script);
             let script = String::from_utf8(script).expect("text");
-            assert!(
-                script.contains("undrain") && script.contains("config"),
-                "{shell}"
-            );
+            assert!(script.contains("undrain") && script.contains("config"), "{shell}");
         }
     }
 }
