@@ -121,9 +121,8 @@ fn peer<T: Tables>(tables: &T, route: &Route, is_v4: bool) -> Option<PeerId> {
             version: if is_v4 { 4 } else { 6 },
         })
     };
-    // Devices without Ethernet give their neighbours an address as well: some bytes of their own IP address (Linux
-    // 6.12,
-    // `arp_constructor`).
+    // Devices without Ethernet give their neighbours an address as well: some bytes of their own IP address
+    // (`arp_constructor`, Linux 6.12).
     find(mac).or_else(|| find(MacAddress::default()))
 }
 
