@@ -16,7 +16,7 @@
 //! the message about that packet is lost.
 
 use super::{
-    ChecksumOffload, Packet, Stop, Tables,
+    ANSWER_TTL, ChecksumOffload, Packet, Stop, Tables,
     parse::Frame,
     rewrite, sctp,
     transport_checksum::{self, State},
@@ -36,8 +36,6 @@ use crate::{
     },
 };
 
-/// RFC 1122 §3.2.1.7: a fresh TTL, as the answer is a packet of its own.
-const ANSWER_TTL: u8 = 64;
 /// Messages that one CPU sends in a second: as many as Linux sent in all (net.ipv4.icmp_msgs_per_sec) until 2024.
 const PER_SECOND: u32 = 1000;
 /// RFC 1812 §4.3.2.3: an ICMP message of IPv4 has at most 576 bytes.

@@ -60,6 +60,9 @@ pub mod tcp_state;
 pub mod translate;
 pub mod transport_checksum;
 
+/// RFC 1122 §3.2.1.7: a fresh TTL, as an answer is a packet of its own.
+const ANSWER_TTL: u8 = 64;
+
 /// What happens to a packet.
 ///
 /// Not an enum with a payload: the compiler would leave the interface undefined where it has no meaning and might

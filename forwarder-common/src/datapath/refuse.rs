@@ -9,7 +9,7 @@
 //! (`icmp_error`), it is dropped.
 
 use super::{
-    Outcome, Packet, Stop, Tables, Verdict, Walk, echo,
+    ANSWER_TTL, Outcome, Packet, Stop, Tables, Verdict, Walk, echo,
     fragment::part,
     icmp_error::{self, Message},
     parse::Frame,
@@ -25,9 +25,6 @@ use crate::{
         tcp::{FLAG_ACK, FLAG_RST, TcpHeader},
     },
 };
-
-/// RFC 1122 §3.2.1.7: a fresh TTL, as the answer is a packet of its own.
-const ANSWER_TTL: u8 = 64;
 
 /// Turns a packet that was refused into the answer to its sender: what becomes of it.
 #[inline(always)]

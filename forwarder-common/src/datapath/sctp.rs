@@ -8,7 +8,7 @@
 //! (CHECKSUM_PARTIAL with `csum_not_inet`), whose field is zero, and of which native XDP loses that mark, as with TCP
 //! (see `transport_checksum`); there it is computed over the whole packet.
 
-use super::{ChecksumOffload, Packet, Stop, Walk, parse::Frame, rewrite, translate};
+use super::{ANSWER_TTL, ChecksumOffload, Packet, Stop, Walk, parse::Frame, rewrite, translate};
 use crate::{
     abi::{
         flow::HopKind,
@@ -28,8 +28,6 @@ use crate::{
     },
 };
 
-/// RFC 1122 §3.2.1.7: a fresh TTL, as the answer is a packet of its own.
-const ANSWER_TTL: u8 = 64;
 /// RFC 9260 §3.2: type, flags and length; an ABORT need not have more (§3.3.7).
 const CHUNK_HEADER_LEN: u16 = 4;
 
@@ -95,8 +93,8 @@ pub fn rewrite<P: Packet>(packet: &mut P, settings: &Settings, walk: &Walk) -> R
 /// case 3).
 ///
 /// # Errors
-/// A drop in tcx, which cannot shorten packets, and where the kernel would write a checksum to a place that options have
-/// moved.
+/// A drop in tcx, where the kernel may owe a checksum over what is cut off, and where it would write one to a place that
+/// options have moved.
 #[inline(always)]
 pub fn abort<P: Packet>(packet: &mut P, frame: &Frame, settings: &Settings) -> Result<(), Stop> {
     let none = Stop::drop(Reason::INTERNAL);

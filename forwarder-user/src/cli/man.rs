@@ -34,7 +34,10 @@ pub fn man(args: &ManArgs) -> Result<(), Errors> {
             .section(SECTION)
             .render(&mut text)
             .and_then(|()| std::fs::write(&path, &text));
-        written.map_err(|error| Error::failed(format!("cannot write {}: {error}", path.display())))?;
+        written.map_err(|error| {
+            Error::failed(format!("cannot write {}: {error}", path.display()))
+                .hint("name a directory that exists and that you may write")
+        })?;
         output::text(&path.display().to_string())?;
     }
     Ok(())
