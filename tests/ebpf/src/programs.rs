@@ -11,6 +11,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use forwarder_bench_ebpf::{Arrivals, CHECKED_BYTES, FloorEntry, FloorKey, Scenario, TEMPLATE_BYTES};
+use forwarder_common::wire::checksum::fold;
 
 /// At most; the benchmark says how many there are.
 const FLOWS: u32 = 1 << 20;
@@ -112,12 +113,6 @@ fn field<T>(scenario: &mut Scenario, mut offset: u32) -> *mut T {
     }
     let frame: *mut u8 = (&raw mut scenario.frame).cast();
     frame.wrapping_add(offset as usize).cast()
-}
-
-#[inline(always)]
-const fn fold(sum: u32) -> u16 {
-    let sum = (sum & 0xffff) + (sum >> 16);
-    (sum + (sum >> 16)) as u16
 }
 
 /// Makes the scenario's frame one of the next flow.
