@@ -107,6 +107,7 @@ impl Way {
 fn play(
     ways: impl IntoIterator<Item = Way>,
     clamp: bool,
+    prepare: impl Fn(&Site) -> Result<()>,
     test: impl Fn(Way, &Site, &Agent) -> Result<()>,
 ) -> Result<()> {
     if !lab::can_run_test(Some(agent::binary())) {
@@ -116,18 +117,30 @@ fn play(
         let mut site = Site::cross_region(Lifetime::Process, Extras::default())?;
         dual_stack::add(&site)?;
         site.front = way.vip(&site);
+        prepare(&site)?;
         let show_log = ShowLog::of(&site.lab);
         let agent = site.start_agent(&way.configuration(&site, clamp)?, "web")?;
         await_mode(&agent, way.mode)?;
-        test(way, &site, &agent).with_context(|| format!("{way:?}"))?;
+        if let Err(error) = test(way, &site, &agent) {
+            let reasons = agent.status()?.reasons;
+            let used = reasons.iter().filter(|reason| reason.packets > 0);
+            let used: Vec<_> = used
+                .map(|reason| format!("{} {}", reason.name, reason.packets))
+                .collect();
+            return Err(error.context(format!("{way:?}: {used:?}")));
+        }
         show_log.all_is_well();
     }
     Ok(())
 }
 
+fn as_it_is(_: &Site) -> Result<()> {
+    Ok(())
+}
+
 #[test]
 fn transfers_arrive_as_they_were() -> Result<()> {
-    play(WAYS, true, |way, site, _| {
+    play(WAYS, true, as_it_is, |way, site, _| {
         for offload in [true, false] {
             site.checksum_offload(offload)?;
             let server = site.server(way.server)?;
@@ -143,10 +156,11 @@ fn transfers_arrive_as_they_were() -> Result<()> {
 /// their header gets longer by 28: the agent cuts them.
 #[test]
 fn fragmented_datagrams_arrive_as_they_were() -> Result<()> {
-    play(WAYS, true, |way, site, agent| {
+    play(WAYS, true, as_it_is, |way, site, agent| {
         let server = site.server(way.server)?;
         let _echo = EchoServer::start_on(&server.namespace, Way::any(!way.is_client_v4), UDP_PORT)?;
         let to = SocketAddr::new(way.vip(site), UDP_PORT);
+        // Of 1473, the last fragment has a single byte.
         for length in [1, 1400, 1473, 1800, 1990] {
             let client = Client::open_on(site.client(), Way::any(way.is_client_v4), 0)?;
             let payload: String = ('a'..='z').cycle().take(length).collect();
@@ -167,9 +181,11 @@ fn fragmented_datagrams_arrive_as_they_were() -> Result<()> {
 #[test]
 fn requests_shrink_to_a_narrow_link_by_icmp_alone() -> Result<()> {
     let remote = WAYS.into_iter().filter(|way| way.is_remote());
-    play(remote, false, |way, site, _| {
-        site.far_router
-            .run(&format!("ip link set eth1 mtu {NARROW_BYTES}"))?;
+    let narrow = |site: &Site| {
+        let line = format!("ip link set eth1 mtu {NARROW_BYTES}");
+        site.far_router.run(&line).map(drop)
+    };
+    play(remote, false, narrow, |way, site, _| {
         upload(site, site.client(), site.server(way.server)?, LENGTH_BYTES)?;
         let expected = if way.is_client_v4 {
             NARROW_BYTES - DIFFERENCE_BYTES
@@ -185,9 +201,11 @@ fn requests_shrink_to_a_narrow_link_by_icmp_alone() -> Result<()> {
 /// The client's link is narrow, and the server learns of it from the gateway.
 #[test]
 fn replies_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
-    play(WAYS, false, |way, site, _| {
-        site.gateway
-            .run(&format!("ip link set eth0 mtu {NARROW_BYTES}"))?;
+    let narrow = |site: &Site| {
+        let line = format!("ip link set eth0 mtu {NARROW_BYTES}");
+        site.gateway.run(&line).map(drop)
+    };
+    play(WAYS, false, narrow, |way, site, _| {
         download(site, site.client(), site.server(way.server)?, LENGTH_BYTES)?;
         Ok(())
     })
@@ -197,7 +215,7 @@ fn replies_shrink_to_the_clients_link_by_icmp_alone() -> Result<()> {
 #[test]
 fn a_distant_router_is_heard_of() -> Result<()> {
     let remote = WAYS.into_iter().filter(|way| way.is_remote());
-    play(remote, true, |way, site, _| {
+    play(remote, true, as_it_is, |way, site, _| {
         let vip = way.vip(site);
         let ping = |hops: &str| -> Result<String> {
             let text = vip.to_string();
