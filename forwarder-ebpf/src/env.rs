@@ -21,7 +21,7 @@ use forwarder_common::{
 };
 
 use crate::{
-    functions,
+    capture, functions,
     maps::{self, KernelTables},
     packet::masked,
 };
@@ -104,6 +104,18 @@ impl Env for KernelEnv {
         }
         maps::lend(walk);
         functions::next_hop(self)
+    }
+
+    #[inline(always)]
+    fn capture<P: Packet>(&mut self, _: &mut P, walk: &mut Walk) {
+        maps::lend(walk);
+        capture::before(self);
+    }
+
+    #[inline(always)]
+    fn captured<P: Packet>(&mut self, _: &mut P, walk: &Walk, outcome: Outcome) {
+        maps::lend(walk);
+        capture::after(self, outcome);
     }
 
     #[inline(always)]

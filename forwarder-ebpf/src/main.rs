@@ -4,6 +4,7 @@
 // Inline assembly for BPF; both toolchains that build this crate allow unstable features.
 #![feature(asm_experimental_arch)]
 
+mod capture;
 mod env;
 mod functions;
 mod maps;

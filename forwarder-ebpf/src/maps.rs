@@ -12,6 +12,7 @@ use aya_ebpf::{
 use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
+        capture::{CaptureFilter, CaptureRoom, CapturedPacket},
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         fragment::{FragmentFlow, FragmentKey, HeldPacket},
@@ -33,6 +34,8 @@ use crate::packet::SCRATCH_WORDS;
 const FRAGMENTED_PACKETS: usize = 8192;
 /// For fragments on their way to the agent; a power of two and whole pages.
 const HELD_BUFFER_BYTES: usize = 256 << 10;
+/// The same for captured packets: a thousand.
+const CAPTURE_BUFFER_BYTES: usize = 4 << 20;
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1> = Array::new();
@@ -88,6 +91,12 @@ static FRAGMENTS: LruHashMap<FragmentKey, FragmentFlow, FRAGMENTED_PACKETS> = Lr
 #[btf_map]
 static HELD: RingBuf<HeldPacket, HELD_BUFFER_BYTES> = RingBuf::new();
 #[btf_map]
+static CAPTURE_FILTER: Array<CaptureFilter, 1> = Array::new();
+#[btf_map]
+static CAPTURE_ROOM: PerCpuArray<CaptureRoom, 1> = PerCpuArray::new();
+#[btf_map]
+static CAPTURED: RingBuf<CapturedPacket, CAPTURE_BUFFER_BYTES> = RingBuf::new();
+#[btf_map]
 static ICMP_BUDGET: PerCpuArray<IcmpBudget, 1> = PerCpuArray::new();
 
 /// What the stages of one packet hand on; nothing in it outlives the packet.
@@ -98,7 +107,26 @@ static WALK: PerCpuArray<Walk, 1> = PerCpuArray::new();
 #[btf_map]
 static SCRATCH: PerCpuArray<[u64; SCRATCH_WORDS], 1> = PerCpuArray::new();
 
-/// Room for one fragment on its way to the agent.
+/// What is captured.
+#[inline(always)]
+pub(crate) fn capture_filter() -> Option<&'static CaptureFilter> {
+    CAPTURE_FILTER.get(0)
+}
+
+/// Room for this CPU's packet as it came.
+#[inline(always)]
+pub(crate) fn capture_room() -> Option<&'static mut CaptureRoom> {
+    // SAFETY: this CPU's own element; one packet at a time uses it.
+    CAPTURE_ROOM.get_ptr_mut(0).map(|room| unsafe { &mut *room })
+}
+
+/// Room for one captured packet on its way to the agent.
+#[inline(always)]
+pub(crate) fn captured_packet() -> Option<RingBufEntry<CapturedPacket>> {
+    CAPTURED.reserve(0)
+}
+
+/// Room for one packet on its way to the agent.
 #[inline(always)]
 pub(crate) fn held_packet() -> Option<RingBufEntry<HeldPacket>> {
     HELD.reserve(0)

@@ -4,6 +4,8 @@
 //! POST   /v1/explain     `ExplainRequest` to `Explanations`; changes nothing
 //! GET    /v1/flows?…     `FlowQuery` to `FlowList`
 //! DELETE /v1/flows?…     `FlowQuery` to `Deleted`; asks for a filter, or all=true
+//! POST   /v1/capture     `CaptureRequest` to a pcapng file, as long as somebody reads
+//! POST   /v1/trace       the same to a line of JSON for each packet
 //! ```
 //!
 //! Reads go to the maps themselves, on a thread that may block. Deletions go through the sweep, which owns the table.
@@ -14,12 +16,21 @@ use std::{
     sync::Arc,
 };
 
-use axum::{Extension, Json};
+use axum::{
+    Extension, Json,
+    extract::State,
+    http::header::CONTENT_TYPE,
+    response::{IntoResponse, Response},
+};
 use tokio::{sync::watch, task::spawn_blocking};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    api::{Body, EXPLAIN_PATH, ErrorBody, ErrorCode, FLOWS_PATH, Parameters, Refusal, StatusSource},
+    api::{
+        Body, CAPTURE_PATH, EXPLAIN_PATH, ErrorBody, ErrorCode, FLOWS_PATH, Parameters, Refusal,
+        StatusSource, TRACE_PATH,
+    },
+    capture::{CaptureRequest, Capturer, Form, TracedPacket},
     datapath::view::{Arrival, Live},
     error::Error,
     explain::{ExplainRequest, Explanation, Explanations},
@@ -36,6 +47,7 @@ pub struct Inspector {
     pub names: watch::Receiver<Arc<Names>>,
     pub sweep: SweepHandle,
     pub network: Network,
+    pub capturer: Capturer,
 }
 
 /// The inspector as handlers find it.
@@ -71,6 +83,8 @@ pub(crate) fn calls() -> OpenApiRouter<StatusSource> {
     OpenApiRouter::new()
         .routes(routes!(answer_explain))
         .routes(routes!(answer_flows, answer_delete))
+        .routes(routes!(answer_capture))
+        .routes(routes!(answer_trace))
 }
 
 impl Inspector {
@@ -231,4 +245,61 @@ async fn answer_delete(
     Parameters(query): Parameters<FlowQuery>,
 ) -> Result<Json<Deleted>, Refusal> {
     Ok(Json(inspection.inspector()?.delete(query).await?))
+}
+
+/// Packets as the data path sees them, as pcapng, while somebody reads; one capture or trace at a time
+#[utoipa::path(
+    post,
+    operation_id = "capture",
+    path = CAPTURE_PATH,
+    tag = "data path",
+    request_body = CaptureRequest,
+    responses(
+        (status = 200, description = "pcapng, as it comes", content_type = "application/x-pcapng"),
+        (status = "default", body = ErrorBody)
+    )
+)]
+async fn answer_capture(
+    State(source): State<StatusSource>,
+    Extension(inspection): Extension<Inspection>,
+    Body(request): Body<CaptureRequest>,
+) -> Result<Response, Refusal> {
+    captured(source, inspection, &request, Form::Pcapng).await
+}
+
+/// The same in words, a line of JSON for each packet
+#[utoipa::path(
+    post,
+    operation_id = "trace",
+    path = TRACE_PATH,
+    tag = "data path",
+    request_body = CaptureRequest,
+    responses(
+        (status = 200, description = "a packet on each line", body = TracedPacket, content_type = "application/x-ndjson"),
+        (status = "default", body = ErrorBody)
+    )
+)]
+async fn answer_trace(
+    State(source): State<StatusSource>,
+    Extension(inspection): Extension<Inspection>,
+    Body(request): Body<CaptureRequest>,
+) -> Result<Response, Refusal> {
+    captured(source, inspection, &request, Form::Lines).await
+}
+
+async fn captured(
+    source: StatusSource,
+    inspection: Inspection,
+    request: &CaptureRequest,
+    form: Form,
+) -> Result<Response, Refusal> {
+    let inspector = inspection.inspector()?;
+    let names = inspector.names();
+    let reading = inspector.capturer.begin(request, form, names, source).await?;
+    let content_type = match form {
+        Form::Pcapng => "application/x-pcapng",
+        Form::Lines => "application/x-ndjson",
+    };
+    let body = axum::body::Body::from_stream(reading.into_stream());
+    Ok(([(CONTENT_TYPE, content_type)], body).into_response())
 }

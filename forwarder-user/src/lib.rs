@@ -8,12 +8,13 @@
 //! announce                               tells neighbours whose addresses these are
 //! status -> metrics, api                 what is known, for people and programs
 //! tui -> cli -> api                      the same on a terminal, live; the only place that knows ratatui
-//! explain, flows -> inspect -> api       looks at the data path beside the agent's loop
+//! explain, flows, capture -> inspect -> api   looks at the data path beside the agent's loop
 //! ```
 
 pub mod agent;
 pub mod announce;
 pub mod api;
+pub mod capture;
 pub mod change;
 pub mod cli;
 pub mod config;

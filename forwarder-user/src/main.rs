@@ -8,6 +8,7 @@ use clap::Parser;
 use forwarder_user::cli::{
     apply::apply,
     args::{Cli, Verb},
+    capture::{capture, trace},
     check::check,
     completions::completions,
     detach::detach,
@@ -32,6 +33,8 @@ fn main() -> ExitCode {
         Verb::Top(args) => top(&args),
         Verb::Explain(args) => explain(&args),
         Verb::Flows(args) => flows(&args),
+        Verb::Capture(args) => capture(&args),
+        Verb::Trace(args) => trace(&args),
         Verb::Doctor(args) => doctor(&args),
         Verb::Plan(args) => plan(&args),
         Verb::Apply(args) => apply(&args),

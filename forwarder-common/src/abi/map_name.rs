@@ -52,6 +52,12 @@ pub const WALK: &str = "WALK";
 pub const FRAGMENTS: &str = "FRAGMENTS";
 /// Ring buffer of `HeldPacket`.
 pub const HELD: &str = "HELD";
+/// Array of one `CaptureFilter`.
+pub const CAPTURE_FILTER: &str = "CAPTURE_FILTER";
+/// Per-CPU array of one `CaptureRoom`.
+pub const CAPTURE_ROOM: &str = "CAPTURE_ROOM";
+/// Ring buffer of `CapturedPacket`.
+pub const CAPTURED: &str = "CAPTURED";
 /// Per-CPU array of one `IcmpBudget`.
 pub const ICMP_BUDGET: &str = "ICMP_BUDGET";
 /// Per-CPU array of `ReasonCounters` by `Reason`.

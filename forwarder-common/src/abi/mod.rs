@@ -6,6 +6,7 @@
 //! least 4: the verifier wants aligned accesses on the BPF stack, where keys are built.
 
 pub mod backend;
+pub mod capture;
 pub mod counter;
 pub mod flow;
 pub mod fragment;

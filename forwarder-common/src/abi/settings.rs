@@ -18,6 +18,8 @@ pub mod flag {
     pub const KEEP_SEGMENT_SIZE: u32 = 8;
     /// There are tunnels that the programs handle. Without it the data path does not look inside of packets.
     pub const TUNNELS: u32 = 16;
+    /// Somebody wants to see packets.
+    pub const CAPTURE: u32 = 32;
 }
 
 /// The settings.

@@ -45,7 +45,7 @@ const QUOTED: usize = 8;
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 pub struct Quote {
-    /// Where the quoted transport header starts, in bytes from the frame's start; zero: the packet is no error.
+    /// Where the quoted transport header starts, in bytes from the frame's start, or [`Self::NONE`].
     pub transport_offset: u32,
     /// Non-zero: the receiver hears of the host that reports.
     pub keeps_sender: u32,
@@ -58,19 +58,13 @@ pub struct Quote {
 }
 
 impl Quote {
-    /// Of a packet that is no error.
-    pub const NONE: Self = Self {
-        transport_offset: 0,
-        keeps_sender: 0,
-        message: IcmpHeader::of_type(0, 0),
-        kept_len: 0,
-        change: Delta::ZERO,
-    };
+    /// Where the quoted transport header of a packet starts that is no error.
+    pub const NONE: u32 = 0;
 
     /// Is the packet an error?
     #[inline(always)]
     pub const fn is_some(&self) -> bool {
-        self.transport_offset != 0
+        self.transport_offset != Self::NONE
     }
 }
 

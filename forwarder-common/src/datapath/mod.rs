@@ -35,6 +35,7 @@ use crate::{
 pub mod admission;
 pub mod arp;
 pub mod backend;
+pub mod capture;
 pub mod echo;
 pub mod flow;
 pub mod fragment;
@@ -523,6 +524,14 @@ pub trait Env {
     {
         next_hop::find(tables, self, settings, walk)
     }
+
+    /// Captures a packet that comes, if the filter may be true of it (`capture`). The walk is room to work in.
+    #[inline(always)]
+    fn capture<P: Packet>(&mut self, _packet: &mut P, _walk: &mut Walk) {}
+
+    /// Captures it once more, now that its reason is known, and hands both to the agent.
+    #[inline(always)]
+    fn captured<P: Packet>(&mut self, _packet: &mut P, _walk: &Walk, _outcome: Outcome) {}
 
     /// Hands a packet to the agent, which sends it on; `false`: it cannot.
     fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk, why: HeldKind) -> bool;

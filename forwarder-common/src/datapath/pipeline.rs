@@ -28,6 +28,10 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
     walk: &mut Walk,
 ) -> Outcome {
     let frame_bytes = packet.frame_len();
+    if settings.flags & flag::CAPTURE != 0 {
+        look_inside(packet, tables, env, settings, walk);
+        env.capture(packet, walk);
+    }
     let outcome = match stages(packet, tables, env, settings, walk, frame_bytes) {
         // An answer to what came through a tunnel goes back through it, from the device's tcx program.
         Err(Stop(refusal)) if refusal.reason.is_refusal() && walk.inside.is_tunnel() => {
@@ -39,6 +43,9 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
         Ok(outcome) | Err(Stop(outcome)) => outcome,
     };
     tables.count_reason(outcome.reason, frame_bytes);
+    if settings.flags & flag::CAPTURE != 0 {
+        env.captured(packet, walk, outcome);
+    }
     outcome
 }
 
@@ -51,12 +58,8 @@ fn stages<P: Packet, T: Tables, E: Env>(
     walk: &mut Walk,
     frame_bytes: usize,
 ) -> Result<Outcome, Stop> {
-    // Only native XDP can take headers off and put them on: elsewhere the stack holds on to what it knows of them.
-    walk.inside.network_offset = 0;
-    walk.quote = Quote::NONE;
-    if env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0 {
-        packet.recognise(tables, walk);
-    }
+    look_inside(packet, tables, env, settings, walk);
+    walk.quote.transport_offset = Quote::NONE;
     let mut kind = parse::frame(packet, walk, frame_bytes)?;
     if kind == Kind::Icmp && !walk.inside.is_tunnel() {
         env.icmp(packet, tables, settings, walk)?;
@@ -121,6 +124,22 @@ fn stages<P: Packet, T: Tables, E: Env>(
     } else {
         sent(verdict, Reason::REPLY_FORWARDED, Reason::REPLY_TO_STACK)
     })
+}
+
+/// Finds what is inside of a packet of a tunnel. Only native XDP can take headers off and put them on: elsewhere the
+/// stack holds on to what it knows of them.
+#[inline(always)]
+fn look_inside<P: Packet, T: Tables, E: Env>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    settings: &Settings,
+    walk: &mut Walk,
+) {
+    walk.inside.network_offset = 0;
+    if env.hook() == Hook::Xdp && settings.flags & flag::TUNNELS != 0 {
+        packet.recognise(tables, walk);
+    }
 }
 
 /// The end of the walk of a packet that goes on, by the program or by the stack.

@@ -14,7 +14,7 @@ use std::{
 
 use aya::Ebpf;
 use forwarder_common::abi::{
-    backend::BackendId, counter::TrafficCounters, listener::ListenerId, reason::Reason,
+    backend::BackendId, counter::TrafficCounters, listener::ListenerId, reason::Reason, settings::flag,
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -376,6 +376,7 @@ impl Agent {
                     Request::Status(reply) => reply.send(self.status()?),
                     Request::Backend(path, reply) => reply.send(self.backend(&path)),
                     Request::Order(order, reply) => reply.send(self.ordered(&order)),
+                    Request::Capture(on, reply) => reply.send(self.capture(on)),
                     Request::Change { submission, apply, reply } => {
                         let outcome = self.submitted(&submission, apply);
                         let followed = if apply && outcome.is_ok() {
@@ -390,6 +391,16 @@ impl Agent {
                 },
             }
         }
+    }
+
+    /// Has the programs look for packets that somebody wants to see, or stop that.
+    fn capture(&mut self, on: bool) -> Result<(), Error> {
+        if on {
+            self.observed.flags |= flag::CAPTURE;
+        } else {
+            self.observed.flags &= !flag::CAPTURE;
+        }
+        self.reconcile()
     }
 
     /// What a change of the configuration means for the network around the tables.

@@ -21,9 +21,11 @@ use tracing::{debug, info};
 use super::{Agent, BackendNotes, Sample, passive::PassiveChecks, tables::Tables};
 use crate::{
     announce::Announcer,
+    capture::Capturer,
     config::{self, Config, NatMode, TableSizes},
     datapath::{
         attach::{self, Attachment, AttachmentKind},
+        capture::CaptureMaps,
         flows::{Sweeper, Timeouts},
         free_list::Handover,
         held::HeldMaps,
@@ -77,6 +79,7 @@ impl Agent {
         let live_maps = LiveMaps::open(&ebpf)?;
         let backend_watch = BackendWatch::open(&ebpf)?;
         let held_maps = HeldMaps::open(&mut ebpf)?;
+        let capturer = Capturer::new(CaptureMaps::open(&mut ebpf)?);
         let (control, mut flow_maps, counters) = maps::take(&mut ebpf, &sizes, Some(pins))?;
         let before = reader::read(&control)?;
         let capacity = Capacity {
@@ -133,6 +136,7 @@ impl Agent {
             names: names_seen,
             sweep: sweep.handle(),
             network: network.clone(),
+            capturer,
         };
         let mut agent = Self {
             notes: applied

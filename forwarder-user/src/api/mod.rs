@@ -8,7 +8,8 @@
 //! POST   /v1/apply                            the same, and changes it, for `forwarder apply`
 //! GET    /v1/backend?group=…&backend=…        one backend of the status
 //! POST   /v1/backend                          a `BackendOrder`, for `forwarder drain`, `undrain`, `weight`
-//! POST   /v1/explain, GET, DELETE /v1/flows   see `inspect`
+//! POST   /v1/explain, GET, DELETE /v1/flows,
+//! POST   /v1/capture, /v1/trace               see `inspect`
 //! GET    /v1/openapi.json                     all this described for programs; docs/openapi.json
 //!
 //! [agent.api] listen, off by default          GET of the above, for who has a certificate or the token; `remote`
@@ -60,6 +61,10 @@ pub const APPLY_PATH: &str = "/v1/apply";
 pub const BACKEND_PATH: &str = "/v1/backend";
 /// Where packets are explained.
 pub const EXPLAIN_PATH: &str = "/v1/explain";
+/// Where packets are captured.
+pub const CAPTURE_PATH: &str = "/v1/capture";
+/// Where they are told of as they pass.
+pub const TRACE_PATH: &str = "/v1/trace";
 /// Where flows are.
 pub const FLOWS_PATH: &str = "/v1/flows";
 /// Where all this is described.
@@ -422,6 +427,8 @@ mod tests {
             APPLY_PATH,
             BACKEND_PATH,
             EXPLAIN_PATH,
+            CAPTURE_PATH,
+            TRACE_PATH,
             FLOWS_PATH,
             OPENAPI_PATH,
         ]

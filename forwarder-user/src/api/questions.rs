@@ -39,6 +39,8 @@ pub enum Request {
     Backend(BackendPath, Reply<Result<BackendStatus, Error>>),
     /// An order for a backend, and what it is like then.
     Order(BackendOrder, Reply<Result<BackendStatus, Error>>),
+    /// Whether the programs look for packets that somebody wants to see.
+    Capture(bool, Reply<Result<(), Error>>),
     /// What this configuration would change; and change it, if `apply`.
     Change {
         submission: Submission,
@@ -96,6 +98,17 @@ impl StatusSource {
         timeout(patience, asked)
             .await
             .map_err(|_| NoAnswer::TooLate(patience))?
+    }
+}
+
+impl StatusSource {
+    /// Has the programs look for packets that somebody wants to see, or stop that.
+    ///
+    /// # Errors
+    /// The agent's loop has no time or ends, or the kernel refuses.
+    pub async fn capture(&self, on: bool) -> Result<(), Error> {
+        let asked = self.ask_for(ANSWER_TIMEOUT, |reply| Request::Capture(on, reply));
+        asked.await.map_err(|why| Error::failed(why.to_string()))?
     }
 }
 

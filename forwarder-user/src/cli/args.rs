@@ -10,6 +10,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 
 use crate::{
     config::{Protocol, schema::parse_duration},
@@ -38,6 +39,8 @@ pub enum Verb {
     Top(TopArgs),
     Explain(ExplainArgs),
     Flows(FlowsArgs),
+    Capture(CaptureArgs),
+    Trace(TraceArgs),
     Doctor(DoctorArgs),
     Plan(PlanArgs),
     Apply(ApplyArgs),
@@ -196,6 +199,79 @@ pub struct ExplainArgs {
     pub agent: AgentArgs,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Write packets as the data path sees them, before and after translation, to a file for Wireshark (pcapng); what XDP
+/// takes, tcpdump does not see
+///
+/// Each packet has its verdict and reason as a comment.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    forwarder capture --write web.pcapng --port 443 --count 1000\n  \
+    forwarder capture --dropped --for 30s --write drops.pcapng\n  \
+    forwarder capture | wireshark -k -i -")]
+pub struct CaptureArgs {
+    /// The file to write, which is replaced [default: standard output, unless that is a terminal]
+    #[arg(long, short, value_name = "FILE")]
+    pub write: Option<PathBuf>,
+    /// Bytes of each packet, before and after
+    #[arg(long, value_name = "BYTES", default_value_t = 2048)]
+    pub snap: u32,
+    #[command(flatten)]
+    pub filter: CaptureFilterArgs,
+    #[command(flatten)]
+    pub agent: AgentArgs,
+}
+
+/// Show packets as the data path sees them, a line each: what it is, its verdict and reason, and what it becomes
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    forwarder trace --dropped\n  \
+    forwarder trace --network 192.0.2.7 --port 443")]
+pub struct TraceArgs {
+    #[command(flatten)]
+    pub filter: CaptureFilterArgs,
+    #[command(flatten)]
+    pub agent: AgentArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Which packets, and how many.
+#[derive(Debug, Args)]
+pub struct CaptureFilterArgs {
+    /// Only packets from or to this address or prefix, as they come
+    #[arg(long, value_name = "ADDRESS[/LENGTH]", value_parser = network)]
+    pub network: Option<IpNet>,
+    /// Only packets from or to this port
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Only packets of this protocol
+    #[arg(long, value_name = "PROTOCOL")]
+    pub protocol: Option<TransportName>,
+    /// Only packets with this reason, one of docs/reasons.md; may be given several times
+    #[arg(long = "reason", value_name = "REASON")]
+    pub reasons: Vec<String>,
+    /// Only packets that go no further
+    #[arg(long, conflicts_with = "reasons")]
+    pub dropped: bool,
+    /// Of so many packets one, on each CPU
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub one_in: u32,
+    /// End after so many packets
+    #[arg(long, value_name = "N")]
+    pub count: Option<u64>,
+    /// End after so long
+    #[arg(long = "for", value_name = "TIME", value_parser = parse_duration)]
+    pub duration: Option<Duration>,
+}
+
+/// An address, or a prefix.
+fn network(text: &str) -> Result<IpNet, String> {
+    let of_address = |_| text.parse::<IpAddr>().map(IpNet::from);
+    text.parse()
+        .or_else(of_address)
+        .map_err(|_| "an address such as 192.0.2.7, or a prefix such as 192.0.2.0/24".to_owned())
 }
 
 /// A transport protocol that flows have.

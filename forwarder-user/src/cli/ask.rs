@@ -1,6 +1,6 @@
 //! The way to the agent: one request over its control socket, one answer in JSON.
 
-use std::{io, path::Path, time::Duration};
+use std::{io, ops::ControlFlow, path::Path, time::Duration};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
@@ -59,6 +59,69 @@ pub fn submit<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl Serial
     ask_for_all(socket, Method::POST, path, &body)
 }
 
+/// What the agent answers to POST with this as JSON, as it comes, until it ends, `take` breaks, or `limit` has passed.
+///
+/// # Errors
+/// As for [`submit`], and those of `take`.
+pub fn stream(
+    socket: &Path,
+    path: &str,
+    body: &impl Serialize,
+    limit: Option<Duration>,
+    mut take: impl FnMut(&[u8]) -> Result<ControlFlow<()>, Error>,
+) -> Result<(), Errors> {
+    let body = serde_json::to_vec(body)
+        .map_err(|error| Error::failed(format!("cannot write the request as JSON: {error}")))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::host(format!("cannot wait for an answer: {error}")))?;
+    runtime.block_on(async {
+        let read = read_stream(socket, path, &body, &mut take);
+        match limit {
+            // That the time is over is how it should end.
+            Some(limit) => timeout(limit, read).await.unwrap_or(Ok(())),
+            None => read.await,
+        }
+    })
+}
+
+async fn read_stream(
+    socket: &Path,
+    path: &str,
+    body: &[u8],
+    take: &mut impl FnMut(&[u8]) -> Result<ControlFlow<()>, Error>,
+) -> Result<(), Errors> {
+    let broke_off = |error: &dyn std::fmt::Display| {
+        Error::failed(format!("the agent on {} broke off: {error}", socket.display()))
+    };
+    let stream = UnixStream::connect(socket)
+        .await
+        .map_err(|error| not_connected(socket, &error))?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| broke_off(&error))?;
+    let connection = tokio::spawn(connection);
+    let request = request(Method::POST, path, body).map_err(|error| broke_off(&error))?;
+    let answer = sender
+        .send_request(request)
+        .await
+        .map_err(|error| broke_off(&error))?;
+    let (code, mut body) = (answer.status(), answer.into_body());
+    if code != StatusCode::OK {
+        let collected = body.collect().await.map_err(|error| broke_off(&error))?;
+        return Err(refused(socket, code, &collected.to_bytes()));
+    }
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| broke_off(&error))?;
+        if let Some(chunk) = frame.data_ref()
+            && take(chunk)?.is_break()
+        {
+            break;
+        }
+    }
+    connection.abort();
+    Ok(())
+}
+
 /// Does an agent listen there?
 pub fn is_running(socket: &Path) -> bool {
     std::os::unix::net::UnixStream::connect(socket).is_ok()
@@ -109,18 +172,32 @@ async fn exchange<T: DeserializeOwned>(
         .await
         .map_err(|error| Error::failed(format!("the agent on {} broke off: {error}", socket.display())))?;
     if code != StatusCode::OK {
-        return Err(match serde_json::from_slice::<ErrorBody>(&body) {
-            Ok(ErrorBody { errors }) => Errors(errors.into_iter().map(Error::from).collect()),
-            Err(_) => Error::failed(format!("{} answers HTTP status {code}", socket.display()))
-                .hint("is this the control socket of an agent?")
-                .into(),
-        });
+        return Err(refused(socket, code, &body));
     }
     serde_json::from_slice(&body).map_err(|error| {
         Error::failed(format!("the agent's answer is of another shape: {error}"))
             .hint("the agent is of another version: use its own binary, or restart it")
             .into()
     })
+}
+
+/// The agent's own words.
+fn refused(socket: &Path, code: StatusCode, body: &[u8]) -> Errors {
+    match serde_json::from_slice::<ErrorBody>(body) {
+        Ok(ErrorBody { errors }) => Errors(errors.into_iter().map(Error::from).collect()),
+        Err(_) => Error::failed(format!("{} answers HTTP status {code}", socket.display()))
+            .hint("is this the control socket of an agent?")
+            .into(),
+    }
+}
+
+fn request(method: Method, path: &str, body: &[u8]) -> Result<Request<Full<Bytes>>, hyper::http::Error> {
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header(HOST, "agent")
+        .header(CONTENT_TYPE, "application/json")
+        .body(Full::new(Bytes::copy_from_slice(body)))
 }
 
 fn not_connected(socket: &Path, error: &io::Error) -> Error {
@@ -147,12 +224,7 @@ async fn send(
     body: &[u8],
 ) -> Result<(StatusCode, Bytes), Box<dyn std::error::Error + Send + Sync>> {
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    let request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header(HOST, "agent")
-        .header(CONTENT_TYPE, "application/json")
-        .body(Full::new(Bytes::copy_from_slice(body)))?;
+    let request = request(method, path, body)?;
     let answer = async move {
         let answer = sender.send_request(request).await?;
         let code = answer.status();

@@ -6,6 +6,7 @@
 pub mod apply;
 pub mod args;
 pub mod ask;
+pub mod capture;
 pub mod check;
 pub mod completions;
 pub mod detach;

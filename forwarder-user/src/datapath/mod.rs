@@ -2,10 +2,11 @@
 //!
 //! `object` loads, `attach` hooks programs to interfaces, `maps` has typed handles, `writer` executes the plan,
 //! `counters` and `flows` read, `memory` maps the two tables that are too large for system calls, `view` lets the walk
-//! read without writing, `watch` reads what passive checks look at, `held` takes fragments. `pin` makes all of it outlive the agent; `reader` and `free_list` take over what an earlier
-//! agent has left.
+//! read without writing, `watch` reads what passive checks look at, `held` and `capture` take packets. `pin` makes all of
+//! it outlive the agent; `reader` and `free_list` take over what an earlier agent has left.
 
 pub mod attach;
+pub mod capture;
 pub mod counters;
 pub mod flows;
 pub mod free_list;
