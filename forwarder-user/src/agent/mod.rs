@@ -57,6 +57,7 @@ mod surroundings;
 mod tables;
 mod tunnels;
 
+pub(crate) use policy::remove as remove_rules;
 pub use premises::Premises;
 pub(crate) use start::sizes;
 pub use surroundings::PROBE_INTERFACE;
@@ -76,7 +77,7 @@ const QUEUE: usize = 1024;
 type BackendName = (String, String);
 
 /// Runs the agent on its `premises`, with the configuration that was read from `file`, until SIGTERM or SIGINT; what
-/// remains then is the configuration's choice.
+/// remains then is the configuration's choice; or until SIGUSR1, on which the data path remains for the next agent.
 ///
 /// # Errors
 /// When it cannot start, or the kernel refuses something on the way.
@@ -156,9 +157,9 @@ async fn run_on(
         }
     }
     // An agent that failed is started again, by whoever watches over it; traffic goes on until then.
-    let on_stop = match outcome {
-        Ok(()) => agent.config.agent.on_stop,
-        Err(_) => OnStop::Keep,
+    let (on_stop, outcome) = match outcome {
+        Ok(on_stop) => (on_stop, Ok(())),
+        Err(error) => (OnStop::Keep, Err(error)),
     };
     if on_stop == OnStop::Detach {
         probe_addresses.remove(&agent).await;
@@ -183,11 +184,14 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hang_up: Signal,
+    user: Signal,
 }
 
 /// What a signal asks for.
 enum Asked {
     Stop(&'static str),
+    /// Another agent comes at once.
+    MakeWay,
     Reload,
 }
 
@@ -199,6 +203,7 @@ impl Signals {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
             hang_up: listen(SignalKind::hangup())?,
+            user: listen(SignalKind::user_defined1())?,
         })
     }
 
@@ -207,6 +212,7 @@ impl Signals {
             _ = self.terminate.recv() => Asked::Stop("SIGTERM"),
             _ = self.interrupt.recv() => Asked::Stop("SIGINT"),
             _ = self.hang_up.recv() => Asked::Reload,
+            _ = self.user.recv() => Asked::MakeWay,
         }
     }
 }
@@ -283,13 +289,13 @@ struct Agent {
 }
 
 impl Agent {
-    /// The loop.
+    /// The loop; what is to remain after it.
     async fn serve(
         &mut self,
         signals: &mut Signals,
         mut changes: network::Watch,
         mut requests: Requests,
-    ) -> Result<(), Error> {
+    ) -> Result<OnStop, Error> {
         let (report_sender, mut reports) = mpsc::channel(QUEUE);
         let (diagnosis_sender, mut diagnoses) = mpsc::channel(QUEUE);
         let diagnosing = Arc::new(Semaphore::new(MAX_DIAGNOSES));
@@ -331,7 +337,11 @@ impl Agent {
                 asked = signals.received() => match asked {
                     Asked::Stop(signal) => {
                         info!("{signal}: stopping");
-                        return Ok(());
+                        return Ok(self.config.agent.on_stop);
+                    }
+                    Asked::MakeWay => {
+                        info!("SIGUSR1: making way for the next agent");
+                        return Ok(OnStop::Keep);
                     }
                     Asked::Reload => {
                         self.reload();
