@@ -289,7 +289,7 @@ fn is_on_bpf_file_system(path: &Path) -> bool {
 fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
     let error_hint = match error.kind() {
         ErrorKind::ReadOnlyFilesystem => {
-            "the BPF file system is read-only here: under systemd `ReadWritePaths=/sys/fs/bpf`, in a container \
+            "the BPF file system is read-only here: under systemd `ReadWritePaths=/sys/fs/bpf`, no `ProtectKernelTunables=`, in a container \
              `--volume /sys/fs/bpf:/sys/fs/bpf`"
         }
         _ => "run as root, or choose a directory that you may write as agent.pin_directory",
