@@ -10,7 +10,10 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::reason::Reason,
-    datapath::{Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse, rewrite, translate},
+    datapath::{
+        Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse, rewrite, translate,
+        translate_error,
+    },
 };
 
 use crate::{
@@ -70,7 +73,7 @@ pub(crate) fn icmp(env: &KernelEnv) -> Result<(), Stop> {
 /// Functions for which native and generic XDP are the same: their names, the context's type, and how a packet is made
 /// of it.
 macro_rules! of_context {
-    ($icmp:ident $translate:ident $context:ty, $packet:expr) => {
+    ($icmp:ident $equal:ident $translate:ident $context:ty, $packet:expr) => {
         #[inline(never)]
         #[unsafe(no_mangle)]
         extern "C" fn $icmp(ctx: *mut $context) -> u64 {
@@ -85,17 +88,26 @@ macro_rules! of_context {
 
         #[inline(never)]
         #[unsafe(no_mangle)]
+        extern "C" fn $equal(ctx: *mut $context) -> i64 {
+            let Some(walk) = KernelTables::walk() else {
+                return i64::from(Reason::INTERNAL.0);
+            };
+            number(translate_error::find(&mut $packet(ctx), walk))
+        }
+
+        #[inline(never)]
+        #[unsafe(no_mangle)]
         extern "C" fn $translate(ctx: *mut $context) -> i64 {
             let Some(walk) = KernelTables::walk() else {
                 return i64::from(Reason::INTERNAL.0);
             };
-            number(translate::header(&mut $packet(ctx), walk))
+            number(translate::apply(&mut $packet(ctx), walk))
         }
     };
 }
 
-of_context!(forwarder_icmp_xdp forwarder_translate_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
-of_context!(forwarder_icmp_tcx forwarder_translate_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
+of_context!(forwarder_icmp_xdp forwarder_equal_xdp forwarder_translate_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
+of_context!(forwarder_icmp_tcx forwarder_equal_tcx forwarder_translate_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
 
 /// `datapath::rewrite::apply_seldom` for a frame in XDP.
 #[inline(always)]
@@ -209,13 +221,25 @@ extern "C" fn forwarder_leave(ctx: *mut xdp_md, is_native: u32) -> i64 {
     number(rewrite::leave(&mut packet, &KernelTables, hook, settings, walk))
 }
 
-/// `datapath::translate::header` for a frame in XDP.
+/// `datapath::translate_error::find` for a frame in XDP.
+#[inline(always)]
+pub(crate) fn equal_xdp(ctx: *mut xdp_md) -> Result<(), Stop> {
+    outcome(forwarder_equal_xdp(ctx))
+}
+
+/// `datapath::translate_error::find` for a packet in tcx.
+#[inline(always)]
+pub(crate) fn equal_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
+    outcome(forwarder_equal_tcx(ctx))
+}
+
+/// `datapath::translate::apply` for a frame in XDP.
 #[inline(always)]
 pub(crate) fn translate_xdp(ctx: *mut xdp_md) -> Result<(), Stop> {
     outcome(forwarder_translate_xdp(ctx))
 }
 
-/// `datapath::translate::header` for a packet in tcx.
+/// `datapath::translate::apply` for a packet in tcx.
 #[inline(always)]
 pub(crate) fn translate_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
     outcome(forwarder_translate_tcx(ctx))
