@@ -180,7 +180,7 @@ fn attach_or_replace_xdp(
         match xdp.attach_to_if_index(ifindex, mode) {
             // A link that was unpinned just now, in the other mode.
             Err(error) if is_taken(&error) && start.elapsed() < RELEASE_PATIENCE => {
-                thread::sleep(RELEASE_PAUSE)
+                thread::sleep(RELEASE_PAUSE);
             }
             outcome => break outcome.map_err(|error| kernel_error("attach XDP", &error))?,
         }
