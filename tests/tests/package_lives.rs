@@ -34,6 +34,10 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const DEADLINE: Duration = Duration::from_secs(15);
 /// Of 100, as systemd-analyze(1) rates units: what an agent of the network can hardly do without comes to 24.
 const MAX_EXPOSURE: u32 = 25;
+/// Changes of the unit until a reboot.
+const DROP_IN: &str = "/run/systemd/system/forwarder.service.d";
+/// Seconds instead of the half a minute of the unit; the agent gives a sign every second.
+const WATCHDOG_S: u32 = 4;
 const CONFIGURATION: &str = "/etc/forwarder/forwarder.toml";
 /// Where the machine finds the packages.
 const PACKAGES: &str = "/packages";
@@ -321,6 +325,22 @@ fn a_package_is_installed_upgraded_under_traffic_and_purged() -> Result<()> {
         "{installed}"
     );
     await_pages(&site)?;
+
+    // An agent that stands still is replaced, and its traffic does not notice.
+    machine.run(&format!(
+        "mkdir {DROP_IN} && printf '[Service]\\nWatchdogSec={WATCHDOG_S}\\n' > {DROP_IN}/quick.conf && \
+         systemctl daemon-reload && systemctl restart forwarder"
+    ))?;
+    let still = machine.unit("MainPID")?;
+    machine.run(&format!("kill -STOP {still}"))?;
+    wait_until("the watchdog", DEADLINE, || {
+        assert_eq!(kept.get()?, page, "beside an agent that stands still");
+        let now = (machine.unit("ActiveState")?, machine.unit("MainPID")?);
+        ensure!(now.0 == "active" && now.1 != still, "{now:?}");
+        Ok(())
+    })?;
+    assert_eq!(machine.unit("NRestarts")?, "1", "{}", machine.journal()?);
+    machine.run(&format!("rm -r {DROP_IN}"))?;
 
     // A removal takes the data path away and leaves the configuration, a purge leaves nothing.
     machine.run("test -e /sys/fs/bpf/forwarder")?;
