@@ -5,6 +5,7 @@
 //! cli -> agent -> state -> config        names and wishes become tables; pure
 //!          |  \-> health, passive, network, diagnose   what is going on out there
 //!          \---> datapath                     the kernel's objects; the only place that knows aya
+//! privileges                             what the agent may do, and why something was refused
 //! announce                               tells neighbours whose addresses these are
 //! status -> metrics, api                 what is known, for people and programs
 //! tui -> cli -> api                      the same on a terminal, live; the only place that knows ratatui
@@ -32,6 +33,7 @@ pub mod network;
 pub mod orders;
 pub mod passive;
 pub mod pool_watch;
+pub mod privileges;
 pub mod requirements;
 pub mod reset;
 pub mod state;

@@ -125,6 +125,36 @@ fn a_connection_survives_a_stop_that_keeps() -> Result<()> {
     })
 }
 
+#[test]
+fn a_connection_survives_an_agent_that_makes_way_whatever_on_stop_says() -> Result<()> {
+    play(Site::web_configuration, |site, agent| {
+        a_connection_survives(site, agent, Signal::SIGUSR1, &site.web_configuration())
+    })
+}
+
+/// The kernel lets go of a link some time after its pin is gone, and takes no other mode until then.
+#[test]
+fn an_interface_changes_its_mode_at_a_restart() -> Result<()> {
+    let in_mode = |site: &Site, mode| site.web_configuration_with(&[("mode", mode)], "full", |_| 1);
+    play(
+        |site| in_mode(site, "native"),
+        |site, mut agent| {
+            for (mode, shown) in [
+                ("generic", "xdpgeneric"),
+                ("native", " xdp "),
+                ("generic", "xdpgeneric"),
+            ] {
+                agent.end(Signal::SIGUSR1)?;
+                agent = site.start_agent(&in_mode(site, mode), GROUP)?;
+                let link = site.gateway.run("ip link show eth0")?;
+                ensure!(link.contains(shown), "{mode}: {link}");
+                ensure!(site.curl()?.body().is_some(), "{mode}");
+            }
+            Ok(())
+        },
+    )
+}
+
 /// Kills and starts the agent again and again while wrk runs; nothing may fail.
 fn killed_under_load(site: &Site, mut agent: Agent, kind: Connections) -> Result<()> {
     let (restarts, load) = thread::scope(|scope| {

@@ -6,8 +6,10 @@
 mod bench;
 mod bpf;
 mod build;
+mod clean_root;
 mod demo;
 mod lint;
+mod package;
 mod screenshots;
 mod setup;
 mod test;
@@ -33,6 +35,8 @@ enum Verb {
     Setup(setup::Arguments),
     /// Build the release binary `forwarder`, with the BPF programs inside
     Build,
+    /// Build the static binary and the Debian package
+    Package(package::Arguments),
     /// Check format and lints; the BPF programs too
     Lint,
     /// Run the tests: everything there is, or one ring
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Setup(arguments) => setup::run(&arguments),
         Verb::Build => build::run(),
+        Verb::Package(arguments) => package::run(&arguments),
         Verb::Lint => lint::run(),
         Verb::Test(arguments) => test::run(&arguments),
         Verb::Bench(arguments) => bench::run(&arguments),

@@ -28,7 +28,7 @@ pub(crate) struct Arguments {
 }
 
 /// Programs that must be there, and the Debian package that has each.
-const PROGRAMS: [(&str, &str); 13] = [
+const PROGRAMS: [(&str, &str); 15] = [
     ("bpftool", "bpftool"),
     ("c++", "g++"),
     ("chromium", "chromium"),
@@ -36,10 +36,12 @@ const PROGRAMS: [(&str, &str); 13] = [
     ("curl", "curl"),
     ("ethtool", "ethtool"),
     ("ip", "iproute2"),
+    ("mmdebstrap", "mmdebstrap"),
     ("nft", "nftables"),
     ("nsenter", "util-linux"),
     ("ping", "iputils-ping"),
     ("socat", "socat"),
+    ("systemd-nspawn", "systemd-container"),
     ("tcpdump", "tcpdump"),
     ("wrk", "wrk"),
 ];

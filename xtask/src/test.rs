@@ -1,15 +1,17 @@
 //! `cargo xtask test`: the rings of tests, from the cheapest to the most real.
 //!
 //! Which ring a file of integration tests belongs to is told by its name, so a new file is never left out: `netns_*`
-//! need root and network namespaces, `program_*` and `parity*` need the kernel's BPF, all others need nothing, and
-//! `vm_*` need a machine that only the `vm` ring boots. Here a test that can't run fails
+//! need root and network namespaces, `package_*` a package and a clean system to install it on, `program_*` and `parity*`
+//! the kernel's BPF, all others need nothing, and `vm_*` need a machine that only the `vm` ring boots. Here a test that can't run fails
 //! (`FORWARDER_TESTS_STRICT=1`), and so does a ring in which no test ran; plain `cargo test` lets both pass.
 
 use std::{
     collections::BTreeSet,
+    env,
+    ffi::OsString,
     fs,
     io::{BufRead as _, BufReader},
-    path::PathBuf,
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -17,7 +19,11 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::{lint, setup, vm, workspace};
+use crate::{
+    clean_root, lint,
+    package::{self, Architecture},
+    setup, vm, workspace,
+};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -38,18 +44,23 @@ enum Ring {
     Program,
     /// Ring 3: real sockets in network namespaces; needs root
     Netns,
+    /// Ring 3, installed: the Debian package on a clean system with systemd. Named, with the static binary; else, as that
+    /// takes minutes to build, with the release binary
+    Package,
     /// Ring 4: rings 2 and 3 on Debian's Linux 6.1 and 6.12 in QEMU; takes minutes, so only when asked for
     Vm,
 }
 
 impl Ring {
     /// Those that run unless one is named.
-    const ALL: [Self; 3] = [Self::Library, Self::Program, Self::Netns];
+    const ALL: [Self; 4] = [Self::Library, Self::Program, Self::Netns, Self::Package];
 
     /// The ring of the integration tests in `<stem>.rs`.
     fn of_file(stem: &str) -> Self {
         if stem.starts_with("netns_") {
             Self::Netns
+        } else if stem.starts_with("package_") {
+            Self::Package
         } else if stem.starts_with("vm_") {
             Self::Vm
         } else if stem.starts_with("program_") || stem.starts_with("parity") {
@@ -64,6 +75,7 @@ impl Ring {
             Self::Library => "library",
             Self::Program => "program",
             Self::Netns => "netns",
+            Self::Package => "package",
             Self::Vm => "vm",
         }
     }
@@ -130,11 +142,21 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             lint::run().map(|()| (String::from("ok"), true))
         }));
     }
-    let forwarder = workspace::build_release(&["forwarder"])?;
+    let is_static = arguments.ring == Some(Ring::Package);
+    let forwarder = if is_static {
+        package::build_static(Architecture::default())?
+    } else {
+        let mut binaries = workspace::build_release(&["forwarder"])?;
+        binaries.remove("forwarder").context("no binary was built")?
+    };
     // Later rings run after a failure too: together they say more about its cause.
     for ring in rings {
         outcomes.push(measure(ring.name(), || {
-            run_ring(ring, &arguments.test_arguments, &forwarder["forwarder"])
+            let surroundings = match ring {
+                Ring::Package => installable(&forwarder, is_static)?,
+                _ => Vec::new(),
+            };
+            run_ring(ring, &arguments.test_arguments, &forwarder, &surroundings)
         }));
     }
     let summary: Vec<String> = outcomes.iter().map(Outcome::to_string).collect();
@@ -160,8 +182,32 @@ fn measure(step: &'static str, action: impl FnOnce() -> Result<(String, bool)>) 
     }
 }
 
-/// Runs one ring: the text for the summary, and whether all is well.
-fn run_ring(ring: Ring, test_arguments: &[String], forwarder: &PathBuf) -> Result<(String, bool)> {
+/// What the tests of packages need, as variables: two packages of `forwarder` with rising versions, and a system to
+/// install them on.
+fn installable(forwarder: &Path, is_static: bool) -> Result<Vec<(&'static str, OsString)>> {
+    let mut packages = Vec::new();
+    for suffix in ["~test1", "~test2"] {
+        packages.push(package::pack(&package::Contents {
+            architecture: Architecture::default(),
+            version: &package::version(suffix),
+            binary: forwarder,
+            runnable: forwarder,
+            depends: if is_static { "" } else { "libc6, libgcc-s1" },
+        })?);
+    }
+    Ok(vec![
+        ("FORWARDER_PACKAGES", env::join_paths(packages)?),
+        ("FORWARDER_CLEAN_ROOT", clean_root::get()?.into()),
+    ])
+}
+
+/// Runs one ring, with more variables of its own: the text for the summary, and whether all is well.
+fn run_ring(
+    ring: Ring,
+    test_arguments: &[String],
+    forwarder: &Path,
+    surroundings: &[(&str, OsString)],
+) -> Result<(String, bool)> {
     if ring == Ring::Vm {
         return vm::run(forwarder, test_arguments);
     }
@@ -186,7 +232,8 @@ fn run_ring(ring: Ring, test_arguments: &[String], forwarder: &PathBuf) -> Resul
         let mut command = workspace::cargo(&call);
         command
             .env("FORWARDER_TESTS_STRICT", "1")
-            .env("FORWARDER_BIN", forwarder);
+            .env("FORWARDER_BIN", forwarder)
+            .envs(surroundings.iter().cloned());
         if ring == Ring::Netns || !test_arguments.is_empty() {
             command.arg("--").args(test_arguments);
         }
@@ -258,6 +305,7 @@ mod tests {
         assert_eq!(Ring::of_file("program_cases"), Ring::Program);
         assert_eq!(Ring::of_file("parity"), Ring::Program);
         assert_eq!(Ring::of_file("vm_doctor"), Ring::Vm);
+        assert_eq!(Ring::of_file("package_lives"), Ring::Package);
         assert_eq!(Ring::of_file("pipeline_cases"), Ring::Library);
         assert_eq!(Ring::of_file("cli"), Ring::Library);
     }

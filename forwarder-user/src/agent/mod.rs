@@ -49,6 +49,7 @@ mod drain;
 mod native;
 mod passive;
 mod policy;
+mod premises;
 mod slow_start;
 mod start;
 mod status;
@@ -56,6 +57,8 @@ mod surroundings;
 mod tables;
 mod tunnels;
 
+pub(crate) use policy::remove as remove_rules;
+pub use premises::Premises;
 pub(crate) use start::sizes;
 pub use surroundings::PROBE_INTERFACE;
 use surroundings::ProbeAddresses;
@@ -73,17 +76,15 @@ const QUEUE: usize = 1024;
 /// A backend by group and name.
 type BackendName = (String, String);
 
-/// Runs the agent with the configuration that was read from `file` until SIGTERM or SIGINT; what remains then is the
-/// configuration's choice.
+/// Runs the agent on its `premises`, with the configuration that was read from `file`, until SIGTERM or SIGINT; what
+/// remains then is the configuration's choice; or until SIGUSR1, on which the data path remains for the next agent.
 ///
 /// # Errors
 /// When it cannot start, or the kernel refuses something on the way.
-pub async fn run(config: Config, file: &Path) -> Result<(), Error> {
+pub async fn run(config: Config, file: &Path, premises: Premises) -> Result<(), Error> {
     let mut signals = Signals::listen()?;
-    // Before anything else is taken: whoever holds the pins is the agent.
-    let pins = Arc::new(PinDirectory::open(&config.agent.pin_directory)?);
-    let is_takeover = pins.is_in_use()?;
-    match run_on(config, file, &pins, &mut signals).await {
+    let (pins, is_takeover) = (premises.pins.clone(), premises.is_takeover);
+    match run_on(config, file, premises, &mut signals).await {
         Ok((OnStop::Keep, outcome)) => {
             info!("stopped: the data path goes on without an agent, and another one can take it over");
             outcome
@@ -106,19 +107,20 @@ pub async fn run(config: Config, file: &Path) -> Result<(), Error> {
 async fn run_on(
     config: Config,
     file: &Path,
-    pins: &Arc<PinDirectory>,
+    premises: Premises,
     signals: &mut Signals,
 ) -> Result<(OnStop, Result<(), Error>), Error> {
-    let metrics_listener = api::bind_metrics(config.agent.metrics_address)?;
-    let control_socket = api::bind_control(
-        &config.agent.control_socket,
-        config.agent.control_group.as_deref(),
-    )?;
-    let remote_listener = config.agent.api.as_ref().map(api::bind_remote).transpose()?;
+    let Premises {
+        pins,
+        is_takeover: _,
+        metrics_listener,
+        control_socket,
+        remote_listener,
+    } = premises;
     let network = Network::open()?;
     let changes = network.watch().await?;
 
-    let (mut agent, inspector) = Agent::start(config, file.to_owned(), network, pins).await?;
+    let (mut agent, inspector) = Agent::start(config, file.to_owned(), network, &pins).await?;
     let probe_addresses = ProbeAddresses::add(&agent).await?;
     if let Err(error) = policy::install(&agent.network, &agent.config).await {
         probe_addresses.remove(&agent).await;
@@ -155,9 +157,9 @@ async fn run_on(
         }
     }
     // An agent that failed is started again, by whoever watches over it; traffic goes on until then.
-    let on_stop = match outcome {
-        Ok(()) => agent.config.agent.on_stop,
-        Err(_) => OnStop::Keep,
+    let (on_stop, outcome) = match outcome {
+        Ok(on_stop) => (on_stop, Ok(())),
+        Err(error) => (OnStop::Keep, Err(error)),
     };
     if on_stop == OnStop::Detach {
         probe_addresses.remove(&agent).await;
@@ -182,11 +184,14 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hang_up: Signal,
+    user: Signal,
 }
 
 /// What a signal asks for.
 enum Asked {
     Stop(&'static str),
+    /// Another agent comes at once.
+    MakeWay,
     Reload,
 }
 
@@ -198,6 +203,7 @@ impl Signals {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
             hang_up: listen(SignalKind::hangup())?,
+            user: listen(SignalKind::user_defined1())?,
         })
     }
 
@@ -206,6 +212,7 @@ impl Signals {
             _ = self.terminate.recv() => Asked::Stop("SIGTERM"),
             _ = self.interrupt.recv() => Asked::Stop("SIGINT"),
             _ = self.hang_up.recv() => Asked::Reload,
+            _ = self.user.recv() => Asked::MakeWay,
         }
     }
 }
@@ -282,13 +289,13 @@ struct Agent {
 }
 
 impl Agent {
-    /// The loop.
+    /// The loop; what is to remain after it.
     async fn serve(
         &mut self,
         signals: &mut Signals,
         mut changes: network::Watch,
         mut requests: Requests,
-    ) -> Result<(), Error> {
+    ) -> Result<OnStop, Error> {
         let (report_sender, mut reports) = mpsc::channel(QUEUE);
         let (diagnosis_sender, mut diagnoses) = mpsc::channel(QUEUE);
         let diagnosing = Arc::new(Semaphore::new(MAX_DIAGNOSES));
@@ -311,6 +318,7 @@ impl Agent {
             self.config.snat.probes,
             tunnel_sender,
         );
+        let is_watched = sd_notify::watchdog_enabled().is_some();
         let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -329,7 +337,11 @@ impl Agent {
                 asked = signals.received() => match asked {
                     Asked::Stop(signal) => {
                         info!("{signal}: stopping");
-                        return Ok(());
+                        return Ok(self.config.agent.on_stop);
+                    }
+                    Asked::MakeWay => {
+                        info!("SIGUSR1: making way for the next agent");
+                        return Ok(OnStop::Keep);
                     }
                     Asked::Reload => {
                         self.reload();
@@ -371,6 +383,10 @@ impl Agent {
                     self.look_after_drains();
                     self.go_on_with_slow_starts()?;
                     (self.flush_program_log)();
+                    // From here, so that a loop that stands still is noticed and the agent started anew.
+                    if is_watched {
+                        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+                    }
                 }
                 Some(request) = requests.next() => match request {
                     Request::Status(reply) => reply.send(self.status()?),

@@ -33,7 +33,7 @@ pub(super) async fn install(network: &Network, config: &Config) -> Result<(), Er
 ///
 /// # Errors
 /// No CAP_NET_ADMIN.
-pub(super) async fn remove(network: &Network) -> Result<(), Error> {
+pub(crate) async fn remove(network: &Network) -> Result<(), Error> {
     for rule in &present(network).await? {
         network.remove_rule(rule).await?;
     }

@@ -9,7 +9,7 @@ use std::{
         fd::OwnedFd,
         unix::{
             fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, chown},
-            net::UnixStream,
+            net::{UnixListener, UnixStream},
         },
     },
     path::{Path, PathBuf},
@@ -17,7 +17,6 @@ use std::{
 
 use nix::unistd::Group;
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::net::UnixListener;
 
 use crate::error::Error;
 
@@ -60,7 +59,7 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 /// Takes the control socket: makes its directory if need be, and replaces the socket of an agent that is no more.
-/// Members of `group` may ask as well as the agent's user. Call it within a Tokio runtime.
+/// Members of `group` may ask as well as the agent's user.
 ///
 /// # Errors
 /// Another agent answers there, something else than a socket is there, there is no such group, or rights are missing.
@@ -105,7 +104,10 @@ pub fn bind_control(path: &Path, group: Option<&str>) -> Result<ControlSocket, E
                     "cannot give the control socket to the group {}: {error}",
                     group.name
                 );
-                Error::host(what).hint("this needs CAP_CHOWN, or that the agent's user is in the group")
+                Error::host(what).hint(
+                    "this needs CAP_CHOWN, or that the agent's user is in the group; under systemd: \
+                     `SupplementaryGroups=`",
+                )
             })?;
     }
     Ok(ControlSocket { listener, file })
@@ -157,21 +159,19 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     let socket = Socket::from(OwnedFd::from(as_file));
     socket.bind(&SockAddr::unix(path)?)?;
     socket.listen(BACKLOG)?;
-    UnixListener::from_std(OwnedFd::from(socket).into())
+    Ok(OwnedFd::from(socket).into())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener as StdUnixListener;
-
     use super::*;
 
     fn directory() -> tempfile::TempDir {
         tempfile::tempdir().unwrap()
     }
 
-    #[tokio::test]
-    async fn a_second_agent_is_refused_and_the_first_keeps_its_socket() {
+    #[test]
+    fn a_second_agent_is_refused_and_the_first_keeps_its_socket() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         let first = bind_control(&path, None).unwrap();
@@ -187,17 +187,17 @@ mod tests {
         assert!(!path.exists());
     }
 
-    #[tokio::test]
-    async fn the_socket_of_a_dead_agent_is_replaced() {
+    #[test]
+    fn the_socket_of_a_dead_agent_is_replaced() {
         let directory = directory();
         let path = directory.path().join("control.sock");
-        drop(StdUnixListener::bind(&path).unwrap());
+        drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         drop(bind_control(&path, None).unwrap());
     }
 
-    #[tokio::test]
-    async fn what_is_no_socket_stays() {
+    #[test]
+    fn what_is_no_socket_stays() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         fs::write(&path, "mine").unwrap();
@@ -206,8 +206,8 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
     }
 
-    #[tokio::test]
-    async fn the_socket_of_a_successor_stays() {
+    #[test]
+    fn the_socket_of_a_successor_stays() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         let first = bind_control(&path, None).unwrap();
@@ -218,8 +218,8 @@ mod tests {
         drop(second);
     }
 
-    #[tokio::test]
-    async fn only_the_owner_may_ask_unless_a_group_is_named() {
+    #[test]
+    fn only_the_owner_may_ask_unless_a_group_is_named() {
         let directory = directory();
         let path = directory.path().join("run/forwarder/control.sock");
         let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
@@ -235,8 +235,8 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().gid(), own.gid.as_raw());
     }
 
-    #[tokio::test]
-    async fn a_group_that_is_not_there_is_named() {
+    #[test]
+    fn a_group_that_is_not_there_is_named() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         let error = bind_control(&path, Some("no-such-group")).unwrap_err();

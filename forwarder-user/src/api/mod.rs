@@ -27,6 +27,7 @@ use axum::{
     serve::Listener,
 };
 use futures_util::FutureExt;
+use tokio::net::UnixListener;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
@@ -109,6 +110,8 @@ pub async fn serve_control(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
     let ControlSocket { listener, file } = socket;
+    let listener = UnixListener::from_std(listener)
+        .map_err(|error| Error::failed(format!("cannot listen on the control socket: {error}")))?;
     let outcome = serve(listener, api(source, inspection), stop).await;
     drop(file);
     outcome

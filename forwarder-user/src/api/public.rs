@@ -11,7 +11,11 @@
 //! be changed here. The page is files of `page/`, in the binary; it loads nothing from elsewhere, and browsers are told
 //! to let it load nothing.
 
-use std::{future::Future, io::ErrorKind, net::SocketAddr};
+use std::{
+    future::Future,
+    io::ErrorKind,
+    net::{SocketAddr, TcpListener},
+};
 
 use axum::{
     Json, Router,
@@ -29,7 +33,6 @@ use axum::{
 };
 use forwarder_common::abi::reason::DESCRIPTIONS;
 use serde::Serialize;
-use tokio::net::TcpListener;
 
 use super::{Refusal, StatusSource, questions::ANSWER_TIMEOUT, serve};
 use crate::{error::Error, metrics, status::Status};
@@ -38,7 +41,7 @@ use crate::{error::Error, metrics, status::Status};
 const CONTENT_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; \
                               connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// Takes the address that Prometheus scrapes. Call it within a Tokio runtime.
+/// Takes the address that Prometheus scrapes.
 ///
 /// # Errors
 /// The address is in use, or not of this host.
@@ -48,9 +51,9 @@ pub fn bind_metrics(address: SocketAddr) -> Result<TcpListener, Error> {
 
 /// Takes an address that `key` of the configuration names, to serve `what`.
 pub(super) fn listen(address: SocketAddr, what: &str, key: &str) -> Result<TcpListener, Error> {
-    let bound = std::net::TcpListener::bind(address).and_then(|listener| {
+    let bound = TcpListener::bind(address).and_then(|listener| {
         listener.set_nonblocking(true)?;
-        TcpListener::from_std(listener)
+        Ok(listener)
     });
     bound.map_err(|error| {
         let what = format!("cannot serve {what} on {address}: {error}");
@@ -71,6 +74,12 @@ pub(super) fn listen(address: SocketAddr, what: &str, key: &str) -> Result<TcpLi
             _ => format!("change {key}"),
         })
     })
+}
+
+/// A bound address as the runtime takes it. Call it within a Tokio runtime.
+pub(super) fn in_runtime(listener: TcpListener) -> Result<tokio::net::TcpListener, Error> {
+    tokio::net::TcpListener::from_std(listener)
+        .map_err(|error| Error::failed(format!("cannot listen: {error}")))
 }
 
 /// Serves metrics and page until `stop` completes; open connections then get a second to end.
@@ -104,7 +113,7 @@ pub async fn serve_metrics(
         )
         .layer(map_response(careful))
         .with_state(source);
-    serve(listener, app, stop).await
+    serve(in_runtime(listener)?, app, stop).await
 }
 
 async fn answer_metrics(State(source): State<StatusSource>) -> Response {

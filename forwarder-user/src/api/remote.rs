@@ -41,7 +41,11 @@ use tokio_rustls::{
 };
 use tracing::debug;
 
-use super::{ErrorCode, Refusal, StatusSource, api, public::listen, serve};
+use super::{
+    ErrorCode, Refusal, StatusSource, api,
+    public::{in_runtime, listen},
+    serve,
+};
 use crate::{
     config::{RemoteApi, RemoteTls},
     error::Error,
@@ -61,7 +65,7 @@ const OTHERS: u32 = 0o007;
 
 /// The bound address, with what clients have to show.
 pub struct RemoteListener {
-    listener: TcpListener,
+    listener: std::net::TcpListener,
     tls: Option<TlsAcceptor>,
     token: Option<Token>,
 }
@@ -111,7 +115,7 @@ impl Token {
     }
 }
 
-/// Takes the address, and reads certificates and token. Call it within a Tokio runtime.
+/// Takes the address, and reads certificates and token.
 ///
 /// # Errors
 /// The address is in use or not of this host, or a file is not what it should be.
@@ -171,6 +175,7 @@ pub async fn serve_remote(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
     let RemoteListener { listener, tls, token } = remote;
+    let listener = in_runtime(listener)?;
     // The last layer is the first that a request meets.
     let app = api(source, inspection)
         .layer(middleware::from_fn(only_reading))

@@ -1,17 +1,18 @@
-//! `forwarder detach`: removes everything that an agent has left pinned. Traffic stops, flows end.
+//! `forwarder detach`: removes everything that an agent has left: what is pinned, the probe address, rules, tunnel devices.
+//! Traffic stops, flows end.
 
 use std::path::PathBuf;
 
 use super::{args::DetachArgs, output};
 use crate::{
-    agent::PROBE_INTERFACE,
-    config::{PerFamily, load::load, validate::DEFAULT_PIN_DIRECTORY},
+    agent::{PROBE_INTERFACE, remove_rules},
+    config::{load::load, validate::DEFAULT_PIN_DIRECTORY},
     datapath::pin::PinDirectory,
     error::{Error, Errors},
     network::Network,
 };
 
-/// Detaches programs, removes maps and the probe address.
+/// Detaches programs, removes maps and what else an agent that stops would take away.
 ///
 /// # Errors
 /// An agent runs on them; rights are missing.
@@ -26,17 +27,16 @@ pub fn detach(args: &DetachArgs) -> Result<(), Errors> {
         return Ok(());
     };
     let addresses = pins.probe_addresses();
-    if addresses != PerFamily::default() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|error| Error::host(format!("cannot start the runtime: {error}")))?;
-        runtime.block_on(async {
-            let network = Network::open()?;
-            for address in addresses.iter() {
-                network.remove_address(PROBE_INTERFACE, address).await?;
-            }
-            Ok::<_, Error>(())
-        })?;
-    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::host(format!("cannot start the runtime: {error}")))?;
+    runtime.block_on(async {
+        let network = Network::open()?;
+        for address in addresses.iter() {
+            network.remove_address(PROBE_INTERFACE, address).await?;
+        }
+        network.remove_made_tunnels(|_| false).await?;
+        remove_rules(&network).await
+    })?;
     pins.remove()?;
     output::text(&format!(
         "detached: programs, maps and flows of {} are gone",

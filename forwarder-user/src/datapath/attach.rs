@@ -5,12 +5,17 @@
 //! On a veth they can only if the other end polls: it has an XDP program, or GRO is on. Else generic mode, which
 //! works everywhere and is slower.
 
-use std::path::Path;
+use std::{
+    io,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use aya::{
     Ebpf,
     programs::{
-        SchedClassifier, TcAttachType, Xdp, XdpMode,
+        ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode,
         links::{FdLink, PinnedLink},
         tc::{self, SchedClassifierLink},
         xdp::XdpLink,
@@ -24,6 +29,7 @@ use forwarder_common::{
     },
     datapath::Hook,
 };
+use nix::errno::Errno;
 
 use super::{
     object::{kernel_error, program},
@@ -34,6 +40,11 @@ use crate::{
     error::Error,
     network::{self, InterfaceKind},
 };
+
+/// How long an interface may take to let go of a link whose pin was removed. The kernel frees that after an RCU grace period,
+/// in a work queue (`bpf_free_inode` and `bpf_link_put`, Linux 6.18), and tells nobody.
+const RELEASE_PATIENCE: Duration = Duration::from_millis(500);
+const RELEASE_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why the kernel, or aya, does not attach or replace.
 type Refused = Box<dyn std::error::Error>;
@@ -144,7 +155,8 @@ fn replace(
     }
 }
 
-/// Attaches an XDP program, or replaces the one of the pinned link.
+/// Attaches an XDP program, or replaces the one of the pinned link: then there is no new link. A new one is not pinned yet:
+/// dropped, it is gone at once, while one whose pin is removed lives on for a moment.
 fn attach_or_replace_xdp(
     ebpf: &mut Ebpf,
     name: &str,
@@ -152,7 +164,7 @@ fn attach_or_replace_xdp(
     kind: AttachmentKind,
     ifindex: u32,
     mode: XdpMode,
-) -> Result<(), Error> {
+) -> Result<Option<FdLink>, Error> {
     let path = pins.link(kind, ifindex);
     let xdp: &mut Xdp = program(ebpf, name)?;
     let is_replaced = replace(pins, &path, |link| {
@@ -161,14 +173,38 @@ fn attach_or_replace_xdp(
         xdp.take_link(id).map(drop).map_err(Refused::from)
     })?;
     if is_replaced {
-        return Ok(());
+        return Ok(None);
     }
-    let attach = |xdp: &mut Xdp| {
-        let id = xdp.attach_to_if_index(ifindex, mode)?;
-        FdLink::try_from(xdp.take_link(id)?).map_err(Refused::from)
+    let start = Instant::now();
+    let id = loop {
+        match xdp.attach_to_if_index(ifindex, mode) {
+            // A link that was unpinned just now, in the other mode.
+            Err(error) if is_taken(&error) && start.elapsed() < RELEASE_PATIENCE => {
+                thread::sleep(RELEASE_PAUSE);
+            }
+            outcome => break outcome.map_err(|error| kernel_error("attach XDP", &error))?,
+        }
     };
-    let link = attach(xdp).map_err(|error| kernel_error("attach XDP", error.as_ref()))?;
-    pin(link, &path)
+    let link = xdp.take_link(id).map_err(Refused::from);
+    let link = link.and_then(|link| FdLink::try_from(link).map_err(Refused::from));
+    Ok(Some(
+        link.map_err(|error| kernel_error("attach XDP", error.as_ref()))?,
+    ))
+}
+
+/// Does another program stand in the way?
+fn is_taken(error: &ProgramError) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            return matches!(
+                error.raw_os_error().map(Errno::from_raw),
+                Some(Errno::EEXIST | Errno::EBUSY)
+            );
+        }
+        cause = error.source();
+    }
+    false
 }
 
 fn pin(link: FdLink, path: &Path) -> Result<(), Error> {
@@ -185,7 +221,8 @@ fn try_native(
     wanted: &config::Interface,
 ) -> Result<Attachment, Error> {
     let kind = AttachmentKind::XdpNative;
-    attach_or_replace_xdp(
+    let path = pins.link(kind, link.index);
+    let made = attach_or_replace_xdp(
         ebpf,
         map_name::PROGRAM_XDP,
         pins,
@@ -208,12 +245,16 @@ fn try_native(
         config::Redirect::Auto => can_send(link, ports),
     };
     if !sends && wanted.redirect == config::Redirect::Auto {
-        pins.unpin(&pins.link(kind, link.index))?;
+        drop(made);
+        pins.unpin(&path)?;
         return Err(Error::host(format!(
             "frames cannot leave \"{}\" ({}) straight from native XDP",
             link.name, link.kind
         ))
         .hint("for a veth: switch GRO on for its other end (ethtool -K PEER gro on)"));
+    }
+    if let Some(made) = made {
+        pin(made, &path)?;
     }
     let flags = if sends {
         flag::SEND_NATIVE | flag::SEND_GENERIC
@@ -235,11 +276,12 @@ fn attach_generic(
     ports: &[&network::Interface],
     wanted: &config::Interface,
 ) -> Result<Attachment, Error> {
-    attach_or_replace_xdp(
+    let kind = AttachmentKind::XdpGeneric;
+    let made = attach_or_replace_xdp(
         ebpf,
         map_name::PROGRAM_XDP_GENERIC,
         pins,
-        AttachmentKind::XdpGeneric,
+        kind,
         link.index,
         XdpMode::Skb,
     )
@@ -247,12 +289,15 @@ fn attach_generic(
         error.what = format!("\"{}\" in generic mode: {}", link.name, error.what);
         error.hint("see `ip link show` for a program that is attached already, and remove it")
     })?;
+    if let Some(made) = made {
+        pin(made, &pins.link(kind, link.index))?;
+    }
     let flags = if wanted.redirect == config::Redirect::Off {
         0
     } else {
         flag::SEND_GENERIC
     };
-    Ok(attachment(link, ports, AttachmentKind::XdpGeneric, flags, 0))
+    Ok(attachment(link, ports, kind, flags, 0))
 }
 
 /// Attaches the tcx program to the ingress of a tunnel device.

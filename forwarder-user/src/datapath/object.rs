@@ -8,9 +8,13 @@ use aya::{
     programs::{ProgramError, SchedClassifier, Xdp},
 };
 use forwarder_common::abi::{ABI_VERSION, map_name, settings::Settings};
+use nix::errno::Errno;
 
 use super::{pin::PinDirectory, pod::AsPod};
-use crate::error::Error;
+use crate::{
+    error::Error,
+    privileges::{self, CapabilitySet, Gates},
+};
 
 /// What the build script made of `forwarder-ebpf`.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/forwarder-ebpf"));
@@ -351,11 +355,14 @@ fn refused(what: &str, error: &(dyn std::error::Error + 'static)) -> Error {
             .or(errno);
         cause = error.source();
     }
-    let hint = match errno.map(nix::errno::Errno::from_raw) {
-        Some(nix::errno::Errno::EPERM | nix::errno::Errno::EACCES) => {
-            "run as root, or grant CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+    let needed = privileges::KEPT - CapabilitySet::NET_RAW;
+    let hint = match errno.map(Errno::from_raw) {
+        Some(Errno::EPERM) => return privileges::refused(text, needed),
+        // The verifier refuses a program so, too, and says why above.
+        Some(Errno::EACCES) if Gates::look().hint(needed).is_some() => {
+            return privileges::refused(text, needed);
         }
-        Some(nix::errno::Errno::ENOMEM) => "lower agent.max_flows or agent.max_slots, or add memory",
+        Some(Errno::ENOMEM) => "lower agent.max_flows or agent.max_slots, or add memory",
         _ => "see docs/troubleshooting.md, \"The kernel refuses the program\"",
     };
     Error::host(text).hint(hint)

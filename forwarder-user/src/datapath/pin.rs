@@ -15,10 +15,10 @@
 //! ```
 
 use std::{
-    fs::{self, DirBuilder, File, TryLockError},
+    fs::{self, DirBuilder, File, Permissions, TryLockError},
     io::{self, ErrorKind},
     net::IpAddr,
-    os::unix::fs::{DirBuilderExt as _, symlink},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process,
 };
@@ -73,7 +73,10 @@ impl PinDirectory {
                 Error::host(format!(
                     "cannot mount the BPF file system on {USUAL_MOUNT}: {error}"
                 ))
-                .hint(format!("as root: mount -t bpf bpf {USUAL_MOUNT}"))
+                .hint(format!(
+                    "as root of the host: mount -t bpf bpf {USUAL_MOUNT}; into a container, `--volume \
+                     {USUAL_MOUNT}:{USUAL_MOUNT}` brings the host's"
+                ))
             })?;
         }
         if !is_on_bpf_file_system(path) {
@@ -122,6 +125,14 @@ impl PinDirectory {
                 );
             }
             Err(TryLockError::Error(error)) => return Err(failed("lock", path, &error)),
+        }
+        // Made by somebody else, it may be open to all: who can open a map can change where traffic goes.
+        let made = directory
+            .metadata()
+            .map_err(|error| failed("read", path, &error))?;
+        if made.mode() & !MODE & 0o777 != 0 {
+            let closed = directory.set_permissions(Permissions::from_mode(MODE));
+            closed.map_err(|error| failed("close to others", path, &error))?;
         }
         let this = Self {
             path: path.to_owned(),
@@ -276,6 +287,12 @@ fn is_on_bpf_file_system(path: &Path) -> bool {
 }
 
 fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
-    Error::host(format!("cannot {action} {}: {error}", path.display()))
-        .hint("run as root, or choose a directory that you may write as agent.pin_directory")
+    let error_hint = match error.kind() {
+        ErrorKind::ReadOnlyFilesystem => {
+            "the BPF file system is read-only here: under systemd `ReadWritePaths=/sys/fs/bpf`, no `ProtectKernelTunables=`, in a container \
+             `--volume /sys/fs/bpf:/sys/fs/bpf`"
+        }
+        _ => "run as root, or choose a directory that you may write as agent.pin_directory",
+    };
+    Error::host(format!("cannot {action} {}: {error}", path.display())).hint(error_hint)
 }

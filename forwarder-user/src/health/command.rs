@@ -1,7 +1,7 @@
 //! The probe by command: a program of this host, whose exit status decides.
 //!
 //! It is run without a shell, with an environment of its own: `PATH` as the agent has it, and who is probed and from
-//! where. It has the agent's rights. The program leads a process group; when the probe ends, however that is, the
+//! where. It is the agent's user, but has no capability, and can get none (`privileges`). The program leads a process group; when the probe ends, however that is, the
 //! whole group is killed, so that neither a hanging child nor one that was left in the background remains.
 //!
 //! The end of the program is awaited without collecting it (`WNOWAIT`): until it is collected its number belongs to
@@ -12,6 +12,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::unix::process::ExitStatusExt as _,
     process::{ExitStatus, Stdio},
+    thread,
     time::Duration,
 };
 
@@ -26,12 +27,14 @@ use nix::{
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _},
     process::{Child, ChildStderr, Command},
+    runtime::Handle,
     sync::Semaphore,
     task::spawn_blocking,
     time::{Instant, timeout_at},
 };
 
 use super::failure::{ProbeFailure, Stage};
+use crate::privileges;
 
 /// Programs that run at once: each is a process, of which a host has fewer than connections.
 pub(super) const MAX_COMMANDS: usize = 64;
@@ -105,6 +108,21 @@ fn describe(status: ExitStatus) -> String {
     }
 }
 
+/// Starts a program from a thread without capabilities, so that it has none.
+fn without_rights(command: &mut Command) -> io::Result<Child> {
+    let runtime = Handle::current();
+    thread::scope(|scope| {
+        let start = scope.spawn(|| {
+            let _guard = runtime.enter();
+            privileges::renounce()?;
+            command.spawn()
+        });
+        start
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread that starts it panicked")))
+    })
+}
+
 /// A program and everything it has started that did not leave its process group.
 struct Group {
     child: Child,
@@ -143,7 +161,7 @@ impl Group {
         if target.port() != 0 {
             command.env("FORWARDER_PORT", target.port().to_string());
         }
-        let child = command.spawn().map_err(|error| match error.kind() {
+        let child = without_rights(&mut command).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => {
                 ProbeFailure::CannotProbe(format!("{program}: {error}"))
             }

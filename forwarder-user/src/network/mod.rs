@@ -16,7 +16,10 @@ use nix::errno::Errno;
 use rtnetlink::{Handle, packet_route::AddressFamily};
 use tokio::task::AbortHandle;
 
-use crate::error::Error;
+use crate::{
+    error::Error,
+    privileges::{self, CapabilitySet},
+};
 
 mod address;
 mod ethtool;
@@ -108,8 +111,10 @@ fn errno(error: &rtnetlink::Error) -> Option<Errno> {
 /// `cannot <what>: <why>`, with a hint where the kernel's reason needs one.
 fn failed(what: impl Display, error: &rtnetlink::Error) -> Error {
     match errno(error) {
-        Some(Errno::EPERM) => Error::host(format!("cannot {what}: {}", Errno::EPERM.desc()))
-            .hint("run as root, or grant CAP_NET_ADMIN"),
+        Some(Errno::EPERM) => privileges::refused(
+            format_args!("cannot {what}: {}", Errno::EPERM.desc()),
+            CapabilitySet::NET_ADMIN,
+        ),
         Some(errno) => Error::failed(format!("cannot {what}: {}", errno.desc())),
         None => Error::failed(format!("cannot {what}: {error}")),
     }

@@ -8,7 +8,10 @@ use std::{io, mem::size_of};
 use nix::libc::{AF_PACKET, sockaddr_ll, socklen_t};
 use socket2::{Domain, SockAddr, SockAddrStorage, Socket, Type};
 
-use crate::error::Error;
+use crate::{
+    error::Error,
+    privileges::{self, CapabilitySet},
+};
 
 /// A socket that sends whole frames.
 #[derive(Debug)]
@@ -26,8 +29,7 @@ impl PacketSocket {
             io::Result::Ok(Self(socket))
         };
         open().map_err(|error| {
-            Error::host(format!("cannot open a packet socket: {error}"))
-                .hint("run as root, or grant CAP_NET_RAW")
+            privileges::failed("cannot open a packet socket", &error, CapabilitySet::NET_RAW)
         })
     }
 

@@ -5,7 +5,10 @@ use std::{io, net::SocketAddr};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::error::Error;
+use crate::{
+    error::Error,
+    privileges::{self, CapabilitySet},
+};
 
 /// IPPROTO_RAW (linux/in.h): the sender writes the IP header itself.
 const PROTOCOL_RAW: i32 = 255;
@@ -33,10 +36,10 @@ impl RawSockets {
                 v4,
                 v6: open(Domain::IPV6).ok(),
             }),
-            Err(error) => Err(
-                Error::host(format!("cannot open a raw socket for {purpose}: {error}"))
-                    .hint("run as root, or grant CAP_NET_RAW"),
-            ),
+            Err(error) => {
+                let what = format!("cannot open a raw socket for {purpose}");
+                Err(privileges::failed(&what, &error, CapabilitySet::NET_RAW))
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::{
     ffi::OsStr,
     fs,
     io::ErrorKind,
-    os::unix::net::UnixDatagram,
+    os::unix::{fs::PermissionsExt as _, net::UnixDatagram},
     path::{Path, PathBuf},
     process::ExitStatus,
     time::{Duration, Instant},
@@ -135,17 +135,37 @@ pub fn binary() -> Result<PathBuf> {
 impl Agent {
     /// Starts the agent in the gateway's namespace and waits until it says that it is ready.
     pub fn start(lab: &Lab, gateway: &Namespace, configuration: &Configuration) -> Result<Self> {
+        Self::start_by(lab, gateway, configuration, &[])
+    }
+
+    /// As [`Self::start`], by a program that becomes the agent: `launcher` is it and its arguments, to which the
+    /// agent's command line is added. Empty: none.
+    pub fn start_by(
+        lab: &Lab,
+        gateway: &Namespace,
+        configuration: &Configuration,
+        launcher: &[&str],
+    ) -> Result<Self> {
         let files = Files::new(lab)?;
         fs::write(&files.configuration, configuration.to_string())?;
         // A second agent of the same lab finds the first one's.
         let _ = fs::remove_file(&files.notify_socket);
         let notifications = UnixDatagram::bind(&files.notify_socket)?;
         notifications.set_read_timeout(Some(LOOK))?;
+        // The agent may be another user.
+        fs::set_permissions(&files.notify_socket, fs::Permissions::from_mode(0o777))?;
         let start = Instant::now();
+        let mut words: Vec<&OsStr> = launcher.iter().map(OsStr::new).collect();
+        words.extend([
+            files.binary.as_os_str(),
+            "run".as_ref(),
+            "-c".as_ref(),
+            files.configuration.as_ref(),
+        ]);
         let service = Service {
             name: "the agent",
-            program: &files.binary,
-            arguments: &["run".as_ref(), "-c".as_ref(), files.configuration.as_ref()],
+            program: Path::new(words[0]),
+            arguments: &words[1..],
             environment: &[
                 ("NOTIFY_SOCKET", files.notify_socket.as_ref()),
                 // The log goes to a file that people read.
