@@ -6,7 +6,7 @@
 //!          |  \-> health, passive, network, diagnose   what is going on out there
 //!          \---> datapath                     the kernel's objects; the only place that knows aya
 //! announce                               tells neighbours whose addresses these are
-//! status -> metrics, api                 what is known, for people and programs
+//! status -> metrics, api                 what is known, for people and programs; histogram: how long things took
 //! tui -> cli -> api                      the same on a terminal, live; the only place that knows ratatui
 //! explain, flows -> inspect -> api       looks at the data path beside the agent's loop
 //! ```
@@ -25,6 +25,7 @@ pub mod explain;
 pub mod flows;
 pub mod fragments;
 pub mod health;
+pub mod histogram;
 pub mod inspect;
 pub mod metrics;
 pub mod network;

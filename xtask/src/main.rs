@@ -8,6 +8,7 @@ mod bpf;
 mod build;
 mod demo;
 mod lint;
+mod promtool;
 mod screenshots;
 mod setup;
 mod test;
@@ -33,7 +34,7 @@ enum Verb {
     Setup(setup::Arguments),
     /// Build the release binary `forwarder`, with the BPF programs inside
     Build,
-    /// Check format and lints; the BPF programs too
+    /// Check format and lints, the BPF programs' too; alert rules and dashboard
     Lint,
     /// Run the tests: everything there is, or one ring
     Test(test::Arguments),

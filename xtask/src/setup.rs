@@ -44,8 +44,8 @@ const PROGRAMS: [(&str, &str); 13] = [
     ("wrk", "wrk"),
 ];
 
-/// Apart from the others, because this package would start a server.
-const NGINX: (&str, &str) = ("nginx", "nginx-light");
+/// Apart from the others, because these packages would start a server.
+const SERVERS: [(&str, &str); 2] = [("nginx", "nginx-light"), ("promtool", "prometheus")];
 
 /// Debian's compiler with `core` built for BPF. In Debian 12 these come from the security suite, which
 /// has a new enough one for the sake of browsers; they live beside rustup's.
@@ -90,7 +90,7 @@ fn check() -> Result<()> {
     for tool in ["fmt", "clippy"] {
         item(has_cargo_tool(tool), &format!("cargo {tool}"));
     }
-    for (program, _) in PROGRAMS.iter().chain([&NGINX]) {
+    for (program, _) in PROGRAMS.iter().chain(&SERVERS) {
         item(find_program(program).is_some(), program);
     }
     let survey = Survey::take(&workspace::tools());
@@ -140,18 +140,22 @@ fn install() -> Result<()> {
         None => {}
     }
 
-    let needs_nginx = find_program(NGINX.0).is_none();
-    if needs_nginx || !packages.is_empty() {
-        let apt = Apt::prepare(&packages, needs_nginx.then_some(NGINX.1))?;
+    let servers: Vec<&str> = SERVERS
+        .iter()
+        .filter(|(program, _)| find_program(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if !servers.is_empty() || !packages.is_empty() {
+        let apt = Apt::prepare(&[packages.as_slice(), &servers].concat())?;
         if !packages.is_empty() {
             apt.install(&packages, None)?;
         }
-        if needs_nginx {
-            apt.install(&[NGINX.1], Some(&without_services()?))?;
+        if !servers.is_empty() {
+            apt.install(&servers, Some(&without_services()?))?;
         }
     }
-    if !needs_nginx {
-        say("found", NGINX.0);
+    for (program, _) in SERVERS.iter().filter(|(_, package)| !servers.contains(package)) {
+        say("found", program);
     }
 
     if survey.linker().is_none() {
@@ -246,9 +250,8 @@ struct Apt;
 impl Apt {
     /// # Errors
     /// There is none here, or this user may not use it; the message says what to install by hand.
-    fn prepare(packages: &[&str], nginx: Option<&str>) -> Result<Self> {
-        let wanted: Vec<&str> = packages.iter().copied().chain(nginx).collect();
-        let wanted = wanted.join(" ");
+    fn prepare(packages: &[&str]) -> Result<Self> {
+        let wanted = packages.join(" ");
         if find_program("apt-get").is_none() {
             bail!(
                 "missing: {wanted} (names of Debian 12's packages)\n  hint: there is no apt-get here; install their like by this system's own means, then try again"
@@ -309,8 +312,8 @@ impl Apt {
 }
 
 /// A PATH for installation scripts in which the programs that start and enable services do nothing: we
-/// want nginx's program for the labs, not a server on port 80, now or after the next boot. An nginx that
-/// was installed before is never touched.
+/// want nginx's program for the labs, not a server on port 80, now or after the next boot. The
+/// same of Prometheus, of which we want promtool. What was installed before is never touched.
 fn without_services() -> Result<String> {
     let folder = workspace::tools().join("no-services");
     let idle = find_program("true").context("this system has no `true`")?;
