@@ -341,7 +341,7 @@ impl PoolStatus {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ReasonStatus {
     pub name: String,
-    /// `send`, `pass` or `drop`.
+    /// `send`, `pass`, `drop` or `refuse`.
     pub verdict: String,
     pub packets: u64,
     pub bytes: u64,

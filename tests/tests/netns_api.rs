@@ -17,7 +17,7 @@ use forwarder_tests::lab::{
     wait_until,
 };
 use nix::{sys::signal::Signal, unistd::Group};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use serde_json::Value;
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -72,7 +72,10 @@ impl Authority {
     /// Writes certificate and key of a name or an address.
     fn certify(&self, lab: &Lab, file: &str, name: &str) -> Result<(PathBuf, PathBuf)> {
         let key = KeyPair::generate()?;
-        let certificate = CertificateParams::new([name.to_owned()])?.signed_by(&key, &self.0)?;
+        let mut params = CertificateParams::new([name.to_owned()])?;
+        // Without a name of its own it would look like the authority's own certificate.
+        params.distinguished_name.push(DnType::CommonName, name);
+        let certificate = params.signed_by(&key, &self.0)?;
         Ok((
             write(lab, &format!("{file}.pem"), &certificate.pem())?,
             write(lab, &format!("{file}.key"), &key.serialize_pem())?,
@@ -80,15 +83,26 @@ impl Authority {
     }
 }
 
-/// What came of a request: the HTTP status, or 0 without an answer; and the body.
+/// What came of a request: the HTTP status, or 0 without an answer; and the body, or what curl says instead.
 fn ask(from: &Namespace, url: &str, arguments: &[&str]) -> Result<(u16, String)> {
-    let mut all = vec!["--silent", "--max-time", "5", "--write-out", "\n%{http_code}"];
+    let mut all = vec![
+        "--silent",
+        "--show-error",
+        "--max-time",
+        "5",
+        "--write-out",
+        "\n%{http_code}",
+    ];
     all.extend(arguments);
     all.push(url);
     let output = from.output("curl", &all)?;
     let text = String::from_utf8(output.stdout)?;
     let (body, status) = text.rsplit_once('\n').context("curl says the status last")?;
-    Ok((status.parse()?, body.to_owned()))
+    let status = status.parse()?;
+    Ok(match status {
+        0 => (0, String::from_utf8_lossy(&output.stderr).into_owned()),
+        _ => (status, body.to_owned()),
+    })
 }
 
 fn bearer(token: &str) -> String {
@@ -140,11 +154,9 @@ fn readers_over_tcp_need_certificate_and_token_and_change_nothing() -> Result<()
 
             // From another host: what the socket says.
             let (status, body) = get(&our_reader, "/v1/status", &["-H", &token])?;
+            ensure!(status == 200, "{status}: {body}");
             let body: Value = serde_json::from_str(&body)?;
-            ensure!(
-                status == 200 && body["groups"][0]["name"] == "web",
-                "{status}: {body}"
-            );
+            ensure!(body["groups"][0]["name"] == "web", "{body}");
             ensure!(get(&our_reader, "/v1/flows?limit=1", &["-H", &token])?.0 == 200);
 
             let wrong = bearer(NEXT_TOKEN);

@@ -129,7 +129,10 @@ fn the_page_shows_the_api_s_numbers_and_follows_them() -> Result<()> {
 
     // Commands in hints are shown as such, and nothing else is markup.
     for (told, shown) in [
-        ("run `ip link` and `ss -t`.", "run <code>ip link</code> and <code>ss -t</code>."),
+        (
+            "run `ip link` and `ss -t`.",
+            "run <code>ip link</code> and <code>ss -t</code>.",
+        ),
         ("no command", "no command"),
         ("a ` alone", "a ` alone"),
         ("`<b>`", "<code>&lt;b&gt;</code>"),

@@ -4,6 +4,7 @@
 //! build yet. What it says goes to stderr.
 
 mod bench;
+mod book;
 mod bpf;
 mod build;
 mod demo;
@@ -40,6 +41,8 @@ enum Verb {
     Test(test::Arguments),
     /// Measure it, in a lab of network namespaces
     Bench(bench::Arguments),
+    /// Make the documentation a book, and look for dead links
+    Book,
     /// Make the pictures of the documentation anew
     Screenshots,
     /// Show the forwarder at work, in a lab of network namespaces
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Verb::Lint => lint::run(),
         Verb::Test(arguments) => test::run(&arguments),
         Verb::Bench(arguments) => bench::run(&arguments),
+        Verb::Book => book::run(),
         Verb::Screenshots => screenshots::run(),
         Verb::Demo(arguments) => demo::run(&arguments),
     };

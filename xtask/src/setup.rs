@@ -1,9 +1,9 @@
 //! `cargo xtask setup`: finds what building, testing and the demo need, and installs what is missing.
 //!
-//! Four things: rustfmt and clippy; the programs that the labs use; a compiler with `core` for BPF;
-//! `bpf-linker`. Compilers come from rustup where it can download, else from Debian's packages;
-//! `bpf-linker` is built into `target/tools`, so it is gone with `cargo clean`. Rules for the last two are
-//! in `toolchain.rs`. Nothing else on the machine changes: no service is started or enabled, and a second
+//! Five things: rustfmt and clippy; the programs that the labs use; a compiler with `core` for BPF;
+//! `bpf-linker`; `mdbook` for the documentation. Compilers come from rustup where it can download, else from Debian's packages;
+//! the last two are built into `target/tools`, so they are gone with `cargo clean`. Rules for compiler and
+//! linker are in `toolchain.rs`. Nothing else on the machine changes: no service is started or enabled, and a second
 //! run finds everything and does nothing.
 
 use std::{
@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
+    book,
     toolchain::{CHOICE_VARIABLE, LLVM, OLDEST_LINKER, OLDEST_RUSTC, Survey, Version, find_program},
     workspace,
 };
@@ -64,6 +65,9 @@ const DEBIAN_LLVM: [&str; 5] = [
 /// a newer one some day.
 const NIGHTLY: &str = "nightly-2026-05-20";
 
+/// The mdbook to build where there is none; a minute on two cores, as its server is left out.
+const MDBOOK: &str = "0.5.4";
+
 /// How long rustup may take, in seconds, until Debian's packages are tried: a machine without a way to
 /// rustup's server may only notice by waiting.
 const RUSTUP_COMPONENT_S: u32 = 120;
@@ -102,6 +106,7 @@ fn check() -> Result<()> {
         Some(linker) => item(true, &linker.to_string()),
         None => item(false, "bpf-linker"),
     }
+    item(book::mdbook().is_some(), "mdbook");
     if missing > 0 {
         bail!("{missing} missing\n  hint: `cargo xtask setup` installs them");
     }
@@ -161,6 +166,10 @@ fn install() -> Result<()> {
     if survey.linker().is_none() {
         install_linker()?;
     }
+    if book::mdbook().is_none() {
+        install_mdbook()?;
+    }
+    say("found", "mdbook");
     // Packages that were installed may still not have brought what they should.
     Survey::take(&workspace::tools())
         .choose()
@@ -349,6 +358,17 @@ fn llvm_config(program: &Path, question: &str) -> Option<String> {
     let output = Command::new(program).arg(question).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     output.status.success().then(|| text.trim().to_owned())
+}
+
+/// Builds `mdbook`: Debian 12 has no package of it.
+fn install_mdbook() -> Result<()> {
+    say("installing", &format!("mdbook {MDBOOK}, built here in a minute"));
+    let mut command = workspace::cargo(&["install", "mdbook", "--locked", "--version", MDBOOK]);
+    command
+        .args(["--no-default-features", "--features", "search", "--root"])
+        .arg(workspace::tools())
+        .env_remove("CARGO_TARGET_DIR");
+    workspace::run(&mut command)
 }
 
 /// Builds `bpf-linker` against [`LLVM`].

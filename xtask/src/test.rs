@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::{lint, setup, vm, workspace};
+use crate::{book, lint, setup, vm, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -128,6 +128,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         setup::run(&setup::Arguments::default())?;
         outcomes.push(measure("lint", || {
             lint::run().map(|()| (String::from("ok"), true))
+        }));
+        outcomes.push(measure("book", || {
+            book::run().map(|()| (String::from("ok"), true))
         }));
     }
     let forwarder = workspace::build_release(&["forwarder"])?;
