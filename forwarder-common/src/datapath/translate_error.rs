@@ -231,7 +231,7 @@ const fn kept(old: &IcmpHeader, to_v4: bool, old_len: u32, there: u32, new_len: 
     };
     let mut kept = there;
     if claimed > old_len + LEAST_QUOTE && claimed - old_len < kept {
-        kept = claimed - old_len & !1;
+        kept = (claimed - old_len) & !1;
     }
     let most = translate::MOST_OF_ERROR - (Ipv6Header::LEN + IcmpHeader::LEN) as u32 - new_len;
     if !to_v4 && kept > most {

@@ -127,11 +127,11 @@ impl About {
         let known = Builder::tcp(0, way.client_side(CLIENT), way.client_side(WEB.vip()));
         let error = message(before, &seen, quote(&self.read, quoted.0));
         let out = message(after, &known, quote(&self.sent, quoted.1));
-        forwarded(error.link(mac_of(*SERVER.ip()), SERVER_SIDE.mac), out)
+        forwarded(&error.link(mac_of(*SERVER.ip()), SERVER_SIDE.mac), out)
     }
 }
 
-fn forwarded(error: Builder, out: Builder) -> Step {
+fn forwarded(error: &Builder, out: Builder) -> Step {
     let verdict = Verdict::redirect(CLIENT_SIDE.ifindex);
     let out = out.link(CLIENT_SIDE.mac, client_mac(CLIENT)).ttl(63);
     Step::new(&SERVER_SIDE, error.build(), verdict, Reason::ICMP_FORWARDED).out(frame(&out))
