@@ -7,7 +7,7 @@
 //!          \---> datapath                     the kernel's objects; the only place that knows aya
 //! privileges                             what the agent may do, and why something was refused
 //! announce                               tells neighbours whose addresses these are
-//! status -> metrics, api                 what is known, for people and programs
+//! status -> metrics, api                 what is known, for people and programs; histogram: how long things took
 //! tui -> cli -> api                      the same on a terminal, live; the only place that knows ratatui
 //! explain, flows, capture -> inspect -> api   looks at the data path beside the agent's loop
 //! ```
@@ -27,6 +27,7 @@ pub mod explain;
 pub mod flows;
 pub mod fragments;
 pub mod health;
+pub mod histogram;
 pub mod inspect;
 pub mod metrics;
 pub mod network;

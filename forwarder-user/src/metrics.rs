@@ -14,7 +14,10 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::status::{Ejections, Status, Traffic};
+use crate::{
+    histogram::Histogram,
+    status::{Ejections, ProbesStatus, Status, Traffic},
+};
 
 /// What [`render`] returns, for HTTP (OpenMetrics 1.0 §4).
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -42,23 +45,44 @@ enum Kind {
     Gauge,
     /// Always 1: its labels are what it says. The samples' names end in `_info`.
     Info,
+    /// Durations; the samples' names end in `_bucket`, `_count` and `_sum`.
+    Histogram,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+impl Kind {
+    const fn metric_type(self) -> MetricType {
+        match self {
+            Self::Counter => MetricType::Counter,
+            Self::Gauge => MetricType::Gauge,
+            Self::Info => MetricType::Info,
+            Self::Histogram => MetricType::Histogram,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
 enum Value {
     Whole(u64),
     Real(f64),
+    Times(Histogram),
 }
 
 impl Value {
-    fn encode(self, kind: Kind, metric: &mut MetricEncoder<'_>) -> std::fmt::Result {
-        match (kind, self) {
-            (Kind::Counter, Self::Whole(number)) => {
-                metric.encode_counter::<NoLabelSet, _, u64>(&number, None)
+    fn encode(&self, kind: Kind, metric: &mut MetricEncoder<'_>) -> std::fmt::Result {
+        match (self, kind) {
+            (Self::Whole(number), Kind::Counter) => metric.encode_counter::<NoLabelSet, _, u64>(number, None),
+            (Self::Real(number), Kind::Counter) => metric.encode_counter::<NoLabelSet, _, u64>(number, None),
+            (Self::Whole(number), _) => metric.encode_gauge(number),
+            (Self::Real(number), _) => metric.encode_gauge(number),
+            (Self::Times(times), _) => {
+                let bounded = times
+                    .buckets
+                    .iter()
+                    .map(|bucket| (bucket.up_to_secs, bucket.count));
+                // Not cumulative: the encoder adds up.
+                let buckets: Vec<_> = bounded.chain([(f64::INFINITY, times.longer)]).collect();
+                metric.encode_histogram::<NoLabelSet>(times.sum_secs, times.count(), &buckets, None)
             }
-            (Kind::Counter, Self::Real(number)) => metric.encode_counter::<NoLabelSet, _, u64>(&number, None),
-            (Kind::Gauge | Kind::Info, Self::Whole(number)) => metric.encode_gauge(&number),
-            (Kind::Gauge | Kind::Info, Self::Real(number)) => metric.encode_gauge(&number),
         }
     }
 }
@@ -80,6 +104,10 @@ impl Sample {
 
     fn whole<const N: usize>(labels: [&str; N], value: u64) -> Self {
         Self::new(labels, Value::Whole(value))
+    }
+
+    fn times<const N: usize>(labels: [&str; N], times: &Histogram) -> Self {
+        Self::new(labels, Value::Times(times.clone()))
     }
 }
 
@@ -117,6 +145,14 @@ impl Family {
         }
     }
 
+    /// With prefix and unit, without suffix.
+    #[cfg(test)]
+    fn full_name(&self) -> String {
+        let parts = [PREFIX, &self.name, self.unit.as_ref().map_or("", Unit::as_str)];
+        let parts = parts.into_iter().filter(|part| !part.is_empty());
+        parts.collect::<Vec<_>>().join("_")
+    }
+
     /// The unit is appended to the name.
     fn unit(mut self, unit: Unit) -> Self {
         self.unit = Some(unit);
@@ -135,7 +171,7 @@ fn families() -> Vec<Family> {
     families
 }
 
-fn agent() -> [Family; 3] {
+fn agent() -> [Family; 6] {
     [
         Family::new(
             Kind::Info,
@@ -158,6 +194,32 @@ fn agent() -> [Family; 3] {
             "Things an operator should look at; `forwarder status` shows them in words.",
             &[],
             |status| vec![Sample::whole([], status.warnings.len() as u64)],
+        ),
+        Family::new(
+            Kind::Histogram,
+            "turn_duration",
+            "Turns of the agent's loop, by what it woke up for; while one lasts, packets move and nothing else does.",
+            &["event"],
+            |status| {
+                let turns = status.agent.turns.iter();
+                turns.map(|turn| Sample::times([&turn.event], &turn.times)).collect()
+            },
+        )
+        .unit(Unit::Seconds),
+        Family::new(
+            Kind::Histogram,
+            "change_duration",
+            "Changes of the configuration that were applied, from their arrival until they were in force as a whole.",
+            &[],
+            |status| vec![Sample::times([], &status.agent.changes.times)],
+        )
+        .unit(Unit::Seconds),
+        Family::new(
+            Kind::Counter,
+            "changes_refused",
+            "Changes of the configuration that were refused and changed nothing: by `forwarder apply`, or by SIGHUP.",
+            &[],
+            |status| vec![Sample::whole([], status.agent.changes.refused)],
         ),
     ]
 }
@@ -333,7 +395,7 @@ impl Measure {
 /// All of [`BackendStatus::health`](crate::status::BackendStatus::health).
 const HEALTH: [&str; 4] = ["healthy", "unhealthy", "unknown", "ejected"];
 
-fn backends() -> [Family; 8] {
+fn backends() -> [Family; 12] {
     let of_backends = |read: fn(&crate::status::BackendStatus) -> Value| {
         move |status: &Status| {
             let mut samples = Vec::new();
@@ -346,7 +408,67 @@ fn backends() -> [Family; 8] {
         }
     };
     let of_one = &["group", "backend"];
+    let checked = |status: &Status| -> Vec<(String, ProbesStatus)> {
+        let groups = status.groups.iter();
+        groups
+            .filter_map(|group| Some((group.name.clone(), group.probes.clone()?)))
+            .collect()
+    };
     [
+        Family::new(
+            Kind::Histogram,
+            "group_probe_duration",
+            "Probes of the group's backends that passed: time until the answer; of groups with a check.",
+            &["group"],
+            move |status| {
+                let groups = checked(status).into_iter();
+                groups
+                    .map(|(group, probes)| Sample::times([&group], &probes.times))
+                    .collect()
+            },
+        )
+        .unit(Unit::Seconds),
+        Family::new(
+            Kind::Counter,
+            "group_probes_failed",
+            "Probes of the group's backends that failed; of groups with a check.",
+            &["group"],
+            move |status| {
+                let groups = checked(status).into_iter();
+                groups
+                    .map(|(group, probes)| Sample::whole([&group], probes.failed))
+                    .collect()
+            },
+        ),
+        Family::new(
+            Kind::Gauge,
+            "listener_flows_limit",
+            "Flows that the listener may have at a time; of listeners with a limit (max_flows).",
+            &["listener"],
+            |status| {
+                let limited = status.listeners.iter().filter_map(|listener| {
+                    Some(Sample::whole([&listener.name], u64::from(listener.max_flows?)))
+                });
+                limited.collect()
+            },
+        ),
+        Family::new(
+            Kind::Gauge,
+            "backend_flows_limit",
+            "Flows that the backend may have at a time; of backends with a limit (max_flows).",
+            of_one,
+            |status| {
+                let mut samples = Vec::new();
+                for group in &status.groups {
+                    for backend in &group.backends {
+                        if let Some(limit) = backend.max_flows {
+                            samples.push(Sample::whole([&group.name, &backend.name], u64::from(limit)));
+                        }
+                    }
+                }
+                samples
+            },
+        ),
         Family::new(
             Kind::Gauge,
             "group_backends",
@@ -455,8 +577,14 @@ fn backends() -> [Family; 8] {
     ]
 }
 
-fn gateway() -> [Family; 7] {
+fn gateway() -> [Family; 9] {
     let by_reason = &["reason", "verdict"];
+    let probed = |status: &Status| -> Vec<(String, ProbesStatus)> {
+        let tunnels = status.tunnels.iter();
+        tunnels
+            .filter_map(|tunnel| Some((tunnel.name.clone(), tunnel.probes.clone()?)))
+            .collect()
+    };
     [
         Family::new(
             Kind::Counter,
@@ -519,6 +647,31 @@ fn gateway() -> [Family; 7] {
             },
         ),
         Family::new(
+            Kind::Histogram,
+            "tunnel_probe_duration",
+            "Probes of the tunnel's far side that passed: time until the answer; of tunnels with a check.",
+            &["tunnel"],
+            move |status| {
+                let tunnels = probed(status).into_iter();
+                tunnels
+                    .map(|(tunnel, probes)| Sample::times([&tunnel], &probes.times))
+                    .collect()
+            },
+        )
+        .unit(Unit::Seconds),
+        Family::new(
+            Kind::Counter,
+            "tunnel_probes_failed",
+            "Probes of the tunnel's far side that failed; of tunnels with a check.",
+            &["tunnel"],
+            move |status| {
+                let tunnels = probed(status).into_iter();
+                tunnels
+                    .map(|(tunnel, probes)| Sample::whole([&tunnel], probes.failed))
+                    .collect()
+            },
+        ),
+        Family::new(
             Kind::Gauge,
             "interface_up",
             "1 if the interface that the data path is attached to is up, else 0.",
@@ -558,17 +711,13 @@ struct Snapshot(Status);
 impl Collector for Snapshot {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
         for family in families() {
-            let metric_type = match family.kind {
-                Kind::Counter => MetricType::Counter,
-                Kind::Gauge => MetricType::Gauge,
-                Kind::Info => MetricType::Info,
-            };
             // The encoder joins prefix, name and unit; without a name, the unit is the name.
             let (name, unit) = match (family.name.as_str(), &family.unit) {
                 ("", Some(unit)) => (unit.as_str(), None),
                 (name, unit) => (name, unit.as_ref()),
             };
-            let mut metric = encoder.encode_descriptor(name, &family.help, unit, metric_type)?;
+            let mut metric =
+                encoder.encode_descriptor(name, &family.help, unit, family.kind.metric_type())?;
             for sample in (family.samples)(&self.0) {
                 let labels: Vec<(&str, String)> = family.labels.iter().copied().zip(sample.labels).collect();
                 if family.kind == Kind::Info {
@@ -586,6 +735,9 @@ impl Collector for Snapshot {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod expressions;
 
 #[cfg(test)]
 mod tests {
@@ -630,10 +782,11 @@ mod tests {
                 .strip_prefix(&format!("# TYPE {name} "))
                 .expect(line)
                 .to_owned();
-            let suffix = match metric_type.as_str() {
-                "counter" => "_total",
-                "gauge" => "",
-                "info" => "_info",
+            let suffixes: &[&str] = match metric_type.as_str() {
+                "counter" => &["_total"],
+                "gauge" => &[""],
+                "info" => &["_info"],
+                "histogram" => &["_bucket", "_count", "_sum"],
                 _ => panic!("{line}"),
             };
             if let Some(line) = lines.next_if(|line| line.starts_with("# UNIT ")) {
@@ -643,11 +796,19 @@ mod tests {
             let mut samples = BTreeMap::new();
             while let Some(line) = lines.next_if(|line| !line.starts_with('#')) {
                 let (series, value) = line.rsplit_once(' ').expect(line);
-                let labels = series.strip_prefix(&format!("{name}{suffix}")).expect(line);
+                let (metric, labels) = series.split_at(series.find('{').unwrap_or(series.len()));
+                let suffix = metric.strip_prefix(name).expect(line);
+                assert!(suffixes.contains(&suffix), "{line}");
                 read_labels(labels, line);
                 let value: f64 = value.parse().expect(line);
                 assert!(value.is_finite() && value >= 0.0, "{line}");
-                assert_eq!(samples.insert(labels.to_owned(), value), None, "twice: {line}");
+                // Of histograms, which have several samples for the same labels, with the suffix.
+                let key = if suffixes.len() > 1 {
+                    &series[name.len()..]
+                } else {
+                    labels
+                };
+                assert_eq!(samples.insert(key.to_owned(), value), None, "twice: {line}");
             }
             let family = Found { metric_type, samples };
             assert!(
@@ -698,6 +859,14 @@ mod tests {
             5_120_000.0
         );
         assert_eq!(read["forwarder_build"].metric_type, "info");
+        let probes = &read["forwarder_group_probe_duration_seconds"].samples;
+        assert_eq!(probes[r#"_count{group="web"}"#], 4124.0);
+        assert_eq!(
+            probes[r#"_bucket{le="0.003",group="web"}"#], 4120.0,
+            "buckets add up"
+        );
+        assert_eq!(probes[r#"_bucket{le="+Inf",group="web"}"#], 4124.0);
+        assert_eq!(read["forwarder_change_duration_seconds"].samples["_count"], 3.0);
     }
 
     #[test]
@@ -730,20 +899,14 @@ mod tests {
     fn docs_metrics_md_is_current() {
         let mut page = String::from(METRICS_INTRODUCTION);
         for family in families() {
-            let name = [
-                PREFIX,
-                &family.name,
-                family.unit.as_ref().map_or("", Unit::as_str),
-            ]
-            .into_iter()
-            .filter(|part| !part.is_empty())
-            .collect::<Vec<_>>()
-            .join("_");
-            let (suffix, kind) = match family.kind {
-                Kind::Counter => ("_total", "counter"),
-                Kind::Gauge => ("", "gauge"),
-                Kind::Info => ("_info", "info"),
+            let name = family.full_name();
+            let suffix = match family.kind {
+                Kind::Counter => "_total",
+                Kind::Gauge | Kind::Histogram => "",
+                Kind::Info => "_info",
             };
+            let kind = family.kind.metric_type();
+            let kind = kind.as_str();
             let labels: Vec<String> = family.labels.iter().map(|label| format!("`{label}`")).collect();
             page += &format!(
                 "| `{name}{suffix}` | {kind} | {} | {} |\n",
@@ -753,24 +916,6 @@ mod tests {
         }
         page += METRICS_END;
         assert_same_as_file("docs/metrics.md", &page);
-    }
-
-    #[test]
-    fn alert_rules_name_metrics_that_there_are() {
-        let rules = include_str!("../../deploy/prometheus-rules.yml");
-        let documented = include_str!("../../docs/metrics.md");
-        let is_of_a_name = |letter: char| letter.is_ascii_lowercase() || letter == '_';
-        let expressions = rules
-            .lines()
-            .filter(|line| line.trim_start().starts_with("expr:"));
-        let names: Vec<_> = expressions
-            .flat_map(|line| line.split(|letter| !is_of_a_name(letter)))
-            .filter(|word| word.starts_with("forwarder_"))
-            .collect();
-        assert!(names.len() >= 9, "{names:?}");
-        for name in names {
-            assert!(documented.contains(&format!("| `{name}` |")), "{name}");
-        }
     }
 
     const METRICS_INTRODUCTION: &str = "\
@@ -784,6 +929,9 @@ Beside them, at `/`, is a [page for people](operations.md#status-page). The form
   whatever interface. A *connection* is a TCP connection or a UDP flow.
 - There are no rates: `rate(forwarder_listener_connections_total[1m])` computes them. `forwarder status` shows some.
 - The number of series is bounded by the configuration: it does not grow with clients or flows.
+- A histogram is three kinds of samples: `…_bucket` by the label `le` (seconds), `…_count`, `…_sum`. All have the same buckets,
+  from 0.1 ms to 10 s. `histogram_quantile(0.99, sum by (le, group) (rate(forwarder_group_probe_duration_seconds_bucket[5m])))`
+  is the time that 99 of 100 probes do not exceed, where a mean would hide the slow ones.
 
 | name | type | labels | meaning |
 |---|---|---|---|
@@ -798,11 +946,32 @@ Beside them, at `/`, is a [page for people](operations.md#status-page). The form
 | `direction` | `in`, `out` |
 | `origin` | `client`, `backend`, `gateway` |
 | `state` | of flows: `active`, `inactive`; of bindings: `used`, `free` |
-| `health` | `healthy`, `unhealthy`, `unknown` |
+| `health` | `healthy`, `unhealthy`, `unknown`, `ejected` |
 | `attachment` | `xdp-native`, `xdp-generic`, `tcx` |
 | `verdict` | `send`, `pass`, `drop`, `refuse` |
 | `reason` | see [reasons](reasons.md) |
-| `cause` | as in `forwarder status -o json`, such as `no-return-route` |
+| `cause` | of `backend_diagnosis`: as in `forwarder status -o json`, such as `no-return-route`; of ejections: `rejected`, `silent`; of ended flows: `drained`, `reset`, `rehashed` |
+| `answer` | `accepted`, `rejected` |
+| `event` | `signal`, `probe`, `passive`, `table`, `tunnel-probe`, `diagnosis`, `network`, `tick`, `request` |
+
+## What answers what
+
+What the load balancers of clouds show, and where it is here. `listener` may be `group` or `backend` as well.
+
+| question | expression |
+|---|---|
+| concurrent connections | `sum by (listener) (forwarder_listener_flows)` |
+| active, inactive connections | `forwarder_listener_flows{state=\"active\"}`, `{state=\"inactive\"}` |
+| new connections per second | `rate(forwarder_listener_connections_total[1m])` |
+| packets and bytes per second, in and out | `rate(forwarder_listener_packets_total[1m])`, `rate(forwarder_listener_bytes_total[1m])` |
+| healthy, unhealthy servers | `forwarder_group_backends` |
+| resets from clients, servers, the gateway | `rate(forwarder_listener_resets_total[1m])` |
+| use of the SNAT pool and of the flow table | `forwarder_pool_used_ratio`; every flow holds a binding, so they are used up together |
+| use of a limit | `sum by (listener) (forwarder_listener_flows) / on (listener) forwarder_listener_flows_limit` |
+| drops by reason | `rate(forwarder_packets_total{verdict=\"drop\"}[1m])`, `{verdict=\"refuse\"}` |
+| how long a new configuration takes | `forwarder_change_duration_seconds` |
+
+[deploy/grafana-dashboard.json](../deploy/grafana-dashboard.json) draws all of this.
 
 ## Worth an alert
 

@@ -8,7 +8,7 @@
 
 use std::net::IpAddr;
 
-use crate::config::address::at_port;
+use crate::{config::address::at_port, histogram::Histogram};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -18,6 +18,9 @@ pub struct Status {
     /// Version of the agent.
     pub version: String,
     pub uptime_secs: u64,
+    /// The agent's own work.
+    #[serde(default)]
+    pub agent: AgentStatus,
     pub interfaces: Vec<InterfaceStatus>,
     pub tunnels: Vec<TunnelStatus>,
     pub listeners: Vec<ListenerStatus>,
@@ -29,6 +32,40 @@ pub struct Status {
     pub reasons: Vec<ReasonStatus>,
     /// Things an operator should look at, one sentence each: missing sysctls, a VIP without route, …
     pub warnings: Vec<String>,
+}
+
+/// How long the agent's own work takes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct AgentStatus {
+    /// Turns of its loop, by what it woke up for; always all of them, in the same order.
+    pub turns: Vec<TurnStatus>,
+    pub changes: ChangesStatus,
+}
+
+/// Turns of the agent's loop: while one lasts, nothing else of the agent moves, though packets do.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct TurnStatus {
+    /// What it woke up for, such as `tick`, `probe` or `request`.
+    pub event: String,
+    pub times: Histogram,
+}
+
+/// Configurations that were to replace the running one: by `forwarder apply`, or by SIGHUP.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ChangesStatus {
+    /// Those that were taken over: the time from their arrival until they were in force as a whole.
+    pub times: Histogram,
+    /// Those that were not: they changed nothing.
+    pub refused: u64,
+}
+
+/// Probes of a group's backends, or of a tunnel.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ProbesStatus {
+    /// Those that passed: the time until the answer.
+    pub times: Histogram,
+    /// Those that failed; one without an answer has taken its whole timeout.
+    pub failed: u64,
 }
 
 /// An interface the data path is attached to.
@@ -59,6 +96,9 @@ pub struct TunnelStatus {
     pub health: String,
     /// Backends that are unhealthy because it is.
     pub backends_held: usize,
+    /// None without a check.
+    #[serde(default)]
+    pub probes: Option<ProbesStatus>,
     /// Why the last probe failed; none if it passed.
     pub failure: Option<String>,
     pub diagnosis: Option<DiagnosisStatus>,
@@ -143,6 +183,9 @@ pub struct ListenerStatus {
     /// `tcp`, `udp`, `sctp` or `icmp`.
     pub protocol: String,
     pub group: String,
+    /// Flows that it may have at a time; none: as many as the table has room for.
+    #[serde(default)]
+    pub max_flows: Option<u32>,
     #[serde(flatten)]
     pub traffic: Traffic,
 }
@@ -156,6 +199,9 @@ pub struct GroupStatus {
     pub unhealthy_backends: usize,
     /// Healthy as far as active checks know, and ejected by passive ones.
     pub ejected_backends: usize,
+    /// None without a check.
+    #[serde(default)]
+    pub probes: Option<ProbesStatus>,
     /// Sum over its backends.
     #[serde(flatten)]
     pub traffic: Traffic,
@@ -176,6 +222,9 @@ pub struct BackendStatus {
     pub weight: u16,
     /// The weight that holds in its place, by an operator's order.
     pub ordered_weight: Option<u16>,
+    /// Flows that it may have at a time; none: as many as the table has room for.
+    #[serde(default)]
+    pub max_flows: Option<u32>,
     /// `healthy`, `unhealthy`, `unknown` before the first probe, or `ejected`: healthy as far as active checks know, but
     /// passive ones took it out.
     pub health: String,
@@ -292,7 +341,7 @@ impl PoolStatus {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ReasonStatus {
     pub name: String,
-    /// `send`, `pass` or `drop`.
+    /// `send`, `pass`, `drop` or `refuse`.
     pub verdict: String,
     pub packets: u64,
     pub bytes: u64,

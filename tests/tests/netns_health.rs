@@ -131,6 +131,12 @@ fn a_tunnel_that_is_cut_and_a_server_that_is_down_are_told_apart() -> Result<()>
         )
     };
     ensure!(metric(&agent)? == 1.0);
+    let metrics = agent.metrics()?;
+    let passed = |name: &str, label| metrics.sum(name, &[label]);
+    ensure!(passed("forwarder_tunnel_probe_duration_seconds_count", ("tunnel", "cen")) >= 1.0);
+    ensure!(passed("forwarder_group_probe_duration_seconds_count", ("group", "quick")) >= 1.0);
+    ensure!(passed("forwarder_turn_duration_seconds_count", ("event", "probe")) >= 1.0);
+    ensure!(passed("forwarder_tunnel_probes_failed_total", ("tunnel", "cen")) == 0.0);
 
     // The underlay loses everything; the tunnel's device stays up.
     let cut = "table ip cut {
@@ -144,6 +150,10 @@ fn a_tunnel_that_is_cut_and_a_server_that_is_down_are_told_apart() -> Result<()>
     let down = await_tunnel(&agent, "unhealthy")?;
     ensure!(down.is_up && down.backends_held == 2, "{down:?}");
     ensure!(metric(&agent)? == 0.0);
+    let failed = agent
+        .metrics()?
+        .sum("forwarder_tunnel_probes_failed_total", &[("tunnel", "cen")]);
+    ensure!(failed >= 1.0, "{failed}");
     // At once: by themselves, the slow check would take minutes.
     for group in ["web", "quick"] {
         let status = await_cause(&agent, group, "ecs02", "tunnel-down")?;

@@ -127,6 +127,26 @@ fn the_page_shows_the_api_s_numbers_and_follows_them() -> Result<()> {
         "it was loaded anew"
     );
 
+    // Commands in hints are shown as such, and nothing else is markup.
+    for (told, shown) in [
+        (
+            "run `ip link` and `ss -t`.",
+            "run <code>ip link</code> and <code>ss -t</code>.",
+        ),
+        ("no command", "no command"),
+        ("a ` alone", "a ` alone"),
+        ("`<b>`", "<code>&lt;b&gt;</code>"),
+        ("`a` and `b", "<code>a</code> and `b"),
+    ] {
+        let html = browser.evaluate(&format!(
+            "(() => {{ const p = document.createElement('p'); tell(p, {}); return p.innerHTML; }})()",
+            json!(told)
+        ))?;
+        ensure!(html == shown, "{told}: {html}");
+    }
+    let text = browser.evaluate("document.body.innerText")?;
+    ensure!(!text.as_str().context("a page has text")?.contains('`'), "{text}");
+
     // A phone: nothing is wider than its screen.
     browser.show_on(PHONE)?;
     wait_until("the page to fit a phone", DEADLINE, || {

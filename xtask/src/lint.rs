@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: format and clippy, every warning an error.
+//! `cargo xtask lint`: format and clippy, every warning an error; alert rules and dashboard (`promtool`).
 //!
 //! The BPF crate is linted for the host, by the same dated clippy as the rest. A clippy for the BPF target
 //! exists only beside some of the compilers that setup may find, each of another version with other
@@ -7,7 +7,7 @@
 
 use anyhow::Result;
 
-use crate::workspace;
+use crate::{promtool, workspace};
 
 /// Runs the checks, the quickest first.
 ///
@@ -28,9 +28,12 @@ pub(crate) fn run() -> Result<()> {
         // BPF code uses unstable compiler features, as it may in the build.
         .env("RUSTC_BOOTSTRAP", "1");
 
-    for mut command in [format, clippy, bpf] {
+    let run = |mut command| {
         eprintln!("lint: {}", workspace::show(&command));
-        workspace::run(&mut command)?;
-    }
-    Ok(())
+        workspace::run(&mut command)
+    };
+    run(format)?;
+    promtool::run()?;
+    run(clippy)?;
+    run(bpf)
 }

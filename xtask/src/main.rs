@@ -4,12 +4,14 @@
 //! build yet. What it says goes to stderr.
 
 mod bench;
+mod book;
 mod bpf;
 mod build;
 mod clean_root;
 mod demo;
 mod lint;
 mod package;
+mod promtool;
 mod screenshots;
 mod setup;
 mod test;
@@ -37,12 +39,14 @@ enum Verb {
     Build,
     /// Build the static binary and the Debian package
     Package(package::Arguments),
-    /// Check format and lints; the BPF programs too
+    /// Check format and lints, the BPF programs' too; alert rules and dashboard
     Lint,
     /// Run the tests: everything there is, or one ring
     Test(test::Arguments),
     /// Measure it, in a lab of network namespaces
     Bench(bench::Arguments),
+    /// Make the documentation a book, and look for dead links
+    Book,
     /// Make the pictures of the documentation anew
     Screenshots,
     /// Show the forwarder at work, in a lab of network namespaces
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         Verb::Lint => lint::run(),
         Verb::Test(arguments) => test::run(&arguments),
         Verb::Bench(arguments) => bench::run(&arguments),
+        Verb::Book => book::run(),
         Verb::Screenshots => screenshots::run(),
         Verb::Demo(arguments) => demo::run(&arguments),
     };

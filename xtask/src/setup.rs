@@ -1,9 +1,9 @@
 //! `cargo xtask setup`: finds what building, testing and the demo need, and installs what is missing.
 //!
-//! Four things: rustfmt and clippy; the programs that the labs use; a compiler with `core` for BPF;
-//! `bpf-linker`. Compilers come from rustup where it can download, else from Debian's packages;
-//! `bpf-linker` is built into `target/tools`, so it is gone with `cargo clean`. Rules for the last two are
-//! in `toolchain.rs`. Nothing else on the machine changes: no service is started or enabled, and a second
+//! Five things: rustfmt and clippy; the programs that the labs use; a compiler with `core` for BPF;
+//! `bpf-linker`; `mdbook` for the documentation. Compilers come from rustup where it can download, else from Debian's packages;
+//! the last two are built into `target/tools`, so they are gone with `cargo clean`. Rules for compiler and
+//! linker are in `toolchain.rs`. Nothing else on the machine changes: no service is started or enabled, and a second
 //! run finds everything and does nothing.
 
 use std::{
@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
+    book,
     toolchain::{CHOICE_VARIABLE, LLVM, OLDEST_LINKER, OLDEST_RUSTC, Survey, Version, find_program},
     workspace,
 };
@@ -46,8 +47,8 @@ const PROGRAMS: [(&str, &str); 15] = [
     ("wrk", "wrk"),
 ];
 
-/// Apart from the others, because this package would start a server.
-const NGINX: (&str, &str) = ("nginx", "nginx-light");
+/// Apart from the others, because these packages would start a server.
+const SERVERS: [(&str, &str); 2] = [("nginx", "nginx-light"), ("promtool", "prometheus")];
 
 /// Debian's compiler with `core` built for BPF. In Debian 12 these come from the security suite, which
 /// has a new enough one for the sake of browsers; they live beside rustup's.
@@ -65,6 +66,9 @@ const DEBIAN_LLVM: [&str; 5] = [
 /// The nightly to fetch where no rustup toolchain can be used: one whose LLVM is [`LLVM`]. Today's has
 /// a newer one some day.
 const NIGHTLY: &str = "nightly-2026-05-20";
+
+/// The mdbook to build where there is none; a minute on two cores, as its server is left out.
+const MDBOOK: &str = "0.5.4";
 
 /// How long rustup may take, in seconds, until Debian's packages are tried: a machine without a way to
 /// rustup's server may only notice by waiting.
@@ -92,7 +96,7 @@ fn check() -> Result<()> {
     for tool in ["fmt", "clippy"] {
         item(has_cargo_tool(tool), &format!("cargo {tool}"));
     }
-    for (program, _) in PROGRAMS.iter().chain([&NGINX]) {
+    for (program, _) in PROGRAMS.iter().chain(&SERVERS) {
         item(find_program(program).is_some(), program);
     }
     let survey = Survey::take(&workspace::tools());
@@ -104,6 +108,7 @@ fn check() -> Result<()> {
         Some(linker) => item(true, &linker.to_string()),
         None => item(false, "bpf-linker"),
     }
+    item(book::mdbook().is_some(), "mdbook");
     if missing > 0 {
         bail!("{missing} missing\n  hint: `cargo xtask setup` installs them");
     }
@@ -142,23 +147,31 @@ fn install() -> Result<()> {
         None => {}
     }
 
-    let needs_nginx = find_program(NGINX.0).is_none();
-    if needs_nginx || !packages.is_empty() {
-        let apt = Apt::prepare(&packages, needs_nginx.then_some(NGINX.1))?;
+    let servers: Vec<&str> = SERVERS
+        .iter()
+        .filter(|(program, _)| find_program(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if !servers.is_empty() || !packages.is_empty() {
+        let apt = Apt::prepare(&[packages.as_slice(), &servers].concat())?;
         if !packages.is_empty() {
             apt.install(&packages, None)?;
         }
-        if needs_nginx {
-            apt.install(&[NGINX.1], Some(&without_services()?))?;
+        if !servers.is_empty() {
+            apt.install(&servers, Some(&without_services()?))?;
         }
     }
-    if !needs_nginx {
-        say("found", NGINX.0);
+    for (program, _) in SERVERS.iter().filter(|(_, package)| !servers.contains(package)) {
+        say("found", program);
     }
 
     if survey.linker().is_none() {
         install_linker()?;
     }
+    if book::mdbook().is_none() {
+        install_mdbook()?;
+    }
+    say("found", "mdbook");
     // Packages that were installed may still not have brought what they should.
     Survey::take(&workspace::tools())
         .choose()
@@ -248,9 +261,8 @@ struct Apt;
 impl Apt {
     /// # Errors
     /// There is none here, or this user may not use it; the message says what to install by hand.
-    fn prepare(packages: &[&str], nginx: Option<&str>) -> Result<Self> {
-        let wanted: Vec<&str> = packages.iter().copied().chain(nginx).collect();
-        let wanted = wanted.join(" ");
+    fn prepare(packages: &[&str]) -> Result<Self> {
+        let wanted = packages.join(" ");
         if find_program("apt-get").is_none() {
             bail!(
                 "missing: {wanted} (names of Debian 12's packages)\n  hint: there is no apt-get here; install their like by this system's own means, then try again"
@@ -311,8 +323,8 @@ impl Apt {
 }
 
 /// A PATH for installation scripts in which the programs that start and enable services do nothing: we
-/// want nginx's program for the labs, not a server on port 80, now or after the next boot. An nginx that
-/// was installed before is never touched.
+/// want nginx's program for the labs, not a server on port 80, now or after the next boot. The
+/// same of Prometheus, of which we want promtool. What was installed before is never touched.
 fn without_services() -> Result<String> {
     let folder = workspace::tools().join("no-services");
     let idle = find_program("true").context("this system has no `true`")?;
@@ -348,6 +360,17 @@ fn llvm_config(program: &Path, question: &str) -> Option<String> {
     let output = Command::new(program).arg(question).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     output.status.success().then(|| text.trim().to_owned())
+}
+
+/// Builds `mdbook`: Debian 12 has no package of it.
+fn install_mdbook() -> Result<()> {
+    say("installing", &format!("mdbook {MDBOOK}, built here in a minute"));
+    let mut command = workspace::cargo(&["install", "mdbook", "--locked", "--version", MDBOOK]);
+    command
+        .args(["--no-default-features", "--features", "search", "--root"])
+        .arg(workspace::tools())
+        .env_remove("CARGO_TARGET_DIR");
+    workspace::run(&mut command)
 }
 
 /// Builds `bpf-linker` against [`LLVM`].

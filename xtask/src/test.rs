@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
-    clean_root, lint,
+    book, clean_root, lint,
     package::{self, Architecture},
     setup, vm, workspace,
 };
@@ -140,6 +140,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         setup::run(&setup::Arguments::default())?;
         outcomes.push(measure("lint", || {
             lint::run().map(|()| (String::from("ok"), true))
+        }));
+        outcomes.push(measure("book", || {
+            book::run().map(|()| (String::from("ok"), true))
         }));
     }
     let is_static = arguments.ring == Some(Ring::Package);

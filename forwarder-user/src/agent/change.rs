@@ -9,6 +9,7 @@ use super::{
     start::{group_sizes, keeps_bindings, no_room, sizes, timeouts},
 };
 use crate::{
+    api::Credentials,
     change::{ChangeAnswer, Submission},
     config::{self, Config},
     error::{Error, Errors},
@@ -28,6 +29,8 @@ struct Planned {
     after: Applied,
     tables: NextTables,
     writes: Vec<MapWrite>,
+    /// Read anew, with what `[agent.api]` says.
+    credentials: Option<Credentials>,
     answer: ChangeAnswer,
 }
 
@@ -43,8 +46,8 @@ impl Agent {
         }
     }
 
-    /// Reads the agent's own file again and applies it; a file with errors changes nothing.
-    pub(super) fn reload(&mut self) {
+    /// Reads the agent's own file again and applies it; a file with errors changes nothing. Whether it was applied.
+    pub(super) fn reload(&mut self) -> bool {
         info!("SIGHUP: reloading {}", self.file.display());
         let reloading = sd_notify::NotifyState::monotonic_usec_now()
             .map(|now| vec![sd_notify::NotifyState::Reloading, now])
@@ -54,17 +57,29 @@ impl Agent {
         let outcome = config::load::load(&self.file)
             .and_then(|config| self.planned(config))
             .and_then(|planned| self.make(planned));
+        let is_applied = outcome.is_ok();
         if let Err(errors) = outcome {
+            self.timing.change_refused();
             for one in &errors.0 {
                 error!("not reloaded: {one}");
             }
         }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        is_applied
     }
 
     /// What leads from here to `config`.
     fn planned(&self, config: Config) -> Result<Planned, Errors> {
         let mut errors = restart_needed(&self.config, &config);
+        // One that is to be read elsewhere has been refused just so.
+        let readers = config.agent.api.as_ref().filter(|_| errors.is_empty());
+        let credentials = readers
+            .map(Credentials::read)
+            .transpose()
+            .unwrap_or_else(|error| {
+                errors.push(error);
+                None
+            });
         let pools = [&self.config, &config].map(|config| pool(&config.snat));
         if !keeps_bindings(&pools[0], &pools[1], self.config.agent.max_flows) {
             errors.push(
@@ -144,6 +159,7 @@ impl Agent {
             after,
             tables: tables.finish(),
             writes,
+            credentials,
             answer,
         })
     }
@@ -155,12 +171,17 @@ impl Agent {
             after,
             tables,
             writes,
+            credentials,
             mut answer,
         } = planned;
         self.execute(after, &writes)?;
         self.tables.cache.replace(tables);
         self.observed = observed;
         self.config = Arc::new(config);
+        if let (Some(sender), Some(credentials)) = (&self.credentials, credentials) {
+            sender.send_replace(credentials);
+        }
+        self.timing.retain(&self.config);
         self.publish_names();
         self.configure_passive();
         let names: HashSet<&BackendName> = self.applied.ids.backends.keys().collect();

@@ -25,7 +25,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     announce::Announcer,
-    api::{self, Request, Requests, StatusSource},
+    api::{self, Credentials, Request, Requests, StatusSource},
     config::{Config, OnStop},
     datapath::{
         attach::Attachment,
@@ -55,6 +55,7 @@ mod start;
 mod status;
 mod surroundings;
 mod tables;
+mod timing;
 mod tunnels;
 
 pub(crate) use policy::remove as remove_rules;
@@ -63,6 +64,7 @@ pub(crate) use start::sizes;
 pub use surroundings::PROBE_INTERFACE;
 use surroundings::ProbeAddresses;
 use tables::Tables;
+use timing::{Event, Timing, Turn};
 
 /// How often rates are computed.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -115,12 +117,14 @@ async fn run_on(
         is_takeover: _,
         metrics_listener,
         control_socket,
-        remote_listener,
+        remote,
     } = premises;
+    let (remote_listener, credentials) = remote.unzip();
     let network = Network::open()?;
     let changes = network.watch().await?;
 
     let (mut agent, inspector) = Agent::start(config, file.to_owned(), network, &pins).await?;
+    agent.credentials = credentials;
     let probe_addresses = ProbeAddresses::add(&agent).await?;
     if let Err(error) = policy::install(&agent.network, &agent.config).await {
         probe_addresses.remove(&agent).await;
@@ -278,9 +282,12 @@ struct Agent {
     hidden_tags: Vec<String>,
     pool_watch: PoolWatch,
     passive: passive::PassiveChecks,
+    /// What readers of the API over TCP have to show; none without `[agent.api]`.
+    credentials: Option<watch::Sender<Credentials>>,
     /// For those who look at the live maps.
     names: watch::Sender<Arc<Names>>,
     started_at: Instant,
+    timing: Timing,
     announcer: Announcer,
     /// Sends on what came too early, until the agent ends.
     _fragments: FragmentHolder,
@@ -333,8 +340,9 @@ impl Agent {
                     warn!(%error, "the service manager could not be notified");
                 }
             }
+            let turn = Turn::default();
             tokio::select! {
-                asked = signals.received() => match asked {
+                asked = turn.on(Event::Signal, signals.received()) => match asked {
                     Asked::Stop(signal) => {
                         info!("{signal}: stopping");
                         return Ok(self.config.agent.on_stop);
@@ -344,12 +352,16 @@ impl Agent {
                         return Ok(OnStop::Keep);
                     }
                     Asked::Reload => {
-                        self.reload();
+                        let asked_at = Instant::now();
+                        let is_applied = self.reload();
                         self.follow_change(&health, &tunnels, &mut unheard).await?;
+                        if is_applied {
+                            self.timing.change_applied(asked_at);
+                        }
                     }
                 },
                 // All that wait, so that a thousand transitions at once are one change of the tables.
-                1.. = reports.recv_many(&mut heard, QUEUE) => {
+                1.. = turn.on(Event::Probe, reports.recv_many(&mut heard, QUEUE)) => {
                     let mut is_news = false;
                     for report in heard.drain(..) {
                         let name = (report.target.group.clone(), report.target.backend.clone());
@@ -361,19 +373,19 @@ impl Agent {
                         self.reconcile()?;
                     }
                 }
-                Some(event) = self.passive.happened() => self.judged(&event)?,
-                Some(built) = self.tables.built() => self.take_table(built)?,
-                Some(report) = tunnel_reports.recv() => {
+                Some(event) = turn.on(Event::Passive, self.passive.happened()) => self.judged(&event)?,
+                Some(built) = turn.on(Event::Table, self.tables.built()) => self.take_table(built)?,
+                Some(report) = turn.on(Event::TunnelProbe, tunnel_reports.recv()) => {
                     if self.tunnel_heard(&report, &health).await {
                         self.reconcile()?;
                     }
                 }
-                Some((name, diagnosis)) = diagnoses.recv() => self.diagnosed(&name, diagnosis),
-                changed = changes.changed() => match changed {
+                Some((name, diagnosis)) = turn.on(Event::Diagnosis, diagnoses.recv()) => self.diagnosed(&name, diagnosis),
+                changed = turn.on(Event::Network, changes.changed()) => match changed {
                     Some(changed) => self.network_changed(&changed).await?,
                     None => return Err(Error::failed("the kernel ended the subscription to network changes")),
                 },
-                _ = ticks.tick() => {
+                _ = turn.on(Event::Tick, ticks.tick()) => {
                     self.take_sample()?;
                     self.sweep.check()?;
                     self.look_for_trouble().await?;
@@ -388,24 +400,27 @@ impl Agent {
                         let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
                     }
                 }
-                Some(request) = requests.next() => match request {
+                Some(request) = turn.on(Event::Request, requests.next()) => match request {
                     Request::Status(reply) => reply.send(self.status()?),
                     Request::Backend(path, reply) => reply.send(self.backend(&path)),
                     Request::Order(order, reply) => reply.send(self.ordered(&order)),
                     Request::Capture(on, reply) => reply.send(self.capture(on)),
-                    Request::Change { submission, apply, reply } => {
+                    Request::Change { submission, apply, asked_at, reply } => {
                         let outcome = self.submitted(&submission, apply);
-                        let followed = if apply && outcome.is_ok() {
-                            self.follow_change(&health, &tunnels, &mut unheard).await
-                        } else {
-                            Ok(())
-                        };
+                        let mut followed = Ok(());
+                        if apply && outcome.is_ok() {
+                            followed = self.follow_change(&health, &tunnels, &mut unheard).await;
+                            self.timing.change_applied(asked_at);
+                        } else if apply {
+                            self.timing.change_refused();
+                        }
                         // Whoever reads "applied" may rely on its rules and routes as well.
                         reply.send(outcome);
                         followed?;
                     }
                 },
             }
+            self.timing.turn_ended(turn);
         }
     }
 
@@ -470,6 +485,7 @@ impl Agent {
     /// Notes what a probe has found; `true`: the tables have to follow.
     fn heard(&mut self, name: &BackendName, report: &Report) -> bool {
         let (group, backend) = name;
+        self.timing.probed(report);
         if self.tunnels.hold(name) {
             return false;
         }

@@ -6,8 +6,10 @@
 
 use std::sync::Arc;
 
+use tokio::sync::watch;
+
 use crate::{
-    api::{self, ControlSocket, RemoteListener},
+    api::{self, ControlSocket, Credentials, RemoteListener},
     config::Config,
     datapath::pin::PinDirectory,
     error::Error,
@@ -20,7 +22,7 @@ pub struct Premises {
     pub(super) is_takeover: bool,
     pub(super) metrics_listener: std::net::TcpListener,
     pub(super) control_socket: ControlSocket,
-    pub(super) remote_listener: Option<RemoteListener>,
+    pub(super) remote: Option<(RemoteListener, watch::Sender<Credentials>)>,
 }
 
 impl Premises {
@@ -40,7 +42,7 @@ impl Premises {
                 is_takeover,
                 metrics_listener,
                 control_socket: api::bind_control(&config.agent.control_socket, group)?,
-                remote_listener: config.agent.api.as_ref().map(api::bind_remote).transpose()?,
+                remote: config.agent.api.as_ref().map(api::bind_remote).transpose()?,
             })
         };
         take_others().inspect_err(|_| leave(&pins, is_takeover))

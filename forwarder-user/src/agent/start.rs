@@ -18,7 +18,7 @@ use forwarder_common::abi::{
 use tokio::sync::watch;
 use tracing::{debug, info};
 
-use super::{Agent, BackendNotes, Sample, passive::PassiveChecks, tables::Tables};
+use super::{Agent, BackendNotes, Sample, passive::PassiveChecks, tables::Tables, timing::Timing};
 use crate::{
     announce::Announcer,
     capture::Capturer,
@@ -186,6 +186,8 @@ impl Agent {
             passive: PassiveChecks::start(backend_watch),
             names,
             started_at,
+            timing: Timing::default(),
+            credentials: None,
             announcer,
             _fragments: fragments,
             is_ready: false,

@@ -27,6 +27,7 @@ impl Agent {
         let mut status = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_secs: self.started_at.elapsed().as_secs(),
+            agent: self.timing_status(),
             interfaces: Vec::new(),
             tunnels: self.tunnel_status(),
             listeners: Vec::new(),
@@ -61,6 +62,7 @@ impl Agent {
                 port: listener.ports.to_string(),
                 protocol: listener.protocol.name().to_owned(),
                 group: listener.group.clone(),
+                max_flows: listener.max_flows,
                 traffic,
             });
         }
@@ -95,6 +97,7 @@ impl Agent {
             healthy_backends: 0,
             unhealthy_backends: 0,
             ejected_backends: 0,
+            probes: group.health.as_ref().map(|_| self.timing.probes(name)),
             traffic: Traffic::default(),
             backends: Vec::new(),
         };
@@ -127,6 +130,7 @@ impl Agent {
                 tunnel: self.config.tunnel_to(backend.address).map(str::to_owned),
                 weight: backend.weight,
                 ordered_weight: self.ordered_weight(&key),
+                max_flows: backend.max_flows,
                 health: health.to_owned(),
                 share: self.tables.share(self.applied.ids.groups[name], id),
                 drain: self.drain_status(&key, id, census),

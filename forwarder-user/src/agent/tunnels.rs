@@ -93,6 +93,7 @@ impl Agent {
 
     /// Notes what a tunnel's probe has found; `true`: the tables have to follow.
     pub(super) async fn tunnel_heard(&mut self, report: &Report, backends: &health::Watch) -> bool {
+        self.timing.tunnel_probed(report);
         let tunnel = &report.target.group;
         let failure = report.result.as_ref().err();
         let diagnosis = match (failure, report.transition) {
@@ -192,6 +193,7 @@ impl Agent {
                     .values()
                     .filter(|holder| *holder == name)
                     .count(),
+                probes: tunnel.health.as_ref().map(|_| self.timing.tunnel_probes(name)),
                 failure: failure.map(ToString::to_string),
                 diagnosis: diagnosis.map(|diagnosis| DiagnosisStatus {
                     cause: diagnosis.cause.name().to_owned(),

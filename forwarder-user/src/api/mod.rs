@@ -18,7 +18,10 @@
 //!
 //! The agent's loop owns what there is to tell, so handlers ask it (`questions`) and share no state with it.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json, Router,
@@ -50,7 +53,7 @@ pub use public::{bind_metrics, serve_metrics};
 use questions::{ANSWER_TIMEOUT, CHANGE_TIMEOUT, NoAnswer};
 pub use questions::{Reply, Request, Requests, StatusSource};
 pub use refusal::{Body, ErrorBody, ErrorCode, ErrorText, Parameters, Place, Refusal};
-pub use remote::{RemoteListener, bind_remote, serve_remote};
+pub use remote::{Credentials, RemoteListener, bind_remote, serve_remote};
 
 /// Where the status is.
 pub const STATUS_PATH: &str = "/v1/status";
@@ -188,9 +191,11 @@ async fn change(
     submission: Submission,
     apply: bool,
 ) -> Result<Json<ChangeAnswer>, Refusal> {
+    let asked_at = Instant::now();
     let request = |reply: Reply<Result<ChangeAnswer, Errors>>| Request::Change {
         submission,
         apply,
+        asked_at,
         reply,
     };
     Ok(Json(source.ask_for(CHANGE_TIMEOUT, request).await??))

@@ -2,7 +2,7 @@
 //!
 //! So no handler shares state with the loop, and a loop that is busy is not waited for without end.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::{
     sync::{mpsc, oneshot},
@@ -45,6 +45,8 @@ pub enum Request {
     Change {
         submission: Submission,
         apply: bool,
+        /// When it reached the agent, to tell how long it took.
+        asked_at: Instant,
         reply: Reply<Result<ChangeAnswer, Errors>>,
     },
 }

@@ -3,6 +3,9 @@
 //!
 //! Only GET is answered: nothing can be changed from afar, and packets are explained on the host. Without TLS a token
 //! is taken on a loopback address only, which the configuration's checks see to.
+//!
+//! Certificates and token are read at start, and again whenever a configuration is applied, so that renewed ones need no
+//! restart. What a file lacks then is an error of that change, and the old ones go on.
 
 use std::{
     fs,
@@ -25,7 +28,7 @@ use axum::{
 use subtle::ConstantTimeEq;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -63,11 +66,30 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// The bits of a file's mode that let others than its owner and group read or write it.
 const OTHERS: u32 = 0o007;
 
-/// The bound address, with what clients have to show.
+/// The bound address, with what clients have to show, as of the last change.
 pub struct RemoteListener {
     listener: std::net::TcpListener,
+    credentials: watch::Receiver<Credentials>,
+}
+
+/// What clients have to show, and what they are shown.
+#[derive(Clone)]
+pub struct Credentials {
     tls: Option<TlsAcceptor>,
     token: Option<Token>,
+}
+
+impl Credentials {
+    /// Reads certificates and token.
+    ///
+    /// # Errors
+    /// A file is not what it should be.
+    pub fn read(remote: &RemoteApi) -> Result<Self, Error> {
+        Ok(Self {
+            tls: remote.tls.as_ref().map(acceptor).transpose()?,
+            token: remote.token_file.as_deref().map(Token::read).transpose()?,
+        })
+    }
 }
 
 /// What a client without a certificate has to know.
@@ -115,16 +137,18 @@ impl Token {
     }
 }
 
-/// Takes the address, and reads certificates and token.
+/// Takes the address, and reads certificates and token; newer ones are sent to the second.
 ///
 /// # Errors
 /// The address is in use or not of this host, or a file is not what it should be.
-pub fn bind_remote(remote: &RemoteApi) -> Result<RemoteListener, Error> {
-    Ok(RemoteListener {
-        tls: remote.tls.as_ref().map(acceptor).transpose()?,
-        token: remote.token_file.as_deref().map(Token::read).transpose()?,
-        listener: listen(remote.listen, "the API", "agent.api.listen")?,
-    })
+pub fn bind_remote(remote: &RemoteApi) -> Result<(RemoteListener, watch::Sender<Credentials>), Error> {
+    let (sender, credentials) = watch::channel(Credentials::read(remote)?);
+    let listener = listen(remote.listen, "the API", "agent.api.listen")?;
+    let listener = RemoteListener {
+        listener,
+        credentials,
+    };
+    Ok((listener, sender))
 }
 
 fn acceptor(tls: &RemoteTls) -> Result<TlsAcceptor, Error> {
@@ -174,15 +198,24 @@ pub async fn serve_remote(
     inspection: Inspection,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
-    let RemoteListener { listener, tls, token } = remote;
+    let RemoteListener {
+        listener,
+        credentials,
+    } = remote;
     let listener = in_runtime(listener)?;
     // The last layer is the first that a request meets.
     let app = api(source, inspection)
         .layer(middleware::from_fn(only_reading))
-        .layer(middleware::from_fn_with_state(token, only_with_token));
-    match tls {
-        None => serve(listener, app, stop).await,
-        Some(acceptor) => serve(TlsListener::start(listener, acceptor), app, stop).await,
+        .layer(middleware::from_fn_with_state(
+            credentials.clone(),
+            only_with_token,
+        ));
+    // Whether there is TLS does not change: that would be another `[agent.api]`, which takes a restart.
+    let has_tls = credentials.borrow().tls.is_some();
+    if has_tls {
+        serve(TlsListener::start(listener, credentials), app, stop).await
+    } else {
+        serve(listener, app, stop).await
     }
 }
 
@@ -195,7 +228,12 @@ async fn only_reading(request: Request, next: Next) -> Response {
     Refusal::new(ErrorCode::MethodNotAllowed, what, Some(hint)).into_response()
 }
 
-async fn only_with_token(State(token): State<Option<Token>>, request: Request, next: Next) -> Response {
+async fn only_with_token(
+    State(credentials): State<watch::Receiver<Credentials>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let token = credentials.borrow().token.clone();
     if token.is_none_or(|token| token.is_shown_by(&request)) {
         return next.run(request).await;
     }
@@ -217,11 +255,11 @@ struct TlsListener {
 }
 
 impl TlsListener {
-    fn start(listener: TcpListener, acceptor: TlsAcceptor) -> Self {
+    fn start(listener: TcpListener, credentials: watch::Receiver<Credentials>) -> Self {
         let address = listener.local_addr();
         let (sender, agreed) = mpsc::channel(HANDSHAKES);
         let mut task = JoinSet::new();
-        task.spawn(agree(listener, acceptor, sender));
+        task.spawn(agree(listener, credentials, sender));
         Self {
             address,
             agreed,
@@ -232,7 +270,7 @@ impl TlsListener {
 
 async fn agree(
     listener: TcpListener,
-    acceptor: TlsAcceptor,
+    credentials: watch::Receiver<Credentials>,
     sender: mpsc::Sender<(TlsStream<TcpStream>, SocketAddr)>,
 ) {
     let places = Arc::new(Semaphore::new(HANDSHAKES));
@@ -248,7 +286,10 @@ async fn agree(
             }
         };
         while handshakes.try_join_next().is_some() {}
-        let (acceptor, sender) = (acceptor.clone(), sender.clone());
+        let Some(acceptor) = credentials.borrow().tls.clone() else {
+            continue;
+        };
+        let sender = sender.clone();
         handshakes.spawn(async move {
             let _place = place;
             match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
@@ -307,13 +348,13 @@ mod tests {
     }
 
     /// Serves until the test ends.
-    fn serve(remote: &RemoteApi) -> SocketAddr {
-        let listener = bind_remote(remote).unwrap();
+    fn serve(remote: &RemoteApi) -> (SocketAddr, watch::Sender<Credentials>) {
+        let (listener, credentials) = bind_remote(remote).unwrap();
         let address = listener.listener.local_addr().unwrap();
         let (source, requests) = StatusSource::channel();
         answer_all(requests);
         tokio::spawn(serve_remote(listener, source, Inspection::none(), pending()));
-        address
+        (address, credentials)
     }
 
     fn remote(token_file: Option<PathBuf>, tls: Option<RemoteTls>) -> RemoteApi {
@@ -327,7 +368,7 @@ mod tests {
     #[tokio::test]
     async fn who_knows_the_token_may_read_and_change_nothing() {
         let directory = tempfile::tempdir().unwrap();
-        let address = serve(&remote(Some(token_file(&directory, 0o600)), None));
+        let (address, _credentials) = serve(&remote(Some(token_file(&directory, 0o600)), None));
         let bearer = format!("Authorization: Bearer {TOKEN}\r\n");
         for (line, more, status) in [
             ("GET /v1/status", bearer.as_str(), "200"),
@@ -352,6 +393,28 @@ mod tests {
             );
             assert!(serde_json::from_str::<serde_json::Value>(&body).is_ok(), "{body}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_new_token_replaces_the_old_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = token_file(&directory, 0o600);
+        let remote = remote(Some(file.clone()), None);
+        let (address, credentials) = serve(&remote);
+        let ask = async |token: &str| {
+            let stream = TcpStream::connect(address).await.unwrap();
+            let bearer = format!("Authorization: Bearer {token}\r\n");
+            exchange(stream, "GET /v1/openapi.json", &bearer).await.0
+        };
+        let newer = "ffeeddccbbaa99887766554433221100";
+        fs::write(file, newer).unwrap();
+        assert!(
+            ask(TOKEN).await.starts_with("http/1.1 200"),
+            "not read before it is asked for"
+        );
+        credentials.send_replace(Credentials::read(&remote).unwrap());
+        assert!(ask(TOKEN).await.starts_with("http/1.1 401"));
+        assert!(ask(newer).await.starts_with("http/1.1 200"));
     }
 
     #[tokio::test]
@@ -421,7 +484,8 @@ mod tests {
             key: write("server.key", &key.serialize_pem()),
             client_ca: Some(write("ca.pem", &ours.0.pem())),
         };
-        let address = serve(&remote(None, Some(tls)));
+        let remote = remote(None, Some(tls));
+        let (address, credentials) = serve(&remote);
         // A client that says nothing holds up nobody.
         let _silent = TcpStream::connect(address).await.unwrap();
         let ask = async |connector: TlsConnector| {
@@ -440,5 +504,11 @@ mod tests {
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         ask(client(&ours, None)).await.unwrap_err();
         ask(client(&ours, Some(&theirs))).await.unwrap_err();
+
+        // The authority of the readers is another one from now on.
+        write("ca.pem", &theirs.0.pem());
+        credentials.send_replace(Credentials::read(&remote).unwrap());
+        ask(client(&ours, Some(&ours))).await.unwrap_err();
+        ask(client(&ours, Some(&theirs))).await.unwrap();
     }
 }

@@ -576,4 +576,14 @@ mod tests {
             assert!(refused::<FlowsArgs>(line), "{line:?}");
         }
     }
+
+    #[test]
+    fn the_page_about_the_api_says_of_every_verb_what_it_asks() {
+        let page = include_str!("../../../docs/api.md");
+        let program = <Cli as clap::CommandFactory>::command();
+        for verb in program.get_subcommands() {
+            let name = verb.get_name();
+            assert!(page.contains(&format!("`{name}")), "{name}");
+        }
+    }
 }

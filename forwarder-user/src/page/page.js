@@ -30,6 +30,17 @@ function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** As `say`, of a sentence in which commands stand between backticks, as the command line shows them. */
+function tell(element, text) {
+  if (element.dataset.told === text) return;
+  element.dataset.told = text;
+  // Every other part is a command; one that is not closed stays text, backtick and all.
+  const parts = text.split("`");
+  const open = parts.length % 2 === 0 ? parts.pop() : null;
+  if (open !== null) parts.push(`${parts.pop()}\`${open}`);
+  element.replaceChildren(...parts.map((part, place) => (place % 2 ? make("code", {}, part) : part)));
+}
+
 /** Makes `parent` hold one child for each item, in order; children of items that stay are kept. */
 function keep(parent, items, key, create, update) {
   const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
@@ -324,8 +335,8 @@ function drawBackends(status, time) {
     badge.className = `badge ${TONES[state(backend)] ?? ""}`;
     say(badge, state(backend));
     const [what, todo] = trouble(backend);
-    say(problem, what);
-    say(hint, todo);
+    tell(problem, what);
+    tell(hint, todo);
     problem.hidden = !what;
     hint.hidden = !todo;
     chart(row.lastChild.firstChild, [[`backend ${group.name}/${backend.name}`, "accent"]], time);
@@ -351,7 +362,7 @@ function drawDrops(status) {
     say(count, whole(reason.packets));
     item.querySelector("i").style.width = `${Math.max(1, (100 * reason.packets) / most)}%`;
     const known = reasons.get(reason.name);
-    say(item.querySelector("p"), known ? [known.text, known.hint].filter(Boolean).join(" ") : "");
+    tell(item.querySelector("p"), known ? [known.text, known.hint].filter(Boolean).join(" ") : "");
   });
 }
 
@@ -374,7 +385,7 @@ function drawHead(status) {
   say(byId("uptime"), `up ${duration(status.uptime_secs)}`);
   const warnings = byId("warnings");
   warnings.hidden = status.warnings.length === 0;
-  keep(warnings, status.warnings, (text) => text, (text) => make("li", {}, text), () => {});
+  keep(warnings, status.warnings, (text) => text, () => make("li", {}, make("span")), (item, text) => tell(item.firstChild, text));
 }
 
 // ---- the loop ----
