@@ -7,6 +7,7 @@
 //! ```text
 //! FLOWS, LISTENERS, ...    maps, by their names in the object
 //! NAMES                    which number is whose (`state::ids`)
+//! PAST                     what backends have counted that left their group (`maps`)
 //! FREE_FLOWS_7             the list of free flows that the agent number 7 made (`free_list`)
 //! link-tcx-12              the link on the interface with number 12
 //! owner -> 4711            process that holds the lock, or held it last

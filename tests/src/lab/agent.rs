@@ -79,11 +79,11 @@ struct Files {
 }
 
 impl Files {
-    fn new(lab: &Lab) -> Result<Self> {
+    fn new(lab: &Lab, binary: &Path) -> Result<Self> {
         let directory = lab.directory().join("agent");
         fs::create_dir_all(&directory)?;
         Ok(Self {
-            binary: binary()?,
+            binary: binary.to_owned(),
             configuration: directory.join("forwarder.toml"),
             control_socket: control_socket(lab),
             notify_socket: directory.join("notify.sock"),
@@ -135,7 +135,17 @@ pub fn binary() -> Result<PathBuf> {
 impl Agent {
     /// Starts the agent in the gateway's namespace and waits until it says that it is ready.
     pub fn start(lab: &Lab, gateway: &Namespace, configuration: &Configuration) -> Result<Self> {
-        let files = Files::new(lab)?;
+        Self::start_binary(lab, gateway, configuration, &binary()?)
+    }
+
+    /// As [`Self::start`], of a binary of one's own.
+    pub fn start_binary(
+        lab: &Lab,
+        gateway: &Namespace,
+        configuration: &Configuration,
+        binary: &Path,
+    ) -> Result<Self> {
+        let files = Files::new(lab, binary)?;
         fs::write(&files.configuration, configuration.to_string())?;
         // A second agent of the same lab finds the first one's.
         let _ = fs::remove_file(&files.notify_socket);
