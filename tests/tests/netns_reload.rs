@@ -284,6 +284,59 @@ fn listeners_come_and_go_and_a_restart_knows_them() -> Result<()> {
 }
 
 #[test]
+fn a_file_that_changes_is_applied_if_it_says_so() -> Result<()> {
+    play(&["ecs01", "ecs02"], |site, agent| {
+        agent.end(Signal::SIGKILL)?;
+        let watched = |configuration: Configuration| configuration.agent_key("reload_on_change", "true");
+        let both = watched(with(site, &[("ecs01", 100), ("ecs02", 100)]));
+        let agent = site.start_agent(&both, GROUP)?;
+        let log = || Ok::<_, anyhow::Error>(std::fs::read_to_string(agent.log())?);
+        let mut kept = KeptConnection::open(site.client(), site.vip, PORT)?;
+        let page = kept.get()?;
+
+        // Written in place.
+        agent.rewrite(&watched(with(site, &[("ecs01", 100), ("ecs03", 100)])))?;
+        let names = |agent: &Agent| -> Result<Vec<String>> {
+            Ok(agent.backends(GROUP)?.into_iter().map(|one| one.name).collect())
+        };
+        wait_until("the change to be applied", DEADLINE, || {
+            ensure!(
+                names(&agent)? == ["ecs01", "ecs03"],
+                "{}",
+                lab::tail(agent.log(), 5)
+            );
+            Ok(())
+        })?;
+        ensure!(log()?.contains("+ backend web/ecs03"), "the plan is in the log");
+        // What is wrong is refused, and what was in force stays so.
+        agent.rewrite(&Configuration::from_text("[agent]\nnonsense = 1\n".to_owned()))?;
+        wait_until("the agent to refuse", DEADLINE, || {
+            ensure!(log()?.contains("not reloaded"), "{}", lab::tail(agent.log(), 3));
+            Ok(())
+        })?;
+        assert_eq!(names(&agent)?, ["ecs01", "ecs03"]);
+        // By another file that takes its name, as editors do. It does not want to be watched any more.
+        let other = agent.configuration().with_extension("swp");
+        std::fs::write(&other, with(site, &[("ecs01", 100)]).to_string())?;
+        std::fs::rename(&other, agent.configuration())?;
+        wait_until("the change to be applied", DEADLINE, || {
+            ensure!(names(&agent)? == ["ecs01"], "{}", lab::tail(agent.log(), 5));
+            Ok(())
+        })?;
+        let reloads = log()?.matches("it has changed").count();
+        agent.rewrite(&both)?;
+        agent.signal(Signal::SIGHUP);
+        wait_until("the reload", DEADLINE, || {
+            ensure!(names(&agent)?.len() == 2, "{}", lab::tail(agent.log(), 5));
+            Ok(())
+        })?;
+        assert_eq!(log()?.matches("it has changed").count(), reloads);
+        assert_eq!(kept.get()?, page);
+        Ok(())
+    })
+}
+
+#[test]
 fn what_is_wrong_or_fixed_is_refused_and_changes_nothing() -> Result<()> {
     play(&["ecs01", "ecs02"], |site, agent| {
         let before = agent.status()?;

@@ -44,14 +44,15 @@ impl Agent {
     }
 
     /// Reads the agent's own file again and applies it; a file with errors changes nothing.
-    pub(super) fn reload(&mut self) {
-        info!("SIGHUP: reloading {}", self.file.display());
+    pub(super) fn reload(&mut self, why: &str) {
+        info!("reloading {}: {why}", self.own_file.path().display());
+        self.own_file.is_being_read();
         let reloading = sd_notify::NotifyState::monotonic_usec_now()
             .map(|now| vec![sd_notify::NotifyState::Reloading, now])
             .unwrap_or_else(|_| vec![sd_notify::NotifyState::Reloading]);
         // Without a service manager there is nobody to tell, here and below.
         let _ = sd_notify::notify(&reloading);
-        let outcome = config::load::load(&self.file)
+        let outcome = config::load::load(self.own_file.path())
             .and_then(|config| self.planned(config))
             .and_then(|planned| self.make(planned));
         if let Err(errors) = outcome {

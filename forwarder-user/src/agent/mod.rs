@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -47,6 +47,7 @@ use crate::{
 mod change;
 mod drain;
 mod native;
+mod own_file;
 mod passive;
 mod policy;
 mod slow_start;
@@ -231,7 +232,7 @@ struct Sample {
 struct Agent {
     config: Arc<Config>,
     /// Where the configuration was read from at start; SIGHUP reads it again.
-    file: PathBuf,
+    own_file: own_file::OwnFile,
     capacity: Capacity,
     /// Keys that the flow index has room for.
     flow_keys: u32,
@@ -332,7 +333,7 @@ impl Agent {
                         return Ok(());
                     }
                     Asked::Reload => {
-                        self.reload();
+                        self.reload("SIGHUP");
                         self.follow_change(&health, &tunnels, &mut unheard).await?;
                     }
                 },
@@ -362,6 +363,7 @@ impl Agent {
                     None => return Err(Error::failed("the kernel ended the subscription to network changes")),
                 },
                 _ = ticks.tick() => {
+                    self.pins.note_sign_of_life();
                     self.take_sample()?;
                     self.sweep.check()?;
                     self.look_for_trouble().await?;
@@ -371,6 +373,10 @@ impl Agent {
                     self.look_after_drains();
                     self.go_on_with_slow_starts()?;
                     (self.flush_program_log)();
+                    if self.config.agent.reload_on_change && self.own_file.has_changed() {
+                        self.reload("it has changed");
+                        self.follow_change(&health, &tunnels, &mut unheard).await?;
+                    }
                 }
                 Some(request) = requests.next() => match request {
                     Request::Status(reply) => reply.send(self.status()?),

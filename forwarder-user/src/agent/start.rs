@@ -18,7 +18,7 @@ use forwarder_common::abi::{
 use tokio::sync::watch;
 use tracing::{debug, info};
 
-use super::{Agent, BackendNotes, Sample, passive::PassiveChecks, tables::Tables};
+use super::{Agent, BackendNotes, Sample, own_file::OwnFile, passive::PassiveChecks, tables::Tables};
 use crate::{
     announce::Announcer,
     config::{self, Config, NatMode, TableSizes},
@@ -64,12 +64,14 @@ impl Agent {
         pins: &Arc<PinDirectory>,
     ) -> Result<(Self, Inspector), Error> {
         let started_at = Instant::now();
+        let own_file = OwnFile::new(file);
         super::native::make_tunnels(&network, &config).await?;
         let mut links = Vec::new();
         for name in config.interfaces.keys().chain(config.tunnels.keys()) {
             links.push(existing(&network, name).await?);
         }
         let is_takeover = pins.is_in_use()?;
+        pins.note_control_socket(&config.agent.control_socket)?;
         let sizes = object::adopt(pins, &sizes(&config))?;
         let (old_lists, free_list) = pins.free_lists()?;
         let mut ebpf = object::load_pinned(&sizes, pins, &free_list)?;
@@ -147,7 +149,7 @@ impl Agent {
                 .map(|link| link.name.clone())
                 .collect(),
             config: Arc::new(config),
-            file,
+            own_file,
             capacity,
             flow_keys: sizes.flow_keys,
             flow_keys_v6: sizes.flow_keys_v6,

@@ -24,7 +24,10 @@ const MIN_INTERVAL: Duration = Duration::from_millis(200);
 /// Forwards traffic from listeners on VIPs to backends in other networks, by XDP.
 #[derive(Debug, Parser)]
 #[command(name = "forwarder", version, propagate_version = true)]
-#[command(after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 this host cannot.")]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 this host cannot, 4 (status) the data path \
+                        forwards without an agent."
+)]
 pub struct Cli {
     #[command(subcommand)]
     pub verb: Verb,
