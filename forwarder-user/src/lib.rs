@@ -26,6 +26,7 @@ pub mod flows;
 pub mod fragments;
 pub mod health;
 pub mod inspect;
+pub mod log_limit;
 pub mod metrics;
 pub mod network;
 pub mod orders;

@@ -37,6 +37,7 @@ use crate::{
     fragments::FragmentHolder,
     health::{self, Health, ProbeFailure, Report, Target},
     inspect::Inspection,
+    log_limit::tell_what_was_left_out,
     network::{self, Network},
     pool_watch::PoolWatch,
     state::{desired::Observations, ids::Capacity, names::Names, plan::Applied},
@@ -373,6 +374,7 @@ impl Agent {
                     self.look_after_drains();
                     self.go_on_with_slow_starts()?;
                     (self.flush_program_log)();
+                    tell_what_was_left_out();
                     if self.config.agent.reload_on_change && self.own_file.has_changed() {
                         self.reload("it has changed");
                         self.follow_change(&health, &tunnels, &mut unheard).await?;

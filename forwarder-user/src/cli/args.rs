@@ -98,12 +98,14 @@ pub struct RunArgs {
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// Text on a terminal, else JSON
+    /// Text on a terminal, for the journal under systemd, else JSON
     Auto,
     /// One line of text per event
     Text,
     /// One JSON object per event
     Json,
+    /// Text for systemd's journal: a priority in front, no time
+    Journal,
 }
 
 /// Validate a configuration file; changes nothing and needs no privilege
