@@ -7,10 +7,15 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
         bpf_fib_lookup as FibLookup,
     },
-    helpers::generated::{bpf_fib_lookup, bpf_xdp_load_bytes},
+    helpers::generated::{bpf_fib_lookup, bpf_skb_load_bytes, bpf_xdp_load_bytes},
 };
 use forwarder_common::{
-    abi::{flow::FlowKey, fragment::HELD_BYTES, reason::Reason, settings::Settings},
+    abi::{
+        flow::FlowKey,
+        fragment::{HELD_BYTES, HeldKind},
+        reason::Reason,
+        settings::Settings,
+    },
     datapath::{Env, Hook, Outcome, Packet, Route, Stop, Tables, Walk, fragment, next_hop},
     wire::{Be32, LinkPair, MacAddress},
 };
@@ -102,24 +107,30 @@ impl Env for KernelEnv {
     }
 
     #[inline(always)]
-    fn hold<P: Packet>(&mut self, _: &mut P, walk: &Walk) -> bool {
+    fn hold<P: Packet>(&mut self, _: &mut P, walk: &Walk, why: HeldKind) -> bool {
         let frame = &walk.frame;
         if frame.total_len as usize > HELD_BYTES {
             return false;
         }
-        let Some(mut entry) = maps::held_fragment() else {
+        let Some(mut entry) = maps::held_packet() else {
             return false;
         };
         // SAFETY: the kernel's memory, as large as the struct, for whose integers all bytes are values.
         let held = unsafe { &mut *entry.as_mut_ptr() };
         held.key = fragment::key(frame);
-        held.ingress_ifindex = self.ingress_ifindex;
+        held.kind = why;
         // The verifier refuses a length that may be zero; see `packet::forwarder_sum_xdp`.
         let len = masked::<{ HELD_BYTES as u64 - 1 }>(frame.total_len as usize - 1) as u32 + 1;
         held.len = len;
         let packet = held.packet.as_mut_ptr().cast();
+        let offset = frame.network_offset;
         // SAFETY: the helper writes `len` bytes at most, which is no more than the array has, and checks the offset.
-        let loaded = unsafe { bpf_xdp_load_bytes(self.ctx.cast(), frame.network_offset, packet, len) };
+        let loaded = unsafe {
+            match self.hook {
+                Hook::Tcx => bpf_skb_load_bytes(self.ctx, offset, packet, len),
+                Hook::Xdp | Hook::XdpGeneric => bpf_xdp_load_bytes(self.ctx.cast(), offset, packet, len),
+            }
+        };
         if loaded < 0 {
             entry.discard(0);
             return false;

@@ -89,7 +89,7 @@ macro_rules! of_context {
             let Some(walk) = KernelTables::walk() else {
                 return i64::from(Reason::INTERNAL.0);
             };
-            number(translate::header(&mut $packet(ctx), walk))
+            number(translate::apply(&mut $packet(ctx), walk))
         }
     };
 }
@@ -209,13 +209,13 @@ extern "C" fn forwarder_leave(ctx: *mut xdp_md, is_native: u32) -> i64 {
     number(rewrite::leave(&mut packet, &KernelTables, hook, settings, walk))
 }
 
-/// `datapath::translate::header` for a frame in XDP.
+/// `datapath::translate::apply` for a frame in XDP.
 #[inline(always)]
 pub(crate) fn translate_xdp(ctx: *mut xdp_md) -> Result<(), Stop> {
     outcome(forwarder_translate_xdp(ctx))
 }
 
-/// `datapath::translate::header` for a packet in tcx.
+/// `datapath::translate::apply` for a packet in tcx.
 #[inline(always)]
 pub(crate) fn translate_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
     outcome(forwarder_translate_tcx(ctx))

@@ -14,7 +14,7 @@ use forwarder_common::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
-        fragment::{FragmentFlow, FragmentKey, HeldFragment},
+        fragment::{FragmentFlow, FragmentKey, HeldPacket},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
@@ -86,7 +86,7 @@ static REASON_COUNT: PerCpuArray<ReasonCounters, { Reason::COUNT }> = PerCpuArra
 #[btf_map]
 static FRAGMENTS: LruHashMap<FragmentKey, FragmentFlow, FRAGMENTED_PACKETS> = LruHashMap::new();
 #[btf_map]
-static HELD: RingBuf<HeldFragment, HELD_BUFFER_BYTES> = RingBuf::new();
+static HELD: RingBuf<HeldPacket, HELD_BUFFER_BYTES> = RingBuf::new();
 #[btf_map]
 static ICMP_BUDGET: PerCpuArray<IcmpBudget, 1> = PerCpuArray::new();
 
@@ -100,7 +100,7 @@ static SCRATCH: PerCpuArray<[u64; SCRATCH_WORDS], 1> = PerCpuArray::new();
 
 /// Room for one fragment on its way to the agent.
 #[inline(always)]
-pub(crate) fn held_fragment() -> Option<RingBufEntry<HeldFragment>> {
+pub(crate) fn held_packet() -> Option<RingBufEntry<HeldPacket>> {
     HELD.reserve(0)
 }
 

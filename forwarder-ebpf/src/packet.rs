@@ -8,8 +8,10 @@ use core::{ffi::c_void, mem::offset_of};
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        __sk_buff, BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
-        bpf_hdr_start_off::BPF_HDR_START_NET, xdp_md,
+        __sk_buff, BPF_F_PSEUDO_HDR,
+        bpf_adj_room_mode::{BPF_ADJ_ROOM_MAC, BPF_ADJ_ROOM_NET},
+        bpf_hdr_start_off::BPF_HDR_START_NET,
+        xdp_md,
     },
     helpers::generated::{
         bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_proto,
@@ -139,6 +141,9 @@ macro_rules! sum_function {
                 total = u32::from(fold(total + u32::from(fold(block))));
                 offset += len;
                 left -= len;
+            }
+            if left != 0 {
+                return -1;
             }
             i64::from(total)
         }
@@ -273,12 +278,20 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
-    fn resize_network(&mut self, frame: &Frame, to_v4: bool) -> Result<u32, Stop> {
-        if to_v4 {
-            return Ok(frame.transport_offset);
+    fn replace_headers(
+        &mut self,
+        network_offset: u32,
+        end: u32,
+        len: u32,
+        _to_v4: bool,
+    ) -> Result<u32, Stop> {
+        let there = end - network_offset;
+        if len <= there {
+            return Ok(end);
         }
-        self.move_start(-(translate::DIFFERENCE as i32))?;
-        Ok(frame.transport_offset + translate::DIFFERENCE)
+        let more = len - there;
+        self.move_start(-(more as i32))?;
+        Ok(end + more)
     }
 
     #[inline(always)]
@@ -294,15 +307,21 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
-    fn cut_and_grow(&mut self, len: usize, _network_offset: usize, front: usize) -> Result<(), Stop> {
+    fn cut(&mut self, len: usize) -> Result<(), Stop> {
         let ctx = self.ctx.ctx;
         let cut = len as i32 - self.frame_len() as i32;
         // SAFETY: the context is the one the kernel passed in; the helper checks the length.
         if cut < 0 && unsafe { bpf_xdp_adjust_tail(ctx, cut) } < 0 {
             return Err(Stop::drop(Reason::INTERNAL));
         }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn grow(&mut self, _network_offset: usize, front: usize) -> Result<(), Stop> {
         self.move_start(-(front as i32))
     }
+
     #[inline(always)]
     fn recognise<T: Tables>(&mut self, _tables: &T, walk: &mut Walk) {
         maps::lend(walk);
@@ -443,21 +462,28 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn resize_network(&mut self, frame: &Frame, to_v4: bool) -> Result<u32, Stop> {
-        let (old, new, ethertype) = if to_v4 {
-            (Ipv6Header::LEN, Ipv4Header::LEN, ETHERTYPE_IPV4)
+    fn replace_headers(&mut self, network_offset: u32, end: u32, len: u32, to_v4: bool) -> Result<u32, Stop> {
+        let skb = self.ctx.skb.skb;
+        let difference = translate::DIFFERENCE as i32;
+        let (ethertype, done) = if to_v4 {
+            (ETHERTYPE_IPV4, -difference)
         } else {
-            (Ipv4Header::LEN, Ipv6Header::LEN, ETHERTYPE_IPV6)
+            (ETHERTYPE_IPV6, difference)
         };
-        // The kernel knows headers without options only.
-        if frame.transport_offset - frame.network_offset != old as u32 {
-            return Err(Stop::drop(Reason::UNTRANSLATABLE));
-        }
         // SAFETY: the context is the one the kernel passed in.
-        if unsafe { bpf_skb_change_proto(self.ctx.skb.skb, ethertype.raw(), 0) } < 0 {
+        if unsafe { bpf_skb_change_proto(skb, ethertype.raw(), 0) } < 0 {
             return Err(Stop::drop(Reason::UNTRANSLATABLE));
         }
-        Ok(frame.network_offset + new as u32)
+        // The kernel knows headers without options only; what else is more or less comes behind those.
+        let rest = len as i32 - (end - network_offset) as i32 - done;
+        // SAFETY: as above; the helper checks the length.
+        if rest != 0 && unsafe { bpf_skb_adjust_room(skb, rest, BPF_ADJ_ROOM_NET, 0) } < 0 {
+            return Err(Stop::drop(Reason::UNTRANSLATABLE));
+        }
+        // Else they are there only if the packet was in one piece.
+        // SAFETY: as above. Failure shows when headers are written.
+        unsafe { bpf_skb_pull_data(skb, network_offset + len) };
+        Ok(network_offset + len)
     }
 
     #[inline(always)]
@@ -479,14 +505,19 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn cut_and_grow(&mut self, len: usize, _network_offset: usize, front: usize) -> Result<(), Stop> {
-        let skb = self.ctx.skb.skb;
+    fn cut(&mut self, len: usize) -> Result<(), Stop> {
         // SAFETY: the context is the one the kernel passed in; the helper checks the length.
-        if unsafe { bpf_skb_change_tail(skb, len as u32, 0) } < 0 {
+        if unsafe { bpf_skb_change_tail(self.ctx.skb.skb, len as u32, 0) } < 0 {
             return Err(Stop::drop(Reason::INTERNAL));
         }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn grow(&mut self, _network_offset: usize, front: usize) -> Result<(), Stop> {
+        let skb = self.ctx.skb.skb;
         // Behind the link header.
-        // SAFETY: as above.
+        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
         if unsafe { bpf_skb_adjust_room(skb, front as i32, BPF_ADJ_ROOM_MAC, 0) } < 0 {
             return Err(Stop::drop(Reason::INTERNAL));
         }

@@ -31,6 +31,8 @@ use crate::{
 
 mod echo;
 mod families;
+mod family_errors;
+mod family_fragments;
 mod fragments;
 mod icmp_errors;
 mod ipv6;
@@ -533,6 +535,8 @@ pub fn all() -> Vec<Case> {
         sctp::all(),
         echo::all(),
         families::all(),
+        family_errors::all(),
+        family_fragments::all(),
         fragments::all(),
         icmp_errors::all(),
         ipv6::all(),

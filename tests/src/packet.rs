@@ -675,10 +675,14 @@ pub fn patched(mut frame: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// RFC 8200 §4.5: what follows is part of a packet.
+const FRAGMENT: u8 = 44;
+
 /// What a frame carries: its IP packet without padding, cut into parts.
 struct Ip<'f> {
     /// Of IPv4 with options.
     header: &'f [u8],
+    /// Of fragments that of their header in IPv6.
     protocol: u8,
     /// Source and destination.
     addresses: &'f [u8],
@@ -693,17 +697,21 @@ fn ip(frame: &[u8]) -> Option<Ip<'_>> {
     let offset = network_offset(frame)?;
     let ip = &frame[offset..];
     let len = |at: usize| usize::from(u16::from_be_bytes([ip[at], ip[at + 1]]));
-    match frame[offset - 2..offset] {
-        [8, 0] => {
+    if !matches!(frame[offset - 2..offset], [8, 0] | [0x86, 0xdd]) {
+        return None;
+    }
+    // What tcx has translated keeps its link header until the kernel sends it.
+    match ip[0] >> 4 {
+        4 => {
             let header_len = usize::from(ip[0] & 0x0f) * 4;
             Some(Ip {
                 header: &ip[..header_len],
-                protocol: ip[9],
+                protocol: if len(6) & 0x3fff == 0 { ip[9] } else { FRAGMENT },
                 addresses: &ip[12..20],
                 segment: &ip[header_len..len(2)],
             })
         }
-        [0x86, 0xdd] => Some(Ip {
+        6 => Some(Ip {
             header: &ip[..40],
             protocol: ip[6],
             addresses: &ip[8..40],

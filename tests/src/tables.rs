@@ -16,7 +16,7 @@ use forwarder_common::{
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, NatMode},
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
-        fragment::{FragmentFlow, FragmentKey, HELD_BYTES},
+        fragment::{FragmentFlow, FragmentKey, HELD_BYTES, HeldKind},
         interface::{Interface, InterfaceKey, flag},
         listener::{
             Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey,
@@ -681,7 +681,7 @@ impl Env for MemoryEnv {
         route(self.ingress_ifindex, key.destination)
     }
 
-    fn hold<P: Packet>(&mut self, _packet: &mut P, walk: &Walk) -> bool {
+    fn hold<P: Packet>(&mut self, _packet: &mut P, walk: &Walk, _why: HeldKind) -> bool {
         walk.frame.total_len as usize <= HELD_BYTES
     }
 }

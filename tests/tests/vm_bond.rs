@@ -112,6 +112,7 @@ fn site(bond: Bond) -> Result<Site> {
             nginx,
         }],
         vip: Ipv4Addr::new(10, 0, 5, 100),
+        front: Ipv4Addr::new(10, 0, 5, 100).into(),
         is_ipv6: false,
         interfaces: &["bond0"],
         tunnel: "",

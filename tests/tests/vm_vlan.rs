@@ -106,6 +106,7 @@ fn site(tags: Tags) -> Result<Site> {
             nginx,
         }],
         vip: Ipv4Addr::new(10, 0, 5, 100),
+        front: Ipv4Addr::new(10, 0, 5, 100).into(),
         is_ipv6: false,
         interfaces: &["trunk"],
         tunnel: "",

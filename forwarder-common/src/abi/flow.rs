@@ -200,6 +200,8 @@ impl HopKind {
     pub const DIRECT: Self = Self(1);
     /// The rewritten packet goes up; the stack routes it.
     pub const STACK: Self = Self(2);
+    /// The agent cuts and sends it. Of a packet, never of a flow.
+    pub const AGENT: Self = Self(3);
 }
 
 /// Where a packet goes after its rewrite; cached in the flow until routes change.

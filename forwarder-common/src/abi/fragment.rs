@@ -1,4 +1,4 @@
-//! Fragments: which flow those without a transport header belong to, and those that came before one could know.
+//! Fragments: which flow those without a transport header belong to, and what the agent holds or cuts.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -31,12 +31,25 @@ pub struct FragmentFlow {
 /// mask.
 pub const HELD_BYTES: usize = 2048;
 
-/// A fragment that came before its packet's first: the agent sends it on when that has passed.
+/// Why a packet was handed to the agent.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct HeldKind(pub u32);
+
+impl HeldKind {
+    /// It is a fragment that came before its packet's first, and is sent on when that has passed.
+    pub const EARLY: Self = Self(0);
+    /// It is of IPv6, done but for its hop limit, and has to be cut, as an IPv4 router would have cut it.
+    pub const TOO_LARGE: Self = Self(1);
+}
+
+/// A packet that the data path cannot send itself.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct HeldFragment {
+pub struct HeldPacket {
+    /// Of an early fragment.
     pub key: FragmentKey,
-    pub ingress_ifindex: u32,
+    pub kind: HeldKind,
     /// Of `packet`, which begins with its IP header.
     pub len: u32,
     pub packet: [u8; HELD_BYTES],

@@ -50,7 +50,7 @@ pub const BACKEND_COUNTERS: &str = "BACKEND_COUNT";
 pub const WALK: &str = "WALK";
 /// LRU hash from `FragmentKey` to `FragmentFlow`.
 pub const FRAGMENTS: &str = "FRAGMENTS";
-/// Ring buffer of `HeldFragment`.
+/// Ring buffer of `HeldPacket`.
 pub const HELD: &str = "HELD";
 /// Per-CPU array of one `IcmpBudget`.
 pub const ICMP_BUDGET: &str = "ICMP_BUDGET";

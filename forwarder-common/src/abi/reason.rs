@@ -133,7 +133,9 @@ reasons! {
     34 TUNNEL_TO_STACK "tunnel_to_stack" Pass
         "A packet inside a native tunnel belongs to no flow yet, or to none of ours: the kernel's device takes it out." "";
     35 UNTRANSLATABLE "untranslatable" Drop
-        "A packet of a flow between IPv4 and IPv6 cannot be translated: it is a fragment, an ICMP error, or a datagram without checksum out of a tunnel." "Lower the sender's MTU, or use backends of the clients' family.";
+        "A packet of a flow between IPv4 and IPv6 cannot be translated (RFC 7915): an ICMP error that the other family has no equal of, a fragmented datagram without checksum, or more than the agent can cut." "Lower the sender's MTU, or use backends of the clients' family.";
+    36 FRAGMENTED "fragmented" Drop
+        "A packet from IPv4 that routers may cut is too large as IPv6; the agent sends it in fragments." "Lower the sender's MTU by 20 bytes, as the agent is slower than the data path.";
 }
 
 impl Reason {

@@ -22,7 +22,7 @@ use crate::{
         settings::Settings,
     },
     wire::{
-        Be16,
+        Be16, IpAddress,
         checksum::{self, Delta},
         ethernet::EthernetHeader,
         icmp::{IcmpHeader, TYPE_ECHO_REPLY, TYPE_ECHO_REQUEST, TYPE_V6_ECHO_REPLY, TYPE_V6_ECHO_REQUEST},
@@ -144,31 +144,40 @@ pub fn rewrite<P: Packet>(packet: &mut P, walk: &Walk) -> Result<(), Stop> {
     icmp.set_identifier(identifier(rewrite, kind));
     let mut change = rewrite.ports;
     if is_translated {
-        let before = icmp.type_word();
-        icmp.icmp_type = kind.number(!frame.is_v4());
-        change = change.replace_raw(before, icmp.type_word());
-        // Only ICMPv6 has a pseudo-header under its checksum (RFC 4443 §2.3).
-        let ends = if frame.is_v4() {
-            (&rewrite.source, &rewrite.destination)
+        let (to_v4, len) = (!frame.is_v4(), frame.transport_len);
+        change = change.and(if to_v4 {
+            translate(icmp, kind, to_v4, &frame.key.source, &frame.key.destination, len)
         } else {
-            (&frame.key.source, &frame.key.destination)
-        };
-        let pseudo = checksum::fold(checksum::pseudo_header(
-            ends.0.copied(),
-            ends.1.copied(),
-            PROTOCOL_ICMPV6,
-            frame.transport_len,
-        ));
-        change = if frame.is_v4() {
-            change.replace_raw(0, pseudo)
-        } else {
-            change.replace_raw(pseudo, 0)
-        };
+            translate(icmp, kind, to_v4, &rewrite.source, &rewrite.destination, len)
+        });
     } else if !frame.is_v4() {
         change = change.and(rewrite.addresses);
     }
     icmp.checksum = change.apply(icmp.checksum);
     Ok(())
+}
+
+/// Gives an echo message its type in the other family: what that changes under its checksum. Only ICMPv6 has a
+/// pseudo-header there (RFC 4443 §2.3), of these two addresses and the message's length in bytes.
+#[inline(always)]
+pub(super) fn translate(
+    icmp: &mut IcmpHeader,
+    kind: Kind,
+    to_v4: bool,
+    source: &IpAddress,
+    destination: &IpAddress,
+    len: u32,
+) -> Delta {
+    let before = icmp.type_word();
+    icmp.icmp_type = kind.number(to_v4);
+    let change = Delta::ZERO.replace_raw(before, icmp.type_word());
+    let pseudo = checksum::pseudo_header(source.copied(), destination.copied(), PROTOCOL_ICMPV6, len);
+    let pseudo = checksum::fold(pseudo);
+    if to_v4 {
+        change.replace_raw(pseudo, 0)
+    } else {
+        change.replace_raw(0, pseudo)
+    }
 }
 
 /// Turns an echo request to a VIP into its reply.

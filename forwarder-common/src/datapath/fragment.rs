@@ -7,11 +7,15 @@
 //! A fragment that comes before its packet's first is handed to the agent, which sends it on when that has passed
 //! (`Env::hold`): a program cannot keep a packet.
 
-use super::{Env, Hook, Packet, Stop, Tables, Walk, admission, parse::Frame};
+use super::{
+    Env, Hook, Outcome, Packet, Stop, Tables, Walk, admission,
+    parse::{self, Frame, Kind},
+    rewrite, translate,
+};
 use crate::{
     abi::{
-        flow::{Direction, FlowState},
-        fragment::{FragmentFlow, FragmentKey},
+        flow::{Direction, FlowEntry, FlowState, HopKind},
+        fragment::{FragmentFlow, FragmentKey, HeldKind},
         reason::Reason,
         settings::Settings,
     },
@@ -78,15 +82,8 @@ pub fn follow<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -
     let Some(entry) = tables.flow(id) else {
         return gone;
     };
-    // The number may have been given to another flow since.
-    let expected = entry.key(direction);
     // Signed: the agent's clock, in `explain`, is finer than the program's.
-    if now_secs.wrapping_sub(seen_secs) as i32 > LIFETIME_SECS
-        || entry.state != FlowState::LIVE
-        || expected.source != frame.key.source
-        || expected.destination != frame.key.destination
-        || expected.protocol != frame.key.protocol
-    {
+    if now_secs.wrapping_sub(seen_secs) as i32 > LIFETIME_SECS || !is_of(entry, direction, frame) {
         return gone;
     }
     if entry.seen == 0 {
@@ -102,6 +99,42 @@ pub fn follow<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -
     }
     hit.set(id, direction, entry);
     FOUND
+}
+
+/// Is the fragment of this flow? The number may have been given to another one since the packet's first passed.
+#[inline(always)]
+fn is_of(entry: &FlowEntry, direction: Direction, frame: &Frame) -> bool {
+    let expected = entry.key(direction);
+    entry.state == FlowState::LIVE
+        && expected.source == frame.key.source
+        && expected.destination == frame.key.destination
+        && expected.protocol == frame.key.protocol
+}
+
+/// Makes a held fragment, which begins with its IP header, one of its flow now that its packet's first has passed, and
+/// takes a hop: what the rest of the walk would have done. For the agent.
+///
+/// # Errors
+/// When it is of no flow any more, or at its last hop.
+pub fn release<P: Packet>(
+    packet: &mut P,
+    walk: &mut Walk,
+    first: FragmentFlow,
+    entry: &FlowEntry,
+) -> Result<(), Stop> {
+    let len = packet.frame_len();
+    let kind = parse::frame(packet, walk, len)?;
+    if kind != Kind::Fragment || !is_of(entry, first.direction, &walk.frame) {
+        return Err(Stop::drop(Reason::FRAGMENT));
+    }
+    rewrite::check_ttl(&walk.frame)?;
+    walk.hit.set(first.id, first.direction, entry);
+    walk.hit.hop.kind = HopKind::DIRECT;
+    let Walk { frame, hit, .. } = walk;
+    if translate::is_due(frame, &hit.rewrite) {
+        return translate::headers(packet, walk);
+    }
+    rewrite::network(packet, frame, &hit.rewrite, true)
 }
 
 /// A later fragment whose packet's first has not passed.
@@ -122,7 +155,21 @@ pub fn stop<P: Packet, E: Env>(packet: &mut P, env: &mut E, walk: &Walk, reason:
     match reason {
         Reason::UNSUPPORTED_PROTOCOL | Reason::NOT_OURS => Stop::pass(reason),
         // In tcx the kernel may have the packet in pieces.
-        Reason::FRAGMENT_HELD if env.hook() != Hook::Tcx && env.hold(packet, walk) => Stop::drop(reason),
+        Reason::FRAGMENT_HELD if env.hook() != Hook::Tcx && env.hold(packet, walk, HeldKind::EARLY) => {
+            Stop::drop(reason)
+        }
         _ => Stop::drop(Reason::FRAGMENT),
     }
+}
+
+/// A packet that an IPv4 sender lets routers cut, and that is too large now that it is IPv6: the agent cuts it
+/// (RFC 7915 §4).
+#[inline(always)]
+pub fn cut<P: Packet, E: Env>(packet: &mut P, env: &mut E, walk: &Walk) -> Outcome {
+    let reason = if env.hold(packet, walk, HeldKind::TOO_LARGE) {
+        Reason::FRAGMENTED
+    } else {
+        Reason::UNTRANSLATABLE
+    };
+    Stop::drop(reason).0
 }

@@ -13,7 +13,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{
     Packet, Stop, Tables, Walk,
     echo::{self, Kind},
-    flow,
+    flow::{self, Hit},
     parse::Frame,
     rewrite::{self, Ports, Rewrite},
     translate, transport_checksum,
@@ -32,7 +32,7 @@ use crate::{
             TYPE_V6_PARAMETER_PROBLEM, TYPE_V6_TIME_EXCEEDED, TYPE_V6_TOO_BIG, TYPE_V6_UNREACHABLE,
         },
         ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP},
-        ipv6::{Ipv6Header, PROTOCOL_ICMPV6},
+        ipv6::{FragmentHeader, Ipv6Header, NEXT_FRAGMENT, PROTOCOL_ICMPV6},
         sctp::{SctpChecksum, SctpHeader},
         udp::CHECKSUM_NONE,
     },
@@ -85,9 +85,6 @@ pub fn find<P: Packet, T: Tables>(
     }
     walk.quote.transport_offset = read_quote(packet, &walk.frame, &mut walk.key)? as u32;
     flow::find(tables, settings, walk)?;
-    if translate::is_due(&walk.frame, &walk.hit.rewrite) {
-        return Err(Stop::drop(Reason::UNTRANSLATABLE));
-    }
     // In DNAT mode the backend knows the client, and so may know who reports.
     walk.quote.keeps_sender = u32::from(walk.hit.rewrite.source == walk.key.source);
     Ok(())
@@ -100,7 +97,7 @@ pub fn rewrite<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
         frame, hit, quote, ..
     } = walk;
     let is_sent = hit.hop.kind == HopKind::DIRECT;
-    let change = rewrite_quote(packet, frame, &hit.rewrite, quote.transport_offset as usize)?;
+    let change = rewrite_quote(packet, frame, hit, quote.transport_offset as usize)?;
     address(frame, &mut hit.rewrite, quote);
     let pseudo = if frame.is_v4() {
         Delta::ZERO
@@ -154,7 +151,16 @@ fn read_quote<P: Packet>(packet: &mut P, frame: &Frame, key: &mut FlowKey) -> Re
         if key.source.is_v4() || key.destination.is_v4() {
             return Err(Stop::pass(Reason::MARTIAN));
         }
-        (ip.next_header, Ipv6Header::LEN)
+        let protocol = ip.next_header;
+        if protocol == NEXT_FRAGMENT {
+            let fragment = packet.header::<FragmentHeader>(offset + Ipv6Header::LEN)?;
+            if fragment.is_later() {
+                return Err(unread);
+            }
+            (fragment.next_header, Ipv6Header::LEN + FragmentHeader::LEN)
+        } else {
+            (protocol, Ipv6Header::LEN)
+        }
     };
     let is_echo = is_icmp(protocol, frame.is_v4());
     if !is_echo && !matches!(protocol, PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP) {
@@ -199,47 +205,72 @@ const fn quote_offset(frame: &Frame) -> usize {
 fn rewrite_quote<P: Packet>(
     packet: &mut P,
     frame: &Frame,
-    rewrite: &Rewrite,
+    hit: &Hit,
     transport_offset: usize,
 ) -> Result<Delta, Stop> {
+    let rewrite = &hit.rewrite;
     let offset = quote_offset(frame);
-    let mut change = rewrite.addresses.and(rewrite.ports);
-    let header_len = transport_offset - offset;
-    let (protocol, quoted_len) = if frame.is_v4() {
+    let mut change = rewrite.addresses;
+    let header_len = (transport_offset - offset) as u32;
+    let len = if frame.is_v4() {
         let ip = packet.header::<Ipv4Header>(offset)?;
         let before = ip.checksum;
         ip.checksum = rewrite.addresses.apply(before);
         change = change.replace16(before, ip.checksum);
         ip.source = rewrite.destination.low();
         ip.destination = rewrite.source.low();
-        (
-            ip.protocol,
-            u32::from(ip.total_len.get()).wrapping_sub(header_len as u32),
-        )
+        u32::from(ip.total_len.get()).wrapping_sub(header_len)
     } else {
         let ip = packet.header::<Ipv6Header>(offset)?;
         ip.set_addresses(&rewrite.destination, &rewrite.source);
-        (ip.next_header, u32::from(ip.payload_len.get()))
+        u32::from(ip.payload_len.get()).wrapping_sub(header_len - Ipv6Header::LEN as u32)
     };
-    let end = (frame.transport_offset + frame.transport_len) as usize;
-    if is_icmp(protocol, frame.is_v4()) {
-        return Ok(change.and(rewrite_quoted_echo(packet, frame, rewrite, transport_offset)?));
+    let quoted = Quoted {
+        protocol: hit.protocol as u8,
+        offset: transport_offset,
+        len,
+        end: (frame.transport_offset + frame.transport_len) as usize,
+    };
+    Ok(change.and(rewrite_transport(packet, frame, rewrite, quoted)?))
+}
+
+/// A quoted packet behind its IP header.
+#[repr(align(8))]
+#[derive(Clone, Copy)]
+pub(super) struct Quoted {
+    /// That of the flow: of both families' ICMP that of IPv4.
+    pub protocol: u8,
+    /// Where it starts, in bytes from the frame's start.
+    pub offset: usize,
+    /// How long it was as a whole, in bytes.
+    pub len: u32,
+    /// Where the quote ends.
+    pub end: usize,
+}
+
+/// Gives a quoted transport header the ports that the error's receiver knows, or the identifier, and the checksum that
+/// belongs to them and to the new addresses. Returns what that changes in the sum of the message.
+#[inline(always)]
+pub(super) fn rewrite_transport<P: Packet>(
+    packet: &mut P,
+    frame: &Frame,
+    rewrite: &Rewrite,
+    quoted: Quoted,
+) -> Result<Delta, Stop> {
+    let change = rewrite.ports;
+    if quoted.protocol == PROTOCOL_ICMP {
+        return Ok(change.and(rewrite_quoted_echo(packet, frame, rewrite, quoted)?));
     }
-    if protocol == PROTOCOL_SCTP {
-        let quoted = Quoted {
-            offset: transport_offset,
-            len: quoted_len,
-            has_checksum: transport_offset + SctpHeader::CHECKSUM_OFFSET + SctpChecksum::LEN <= end,
-        };
+    if quoted.protocol == PROTOCOL_SCTP {
         return Ok(change.and(rewrite_quoted_sctp(packet, rewrite, quoted)?));
     }
-    let ports = packet.header::<Ports>(transport_offset)?;
+    let ports = packet.header::<Ports>(quoted.offset)?;
     ports.source = rewrite.destination_port;
     ports.destination = rewrite.source_port;
-    let is_tcp = protocol == PROTOCOL_TCP;
-    let checksum_offset = transport_offset + transport_checksum::offset(is_tcp);
+    let is_tcp = quoted.protocol == PROTOCOL_TCP;
+    let checksum_offset = quoted.offset + transport_checksum::offset(is_tcp);
     // Of TCP the quote may end before the checksum.
-    if checksum_offset + Field16::LEN > end {
+    if checksum_offset + Field16::LEN > quoted.end {
         return Ok(change);
     }
     let field = packet.header::<Field16>(checksum_offset)?;
@@ -247,46 +278,59 @@ fn rewrite_quote<P: Packet>(
     if is_tcp || before != CHECKSUM_NONE {
         let after = rewrite.addresses.and(rewrite.ports).apply(before);
         field.value = transport_checksum::sent(is_tcp, after);
-        change = change.replace16(before, field.value);
+        return Ok(change.replace16(before, field.value));
     }
     Ok(change)
 }
 
-/// Gives a quoted echo message the identifier that the error's receiver knows. Returns what that changes in its
-/// checksum, and so in the sum of the message, beyond what the caller knows.
+/// Gives a quoted echo message the identifier that the error's receiver knows, and its type in the other family where
+/// it is one of that. Returns what that changes in the sum of the message, but for the identifier.
 #[inline(always)]
 fn rewrite_quoted_echo<P: Packet>(
     packet: &mut P,
     frame: &Frame,
     rewrite: &Rewrite,
-    transport_offset: usize,
+    quoted: Quoted,
 ) -> Result<Delta, Stop> {
-    let icmp = packet.header::<IcmpHeader>(transport_offset)?;
+    let (is_v4, is_translated) = (frame.is_v4(), translate::is_due(frame, rewrite));
+    // Between the families, its addresses of IPv6, which stand under the checksum.
+    let (source, destination) = if is_translated && !is_v4 {
+        let ip = packet.header::<Ipv6Header>(quote_offset(frame))?;
+        (ip.source(), ip.destination())
+    } else {
+        (rewrite.source.copied(), rewrite.destination.copied())
+    };
+    let icmp = packet.header::<IcmpHeader>(quoted.offset)?;
+    let kind = Kind::of(icmp, is_v4);
     // It went the other way.
-    let identifier = match Kind::of(icmp, frame.is_v4()) {
+    let identifier = match kind {
         Kind::Request => rewrite.destination_port,
         _ => rewrite.source_port,
     };
     icmp.set_identifier(identifier);
-    let change = if frame.is_v4() {
+    let (type_before, before) = (icmp.type_word(), icmp.checksum);
+    let change = if is_translated {
+        rewrite.ports.and(echo::translate(
+            icmp,
+            kind,
+            !is_v4,
+            &source,
+            &destination,
+            quoted.len,
+        ))
+    } else if is_v4 {
         rewrite.ports
     } else {
         rewrite.addresses.and(rewrite.ports)
     };
-    let before = icmp.checksum;
     icmp.checksum = change.apply(before);
-    Ok(Delta::ZERO.replace16(before, icmp.checksum))
+    Ok(Delta::ZERO
+        .replace_raw(type_before, icmp.type_word())
+        .replace16(before, icmp.checksum))
 }
 
-/// A quoted packet of SCTP: where it starts, how long it was, and whether the quote reaches to its checksum's end.
-#[derive(Clone, Copy)]
-struct Quoted {
-    offset: usize,
-    len: u32,
-    has_checksum: bool,
-}
-
-/// Gives a quoted packet of SCTP the ports that the error's receiver knows. Returns as [`rewrite_quoted_echo`].
+/// Gives a quoted packet of SCTP the ports that the error's receiver knows. Returns what that changes in the sum of the
+/// message, but for the ports.
 #[inline(always)]
 fn rewrite_quoted_sctp<P: Packet>(packet: &mut P, rewrite: &Rewrite, quoted: Quoted) -> Result<Delta, Stop> {
     let ports = packet.header::<Ports>(quoted.offset)?;
@@ -294,7 +338,7 @@ fn rewrite_quoted_sctp<P: Packet>(packet: &mut P, rewrite: &Rewrite, quoted: Quo
     ports.source = rewrite.destination_port;
     ports.destination = rewrite.source_port;
     let after = ports.word();
-    if !quoted.has_checksum {
+    if quoted.offset + SctpHeader::CHECKSUM_OFFSET + SctpChecksum::LEN > quoted.end {
         return Ok(Delta::ZERO);
     }
     let field = packet.header::<SctpChecksum>(quoted.offset + SctpHeader::CHECKSUM_OFFSET)?;

@@ -162,7 +162,8 @@ pub fn answer<P: Packet, T: Tables>(
     };
     let quote_len = frame.total_len.min(limit);
     let link = { packet.header::<EthernetHeader>(0)?.link }.swapped();
-    packet.cut_and_grow(network + quote_len as usize, network, ip_len + IcmpHeader::LEN)?;
+    packet.cut(network + quote_len as usize)?;
+    packet.grow(network, ip_len + IcmpHeader::LEN)?;
     // Packets of some tunnels begin with IP.
     if network != 0 {
         rewrite::write_link(packet, link, frame.tags(), is_v4)?;

@@ -21,7 +21,7 @@ use crate::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::IcmpBudget,
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
-        fragment::{FragmentFlow, FragmentKey},
+        fragment::{FragmentFlow, FragmentKey, HeldKind},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
@@ -58,6 +58,7 @@ pub mod sctp;
 pub mod snat;
 pub mod tcp_state;
 pub mod translate;
+pub mod translate_error;
 pub mod transport_checksum;
 
 /// RFC 1122 §3.2.1.7: a fresh TTL, as an answer is a packet of its own.
@@ -232,12 +233,18 @@ pub trait Packet {
     /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
     fn move_start(&mut self, by: i32) -> Result<(), Stop>;
 
-    /// Cuts the frame to `len` bytes, then makes room for `front` bytes before its IP header, at `network_offset`;
-    /// these, and the link header, have any content then.
+    /// Cuts the frame to `len` bytes.
     ///
     /// # Errors
-    /// [`Reason::INTERNAL`] when there is no room, or the frame is shorter.
-    fn cut_and_grow(&mut self, len: usize, network_offset: usize, front: usize) -> Result<(), Stop>;
+    /// [`Reason::INTERNAL`] when it is shorter.
+    fn cut(&mut self, len: usize) -> Result<(), Stop>;
+
+    /// Makes room for `front` bytes before the IP header, at `network_offset`; these, and the link header, have any
+    /// content then.
+    ///
+    /// # Errors
+    /// [`Reason::INTERNAL`] when there is no room.
+    fn grow(&mut self, network_offset: usize, front: usize) -> Result<(), Stop>;
 
     /// [`overlay::recognise`], wherever it runs.
     #[inline(always)]
@@ -248,12 +255,12 @@ pub trait Packet {
         overlay::recognise(self, tables, walk);
     }
 
-    /// Makes room for an IP header of the other family, without options, right before the transport header; where that
-    /// starts then.
+    /// Makes room for `len` bytes of headers of the other family, which take the place of those from `network_offset`
+    /// to `end`; where what stands at `end` starts then. They, and what is before them, have any content then.
     ///
     /// # Errors
     /// A drop where there is no room, or the kernel cannot.
-    fn resize_network(&mut self, frame: &parse::Frame, to_v4: bool) -> Result<u32, Stop>;
+    fn replace_headers(&mut self, network_offset: u32, end: u32, len: u32, to_v4: bool) -> Result<u32, Stop>;
 
     /// [`rewrite::apply_seldom`], wherever it runs.
     #[inline(always)]
@@ -264,13 +271,13 @@ pub trait Packet {
         rewrite::apply_seldom(self, settings, walk)
     }
 
-    /// [`translate::header`], wherever it runs.
+    /// [`translate::apply`], wherever it runs.
     #[inline(always)]
     fn translate(&mut self, walk: &mut Walk) -> Result<(), Stop>
     where
         Self: Sized,
     {
-        translate::header(self, walk)
+        translate::apply(self, walk)
     }
 
     /// [`rewrite::leave`], wherever it runs.
@@ -508,8 +515,8 @@ pub trait Env {
         next_hop::find(tables, self, settings, walk)
     }
 
-    /// Hands a later fragment that came too early to the agent, which sends it on; `false`: it cannot.
-    fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk) -> bool;
+    /// Hands a packet to the agent, which sends it on; `false`: it cannot.
+    fn hold<P: Packet>(&mut self, packet: &mut P, walk: &Walk, why: HeldKind) -> bool;
 
     /// [`icmp::find`], wherever it runs; `walk` is the one of this packet.
     ///

@@ -177,7 +177,7 @@ fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) 
     }
 }
 
-/// Does the packet fit its way? One that may be fragmented is left to the stack, which does so.
+/// Does the packet fit its way? One that may be fragmented is left to the stack, which does so, or to the agent.
 ///
 /// Generic XDP is handed packets above the MTU, aggregated (GRO, or a sender's TSO through a veth), which the stack
 /// segments: there TCP is never too big. In tcx the kernel says how large the segments are.
@@ -209,12 +209,15 @@ pub fn fit<P: Packet, E: Env>(packet: &mut P, env: &E, walk: &mut Walk) -> Resul
         }
     }
     let is_aggregated = env.hook() == Hook::XdpGeneric && frame.is_tcp();
-    // What becomes IPv6 no router may fragment.
-    let is_whole = frame.is_whole != 0 || !hit.rewrite.destination.is_v4();
-    if is_whole && !is_aggregated {
+    if frame.is_whole != 0 && !is_aggregated {
         return Err(Stop::drop(Reason::TOO_BIG));
     }
-    hit.hop.kind = HopKind::STACK;
+    // Of IPv6 no router fragments what it forwards, the stack neither.
+    hit.hop.kind = if hit.rewrite.destination.is_v4() || is_aggregated {
+        HopKind::STACK
+    } else {
+        HopKind::AGENT
+    };
     Ok(())
 }
 

@@ -608,6 +608,7 @@ fn sum<P: Packet>(packet: &mut P, inner: &Inner, carrier: &Carrier) -> Result<u3
 fn sum_by_headers<P: Packet>(packet: &mut P, inner: &Inner, carrier: &Carrier) -> Result<Option<u32>, Stop> {
     let header_len = inner.transport_offset - inner.network_offset;
     let is_known = match inner.protocol {
+        _ if inner.is_fragment => false,
         PROTOCOL_TCP => true,
         PROTOCOL_UDP => {
             let checksum = packet.header::<UdpHeader>(inner.transport_offset)?.checksum;
@@ -615,7 +616,7 @@ fn sum_by_headers<P: Packet>(packet: &mut P, inner: &Inner, carrier: &Carrier) -
         }
         _ => false,
     };
-    if !is_known || inner.is_fragment {
+    if !is_known {
         return Ok(None);
     }
     let transport_len = inner.total_len - header_len as u16;

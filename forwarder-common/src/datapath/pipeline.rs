@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     abi::{
-        flow::{Direction, FlowId},
+        flow::{Direction, FlowId, HopKind},
         reason::Reason,
         settings::{Settings, flag},
     },
@@ -88,7 +88,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
         // For a header that is written anew; see `rewrite::leave`.
         walk.frame.tos = overlay::decapsulated_tos(walk.frame.tos, walk.inside.outer_tos);
     }
-    translate::check(walk)?;
+    translate::check(packet, walk)?;
     next_hop::resolve(tables, env, settings, walk)?;
     next_hop::fit(packet, env, walk)?;
     let mtu_bytes = if mss::is_announced(&walk.frame) && settings.flags & flag::KEEP_SEGMENT_SIZE == 0 {
@@ -113,6 +113,9 @@ fn stages<P: Packet, T: Tables, E: Env>(
         return Ok(sent(verdict, Reason::ICMP_FORWARDED, Reason::ICMP_TO_STACK));
     }
     count(tables, &walk.frame, &walk.hit, received_bytes);
+    if verdict.action == Action::Pass && walk.hit.hop.kind == HopKind::AGENT {
+        return Ok(fragment::cut(packet, env, walk));
+    }
     Ok(if walk.hit.direction == Direction::REQUEST {
         sent(verdict, Reason::REQUEST_FORWARDED, Reason::REQUEST_TO_STACK)
     } else {

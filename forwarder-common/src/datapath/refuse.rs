@@ -19,9 +19,9 @@ use super::{
 use crate::{
     abi::{reason::Reason, settings::Settings},
     wire::{
-        Be16, Be32,
+        Be16, Be32, WireHeader,
         checksum::Delta,
-        ipv4::PROTOCOL_ICMP,
+        ipv4::{Ipv4Header, PROTOCOL_ICMP},
         tcp::{FLAG_ACK, FLAG_RST, TcpHeader},
     },
 };
@@ -64,10 +64,10 @@ pub fn answer<P: Packet, T: Tables>(
 #[inline(always)]
 fn fitting(walk: &Walk) -> u16 {
     let mtu_bytes = walk.hit.hop.mtu_bytes;
-    let difference = translate::DIFFERENCE as u16;
+    let difference = (translate::header_len(false, &walk.frame) - Ipv4Header::LEN as u32) as u16;
     match (walk.frame.is_v4(), walk.hit.rewrite.destination.is_v4()) {
         (true, false) => mtu_bytes.saturating_sub(difference),
-        (false, true) => mtu_bytes.saturating_add(difference),
+        (false, true) => mtu_bytes.saturating_add(translate::DIFFERENCE as u16),
         _ => mtu_bytes,
     }
 }

@@ -125,7 +125,9 @@ pub fn apply<P: Packet>(
     let (frame, rewrite, hop) = (&walk.frame, &walk.hit.rewrite, &walk.hit.hop);
     let is_sent = hop.kind == HopKind::DIRECT;
     if frame.fragment == part::LATER {
-        network(packet, frame, rewrite, is_sent)?;
+        if !translate::is_due(frame, rewrite) {
+            network(packet, frame, rewrite, is_sent)?;
+        }
     } else {
         let checksum = transport_checksum::state(packet, frame, settings)?;
         let segment_size = if mtu_bytes == 0 {
@@ -151,10 +153,13 @@ pub fn apply<P: Packet>(
     Ok(())
 }
 
-/// Changes any other packet.
+/// Changes any other packet; an ICMP error for the other family is left to `translate_error` as a whole.
 #[inline(always)]
 pub fn apply_seldom<P: Packet>(packet: &mut P, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
     if walk.quote.is_some() {
+        if translate::is_due(&walk.frame, &walk.hit.rewrite) {
+            return Ok(());
+        }
         icmp::rewrite(packet, walk)
     } else if walk.frame.is_sctp() {
         sctp::rewrite(packet, settings, walk)

@@ -112,7 +112,7 @@ pub fn abort<P: Packet>(packet: &mut P, frame: &Frame, settings: &Settings) -> R
     let initiate_tag = packet
         .header::<SctpInit>(frame.transport_offset as usize)?
         .initiate_tag;
-    packet.cut_and_grow(transport + SctpHeader::LEN, network, 0)?;
+    packet.cut(transport + SctpHeader::LEN)?;
 
     let ethernet = packet.header::<EthernetHeader>(0)?;
     ethernet.link = { ethernet.link }.swapped();

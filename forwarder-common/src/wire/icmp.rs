@@ -10,10 +10,22 @@ pub const TYPE_ECHO_REPLY: u8 = 0;
 pub const TYPE_UNREACHABLE: u8 = 3;
 /// RFC 792: host unreachable, a code of [`TYPE_UNREACHABLE`].
 pub const CODE_HOST_UNREACHABLE: u8 = 1;
+/// RFC 792: protocol unreachable, a code of [`TYPE_UNREACHABLE`].
+pub const CODE_PROTOCOL_UNREACHABLE: u8 = 2;
 /// RFC 792: port unreachable, a code of [`TYPE_UNREACHABLE`].
 pub const CODE_PORT_UNREACHABLE: u8 = 3;
 /// RFC 1191 §4: fragmentation needed and "do not fragment" set, a code of [`TYPE_UNREACHABLE`].
 pub const CODE_FRAGMENTATION_NEEDED: u8 = 4;
+/// RFC 1122 §3.2.2.1: the network is administratively prohibited, a code of [`TYPE_UNREACHABLE`].
+pub const CODE_NETWORK_PROHIBITED: u8 = 9;
+/// RFC 1122 §3.2.2.1: so is the host.
+pub const CODE_HOST_PROHIBITED: u8 = 10;
+/// RFC 1122 §3.2.2.1: host unreachable for this type of service, a code of [`TYPE_UNREACHABLE`].
+pub const CODE_HOST_UNREACHABLE_FOR_SERVICE: u8 = 12;
+/// RFC 1812 §5.2.7.1: communication is administratively prohibited, a code of [`TYPE_UNREACHABLE`].
+pub const CODE_PROHIBITED: u8 = 13;
+/// RFC 1812 §5.2.7.1: precedence cutoff in effect, a code of [`TYPE_UNREACHABLE`].
+pub const CODE_PRECEDENCE_CUTOFF: u8 = 15;
 /// RFC 792: echo request.
 pub const TYPE_ECHO_REQUEST: u8 = 8;
 /// RFC 792: time to live exceeded in transit, with code 0.
@@ -23,6 +35,12 @@ pub const TYPE_PARAMETER_PROBLEM: u8 = 12;
 
 /// RFC 4443 §3.1: destination unreachable.
 pub const TYPE_V6_UNREACHABLE: u8 = 1;
+/// RFC 4443 §3.1: no route to destination, a code of [`TYPE_V6_UNREACHABLE`].
+pub const CODE_V6_NO_ROUTE: u8 = 0;
+/// RFC 4443 §3.1: administratively prohibited, a code of [`TYPE_V6_UNREACHABLE`].
+pub const CODE_V6_PROHIBITED: u8 = 1;
+/// RFC 4443 §3.1: beyond the scope of the source address, a code of [`TYPE_V6_UNREACHABLE`].
+pub const CODE_V6_BEYOND_SCOPE: u8 = 2;
 /// RFC 4443 §3.1: address unreachable, a code of [`TYPE_V6_UNREACHABLE`].
 pub const CODE_V6_HOST_UNREACHABLE: u8 = 3;
 /// RFC 4443 §3.1: port unreachable, a code of [`TYPE_V6_UNREACHABLE`].
@@ -33,6 +51,8 @@ pub const TYPE_V6_TOO_BIG: u8 = 2;
 pub const TYPE_V6_TIME_EXCEEDED: u8 = 3;
 /// RFC 4443 §3.4: a header field is wrong.
 pub const TYPE_V6_PARAMETER_PROBLEM: u8 = 4;
+/// RFC 4443 §3.4: unrecognized next header, a code of [`TYPE_V6_PARAMETER_PROBLEM`].
+pub const CODE_V6_UNKNOWN_NEXT_HEADER: u8 = 1;
 /// RFC 4443 §4.1: echo request.
 pub const TYPE_V6_ECHO_REQUEST: u8 = 128;
 /// RFC 4443 §4.2: echo reply.

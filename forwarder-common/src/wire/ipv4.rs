@@ -93,6 +93,20 @@ impl Ipv4Header {
         self.fragment.get() & FRAGMENT_OFFSET != 0
     }
 
+    /// Offset and "more fragments" as the fragment header of IPv6 has them (RFC 8200 §4.5).
+    #[inline(always)]
+    pub const fn fragment_of_v6(&self) -> Be16 {
+        let field = self.fragment.get();
+        Be16::new((field & FRAGMENT_OFFSET) << 3 | (field & MORE_FRAGMENTS != 0) as u16)
+    }
+
+    /// Reverse of [`Self::fragment_of_v6`]; the packet may be fragmented further.
+    #[inline(always)]
+    pub const fn set_fragment_of_v6(&mut self, offset: Be16) {
+        let field = offset.get();
+        self.fragment = Be16::new(field >> 3 | if field & 1 != 0 { MORE_FRAGMENTS } else { 0 });
+    }
+
     /// May no router fragment it (RFC 791 §2.3)?
     #[inline(always)]
     pub const fn dont_fragment(&self) -> bool {
@@ -121,6 +135,19 @@ mod tests {
     const SYN: [u8; 20] = [
         0x45, 0, 0, 60, 0x1c, 0x46, 0x40, 0, 64, 6, 0, 0, 172, 16, 0, 10, 172, 16, 0, 100,
     ];
+
+    #[test]
+    fn fragments_are_the_same_in_both_families() {
+        let mut header: Ipv4Header = *bytemuck::from_bytes(&SYN);
+        for (v4, v6) in [(0x2000, 0x0001), (0x20b9, 0x05c9), (0x1fff, 0xfff8), (0, 0)] {
+            header.fragment = Be16::new(v4);
+            assert_eq!(header.fragment_of_v6(), Be16::new(v6), "{v4:#06x}");
+            header.set_fragment_of_v6(Be16::new(v6));
+            assert_eq!({ header.fragment }, Be16::new(v4), "{v6:#06x}");
+        }
+        header.fragment = Ipv4Header::DONT_FRAGMENT;
+        assert_eq!(header.fragment_of_v6(), Be16::ZERO);
+    }
 
     #[test]
     fn fields_of_a_captured_header() {

@@ -40,6 +40,8 @@ pub struct Ipv6Header {
 impl WireHeader for Ipv6Header {}
 
 impl Ipv6Header {
+    /// Where the number of what follows stands, in bytes from the header's start.
+    pub const NEXT_HEADER_OFFSET: u32 = 6;
     /// The flow label in the first word.
     const FLOW_LABEL: u32 = 0x000f_ffff;
 

@@ -1,4 +1,4 @@
-//! Fragments that the data path has handed over, and what it knows of their packets' first ones.
+//! Packets that the data path has handed over, and what it knows of the flows of fragments.
 
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -16,7 +16,7 @@ use aya::{
 };
 use forwarder_common::abi::{
     flow::{FlowEntry, FlowId},
-    fragment::{FragmentFlow, FragmentKey, HeldFragment},
+    fragment::{FragmentFlow, FragmentKey, HeldPacket},
     map_name,
 };
 
@@ -39,7 +39,8 @@ impl HeldMaps {
         let ring = ebpf
             .take_map(map_name::HELD)
             .ok_or_else(|| Error::failed("the BPF object has no map HELD").hint("rebuild the binary"))?;
-        let ring = RingBuf::try_from(ring).map_err(|error| kernel_error("watch for fragments", &error))?;
+        let ring = RingBuf::try_from(ring)
+            .map_err(|error| kernel_error("watch for packets that are handed over", &error))?;
         Ok(Self {
             ring,
             firsts,
@@ -47,8 +48,8 @@ impl HeldMaps {
         })
     }
 
-    /// The next fragment that was handed over; `None`: there is none now.
-    pub fn take(&mut self) -> Option<HeldFragment> {
+    /// The next packet that was handed over; `None`: there is none now.
+    pub fn take(&mut self) -> Option<HeldPacket> {
         let item = self.ring.next()?;
         bytemuck::try_pod_read_unaligned(&item).ok()
     }
@@ -64,7 +65,7 @@ impl HeldMaps {
     }
 }
 
-/// Readable when there are fragments.
+/// Readable when there are packets.
 impl AsFd for HeldMaps {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.ring.as_fd()

@@ -6,7 +6,7 @@ use bytemuck::Pod;
 
 use forwarder_common::{
     abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Env, Outcome, Packet, Stop, Tables, parse::Frame, pipeline, translate},
+    datapath::{ChecksumOffload, Env, Outcome, Packet, Stop, Tables, pipeline},
     wire::{
         Be16, Field16, WireHeader,
         checksum::{self, Delta},
@@ -48,18 +48,26 @@ fn left_over<W: Pod>() -> W {
     bytemuck::pod_read_unaligned(&vec![0xa5; size_of::<W>()])
 }
 
-/// How a program's packets treat checksums.
+/// How a program's packets treat checksums, and what they begin with.
 pub trait Kind {
     const CHECKSUM_OFFLOAD: ChecksumOffload;
+    const BEGINS_WITH_LINK: bool = true;
 }
 
 /// As in native XDP.
 pub struct Native;
+/// Without a link header, as the agent sends them.
+pub struct Bare;
 struct Generic;
 struct Tunnel;
 
 impl Kind for Native {
     const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::LostOnSend;
+}
+
+impl Kind for Bare {
+    const CHECKSUM_OFFLOAD: ChecksumOffload = ChecksumOffload::Kernel;
+    const BEGINS_WITH_LINK: bool = false;
 }
 
 impl Kind for Generic {
@@ -95,6 +103,10 @@ impl<K: Kind> Packet for MemoryPacket<K> {
 
     fn frame_len(&self) -> usize {
         self.bytes.len()
+    }
+
+    fn begins_with_link(&mut self) -> bool {
+        K::BEGINS_WITH_LINK
     }
 
     fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
@@ -135,22 +147,25 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         Ok(())
     }
 
-    fn resize_network(&mut self, frame: &Frame, to_v4: bool) -> Result<u32, Stop> {
+    fn replace_headers(
+        &mut self,
+        network_offset: u32,
+        end: u32,
+        len: u32,
+        _to_v4: bool,
+    ) -> Result<u32, Stop> {
+        let there = end - network_offset;
         match K::CHECKSUM_OFFLOAD {
-            // As the kernel's helper does: between the link header and what follows.
+            // As the kernel's helpers do: between the link header and what follows.
             ChecksumOffload::Kernel => {
-                let (network, transport) = (frame.network_offset as usize, frame.transport_offset as usize);
-                let (old, new) = if to_v4 { (40, 20) } else { (20, 40) };
-                if transport - network != old {
-                    return Err(Stop::drop(Reason::UNTRANSLATABLE));
-                }
-                self.bytes.splice(network..transport, std::iter::repeat_n(0, new));
-                Ok((network + new) as u32)
+                let room = std::iter::repeat_n(0, len as usize);
+                self.bytes.splice(network_offset as usize..end as usize, room);
+                Ok(network_offset + len)
             }
-            _ if to_v4 => Ok(frame.transport_offset),
+            _ if len <= there => Ok(end),
             _ => {
-                self.move_start(-(translate::DIFFERENCE as i32))?;
-                Ok(frame.transport_offset + translate::DIFFERENCE)
+                self.move_start(-((len - there) as i32))?;
+                Ok(end + len - there)
             }
         }
     }
@@ -167,11 +182,18 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         Ok(())
     }
 
-    fn cut_and_grow(&mut self, len: usize, network_offset: usize, front: usize) -> Result<(), Stop> {
-        if network_offset > len || len > self.bytes.len() {
+    fn cut(&mut self, len: usize) -> Result<(), Stop> {
+        if len > self.bytes.len() {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         self.bytes.truncate(len);
+        Ok(())
+    }
+
+    fn grow(&mut self, network_offset: usize, front: usize) -> Result<(), Stop> {
+        if network_offset > self.bytes.len() {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
         self.bytes
             .splice(network_offset..network_offset, std::iter::repeat_n(0, front));
         Ok(())

@@ -28,7 +28,7 @@ use forwarder_common::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::IcmpBudget,
         flow::{FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
-        fragment::{FragmentFlow, FragmentKey, HELD_BYTES},
+        fragment::{FragmentFlow, FragmentKey, HELD_BYTES, HeldKind},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         map_name,
@@ -609,7 +609,12 @@ impl Env for LiveEnv<'_> {
         self.ingress_ifindex
     }
 
-    fn hold<P: Packet>(&mut self, _packet: &mut P, walk: &forwarder_common::datapath::Walk) -> bool {
+    fn hold<P: Packet>(
+        &mut self,
+        _packet: &mut P,
+        walk: &forwarder_common::datapath::Walk,
+        _why: HeldKind,
+    ) -> bool {
         walk.frame.total_len as usize <= HELD_BYTES
     }
 

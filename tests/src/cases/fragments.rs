@@ -13,10 +13,10 @@ use crate::{
     tables::{MemoryTables, SERVER_SIDE},
 };
 
-const IDENTIFICATION: u16 = 0x4711;
+pub(super) const IDENTIFICATION: u16 = 0x4711;
 
 /// Cuts an IPv4 frame without options into fragments of so many bytes of payload each, a multiple of eight.
-fn cut(frame: &[u8], len: usize) -> Vec<Vec<u8>> {
+pub(super) fn cut(frame: &[u8], len: usize) -> Vec<Vec<u8>> {
     let (header, payload) = frame.split_at(ETHERNET_LEN + 20);
     let count = payload.len().div_ceil(len);
     payload
@@ -31,7 +31,7 @@ fn cut(frame: &[u8], len: usize) -> Vec<Vec<u8>> {
 }
 
 /// The same of an IPv6 frame without extension headers: each fragment gets a fragment header.
-fn cut_v6(frame: &[u8], len: usize) -> Vec<Vec<u8>> {
+pub(super) fn cut_v6(frame: &[u8], len: usize) -> Vec<Vec<u8>> {
     let (header, payload) = frame.split_at(ETHERNET_LEN + 40);
     let count = payload.len().div_ceil(len);
     payload

@@ -18,8 +18,9 @@ use forwarder_common::{
 };
 
 use super::{
-    CLIENT, Case, REMOTE, Step, UNRESOLVED_CLIENT, VIP, binding, client_mac, from_client, to_client,
-    to_server, world,
+    CLIENT, Case, REMOTE, Step, Traffic, UNRESOLVED_CLIENT, VIP, binding, client_mac,
+    fragments::{cut, cut_v6},
+    from_client, to_client, to_server, world,
 };
 use crate::{
     packet::{self, Builder, ETHERNET_LEN, patched, segment},
@@ -234,6 +235,11 @@ impl Setting {
     }
 
     fn hash(&self) -> u32 {
+        self.hash_with_ports(CLIENT.port(), REMOTE.port)
+    }
+
+    /// Later fragments have none.
+    fn hash_with_ports(&self, source_port: u16, destination_port: u16) -> u32 {
         let address = |address: Ipv4Addr| -> IpAddress {
             if self.is_inner_v6 {
                 in_v6(address).into()
@@ -244,11 +250,54 @@ impl Setting {
         let key = FlowKey {
             source: address(*CLIENT.ip()),
             destination: address(VIP),
-            source_port: Be16::new(CLIENT.port()),
-            destination_port: Be16::new(REMOTE.port),
+            source_port: Be16::new(source_port),
+            destination_port: Be16::new(destination_port),
             protocol: 6,
         };
         flow_hash(&key, 0x5eed)
+    }
+
+    /// A packet's fragments of 64 bytes of payload.
+    fn pieces(&self, packet: &Builder) -> Vec<Vec<u8>> {
+        let frame = self.frame(packet);
+        if self.is_inner_v6 {
+            cut_v6(&frame, 64)
+        } else {
+            cut(&frame, 64)
+        }
+    }
+
+    /// A request of [`CLIENT`] in three fragments goes into the tunnel.
+    fn request_in_pieces(&self, packet: &Builder) -> Vec<Step> {
+        let outs = self.pieces(&to_server(packet, binding(0), REMOTE.server));
+        let later = self.hash_with_ports(0, 0);
+        let hashes = [self.hash(), later, later];
+        let steps = self.pieces(packet).into_iter().zip(outs).zip(hashes);
+        steps
+            .map(|((frame, out), hash)| {
+                let verdict = Verdict::redirect(SERVER_SIDE.ifindex);
+                Step::new(&CLIENT_SIDE, frame, verdict, Reason::REQUEST_FORWARDED)
+                    .out(self.outer(hash, false).around(&out))
+            })
+            .collect()
+    }
+
+    /// A reply in three fragments comes out of the tunnel.
+    fn reply_in_pieces(&self, inner: &Builder) -> Vec<Step> {
+        let outs = self.pieces(&to_client(inner, REMOTE.vip(), CLIENT));
+        let steps = self.pieces(inner).into_iter().zip(outs);
+        steps
+            .map(|(frame, out)| {
+                Step::new(
+                    &SERVER_SIDE,
+                    self.outer(0, true).around(&frame),
+                    Verdict::redirect(CLIENT_SIDE.ifindex),
+                    Reason::REPLY_FORWARDED,
+                )
+                .inside(frame)
+                .out(out)
+            })
+            .collect()
     }
 
     /// A request of [`CLIENT`] goes into the tunnel.
@@ -317,7 +366,7 @@ pub(super) fn all() -> Vec<Case> {
 }
 
 /// A connection through a tunnel, and what of it is the kernel's.
-fn carried(setting: &Setting, name: &str) -> [Case; 3] {
+fn carried(setting: &Setting, name: &str) -> [Case; 4] {
     let request = |flags, payload| from_client(flags, CLIENT, REMOTE).payload(payload);
     let connection = [
         setting.request(&request(segment::SYN, 0)).counts(REMOTE.opened()),
@@ -334,6 +383,15 @@ fn carried(setting: &Setting, name: &str) -> [Case; 3] {
     let syn = Builder::tcp(segment::SYN, REMOTE.server, REMOTE.vip());
     [
         Case::new(format!("A connection goes through {name}"), setting.world()).all(connection),
+        Case::new(format!("Fragments go through {name}"), setting.world())
+            .all(in_order(
+                setting.request_in_pieces(&request(segment::SYN, 109)),
+                [REMOTE.opened(), REMOTE.request(), REMOTE.request()],
+            ))
+            .all(in_order(
+                setting.reply_in_pieces(&from_remote(segment::SYN_ACK).payload(109)),
+                [REMOTE.first_answer(), REMOTE.reply(), REMOTE.reply()],
+            )),
         Case::new(format!("A SYN out of {name} is its device's"), setting.world())
             .then(setting.to_device(&syn)),
         Case::new(
@@ -347,6 +405,14 @@ fn carried(setting: &Setting, name: &str) -> [Case; 3] {
             Reason::NO_FLOW,
         )),
     ]
+}
+
+/// Steps with what they count.
+fn in_order(steps: Vec<Step>, counts: [Traffic; 3]) -> impl Iterator<Item = Step> {
+    steps
+        .into_iter()
+        .zip(counts)
+        .map(|(step, counts)| step.counts(counts))
 }
 
 /// What is true of all kinds, shown of one.

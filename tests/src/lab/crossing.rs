@@ -106,7 +106,7 @@ fn configuration(site: &Site, server: &Server, mode: Mode) -> Configuration {
     let configuration = base
         .group("echo", "full", Check::None)
         .backend("echo", server.name, address, ECHO_PORT, 1)
-        .listener("echo", site.front(), ECHO_PORT, "udp", "echo");
+        .listener("echo", site.front, ECHO_PORT, "udp", "echo");
     in_mode(configuration, mode)
 }
 
@@ -189,7 +189,7 @@ pub fn download(site: &Site, client: &Namespace, server: &Server, length_bytes: 
     let content = pattern(length_bytes);
     let (original, received) = (original(site, &content)?, site.lab.directory().join("received"));
     server.nginx.serve_large(&content)?;
-    let url = format!("http://{}/large", SocketAddr::new(site.front(), PORT));
+    let url = format!("http://{}/large", SocketAddr::new(site.front, PORT));
     let took = curl(client, &["--output", text(&received)?], &url).context("download")?;
     ensure!(
         digest(&received)? == digest(&original)?,
@@ -201,7 +201,7 @@ pub fn download(site: &Site, client: &Namespace, server: &Server, length_bytes: 
 /// The other way round.
 pub fn upload(site: &Site, client: &Namespace, server: &Server, length_bytes: u32) -> Result<Duration> {
     let original = original(site, &pattern(length_bytes))?;
-    let url = format!("http://{}/taken/upload", SocketAddr::new(site.front(), PORT));
+    let url = format!("http://{}/taken/upload", SocketAddr::new(site.front, PORT));
     let took = curl(client, &["--upload-file", text(&original)?], &url).context("upload")?;
     ensure!(
         digest(&server.nginx.taken("upload"))? == digest(&original)?,
@@ -228,7 +228,7 @@ fn datagrams(site: &Site, server: &Server, port: u16, lengths_bytes: &[usize]) -
     let client = Client::open_on(site.client(), any, 0)?;
     for length_bytes in lengths_bytes {
         let name = client
-            .ask(&"x".repeat(*length_bytes), SocketAddr::new(site.front(), port))
+            .ask(&"x".repeat(*length_bytes), SocketAddr::new(site.front, port))
             .with_context(|| format!("{length_bytes} bytes"))?;
         ensure!(name == server.namespace.role(), "{name} answered");
     }
@@ -245,9 +245,9 @@ fn echo_requests(site: &Site) -> Result<()> {
         IpAddr::from(FAR_ROUTER)
     };
     for (host, destination) in [
-        (site.client(), site.front()),
+        (site.client(), site.front),
         (site.client(), far_router),
-        (&site.far_router, site.front()),
+        (&site.far_router, site.front),
     ] {
         host.run(&format!("ping -c 3 -i 0.2 -W 5 {destination}"))?;
     }

@@ -41,6 +41,10 @@ const MTU_BYTES: u16 = 1500;
 /// What data centres use for large frames.
 const JUMBO_MTU_BYTES: u16 = 9000;
 
+/// VIPs of the journeys.
+const PEERING_VIP: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 100);
+const CROSS_REGION_VIP: Ipv4Addr = Ipv4Addr::new(172, 16, 0, 100);
+
 /// A server with a page.
 #[derive(Debug)]
 pub struct Server {
@@ -67,6 +71,8 @@ pub struct Site {
     pub remote_client: Option<Namespace>,
     pub servers: Vec<Server>,
     pub vip: Ipv4Addr,
+    /// The VIP that transfers go to; unless a test says otherwise, in the family that the tunnel carries.
+    pub front: IpAddr,
     /// Does its tunnel carry IPv6 only? See [`dual_stack::PEERING`].
     pub is_ipv6: bool,
     /// Interfaces of the gateway that get the XDP program.
@@ -295,8 +301,13 @@ impl Site {
                 page: page.to_owned(),
                 nginx,
             }],
-            vip: Ipv4Addr::new(172, 18, 0, 100),
+            vip: PEERING_VIP,
             is_ipv6,
+            front: if is_ipv6 {
+                dual_stack::PEERING.vip.into()
+            } else {
+                PEERING_VIP.into()
+            },
             interfaces: &["eth0"],
             tunnel: "peering",
             networks: [
@@ -414,7 +425,8 @@ impl Site {
             carrier: Some(chengdu),
             remote_client,
             servers,
-            vip: Ipv4Addr::new(172, 16, 0, 100),
+            vip: CROSS_REGION_VIP,
+            front: CROSS_REGION_VIP.into(),
             is_ipv6: false,
             interfaces: &["eth0", "eth1"],
             tunnel: "cen",
@@ -422,15 +434,6 @@ impl Site {
             drawing: CROSS_REGION_DRAWING,
             lab,
         })
-    }
-
-    /// The VIP in the family that its tunnel carries.
-    pub const fn front(&self) -> IpAddr {
-        if self.is_ipv6 {
-            IpAddr::V6(dual_stack::PEERING.vip)
-        } else {
-            IpAddr::V4(self.vip)
-        }
     }
 
     /// The client that requests come from.

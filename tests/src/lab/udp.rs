@@ -165,7 +165,7 @@ impl Client {
         self.send(payload, to)?;
         let (answer, from) = self
             .receive_any()?
-            .with_context(|| format!("no answer to {payload:?} from {to}"))?;
+            .with_context(|| format!("no answer to {} bytes from {to}", payload.len()))?;
         let (server, echoed) = answer.split_once(' ').context("an answer without a name")?;
         anyhow::ensure!(from == to, "asked {to}, but {from} answered");
         anyhow::ensure!(echoed == payload, "sent {payload:?}, got {echoed:?} back");
