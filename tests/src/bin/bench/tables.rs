@@ -41,8 +41,11 @@ const APPLIES: usize = 3;
 const SWAPS: usize = 1_000;
 const CONNECTIONS: u32 = 16;
 
+/// A measurement, which returns what it has found in Markdown.
+type Part = fn() -> Result<String>;
+
 pub(crate) fn run(only: &str) -> Result<()> {
-    let parts: [(&str, fn() -> Result<String>); 4] = [
+    let parts: [(&str, Part); 4] = [
         ("build", build_and_swap),
         ("looks", looks),
         ("swaps", swaps_under_load),
