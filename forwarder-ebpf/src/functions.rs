@@ -10,7 +10,10 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::reason::Reason,
-    datapath::{Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse, rewrite, translate},
+    datapath::{
+        Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse, rewrite, translate,
+        translate_error,
+    },
 };
 
 use crate::{
@@ -70,7 +73,7 @@ pub(crate) fn icmp(env: &KernelEnv) -> Result<(), Stop> {
 /// Functions for which native and generic XDP are the same: their names, the context's type, and how a packet is made
 /// of it.
 macro_rules! of_context {
-    ($icmp:ident $translate:ident $context:ty, $packet:expr) => {
+    ($icmp:ident $equal:ident $translate:ident $context:ty, $packet:expr) => {
         #[inline(never)]
         #[unsafe(no_mangle)]
         extern "C" fn $icmp(ctx: *mut $context) -> u64 {
@@ -85,6 +88,15 @@ macro_rules! of_context {
 
         #[inline(never)]
         #[unsafe(no_mangle)]
+        extern "C" fn $equal(ctx: *mut $context) -> i64 {
+            let Some(walk) = KernelTables::walk() else {
+                return i64::from(Reason::INTERNAL.0);
+            };
+            number(translate_error::find(&mut $packet(ctx), walk))
+        }
+
+        #[inline(never)]
+        #[unsafe(no_mangle)]
         extern "C" fn $translate(ctx: *mut $context) -> i64 {
             let Some(walk) = KernelTables::walk() else {
                 return i64::from(Reason::INTERNAL.0);
@@ -94,8 +106,8 @@ macro_rules! of_context {
     };
 }
 
-of_context!(forwarder_icmp_xdp forwarder_translate_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
-of_context!(forwarder_icmp_tcx forwarder_translate_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
+of_context!(forwarder_icmp_xdp forwarder_equal_xdp forwarder_translate_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
+of_context!(forwarder_icmp_tcx forwarder_equal_tcx forwarder_translate_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
 
 /// `datapath::rewrite::apply_seldom` for a frame in XDP.
 #[inline(always)]
@@ -207,6 +219,18 @@ extern "C" fn forwarder_leave(ctx: *mut xdp_md, is_native: u32) -> i64 {
         Hook::XdpGeneric
     };
     number(rewrite::leave(&mut packet, &KernelTables, hook, settings, walk))
+}
+
+/// `datapath::translate_error::find` for a frame in XDP.
+#[inline(always)]
+pub(crate) fn equal_xdp(ctx: *mut xdp_md) -> Result<(), Stop> {
+    outcome(forwarder_equal_xdp(ctx))
+}
+
+/// `datapath::translate_error::find` for a packet in tcx.
+#[inline(always)]
+pub(crate) fn equal_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
+    outcome(forwarder_equal_tcx(ctx))
 }
 
 /// `datapath::translate::apply` for a frame in XDP.

@@ -301,6 +301,12 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn find_equal_error(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::equal_xdp(self.ctx.ctx)
+    }
+
+    #[inline(always)]
     fn translate(&mut self, walk: &mut Walk) -> Result<(), Stop> {
         maps::lend(walk);
         functions::translate_xdp(self.ctx.ctx)
@@ -490,6 +496,12 @@ impl Packet for SkbPacket {
     fn rewrite_seldom(&mut self, _settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
         maps::lend(walk);
         functions::seldom_tcx(self.ctx.skb.skb)
+    }
+
+    #[inline(always)]
+    fn find_equal_error(&mut self, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::equal_tcx(self.ctx.skb.skb)
     }
 
     #[inline(always)]

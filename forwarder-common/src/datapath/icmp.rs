@@ -49,6 +49,12 @@ pub struct Quote {
     pub transport_offset: u32,
     /// Non-zero: the receiver hears of the host that reports.
     pub keeps_sender: u32,
+    /// What the message becomes in the other family, without a checksum: by `translate_error::find`, as is the next.
+    pub message: IcmpHeader,
+    /// How many bytes behind the quoted IP header stay.
+    pub kept_len: u32,
+    /// What new ports change in the sum of the message: by `translate_error::rewrite`.
+    pub change: Delta,
 }
 
 impl Quote {
@@ -56,6 +62,9 @@ impl Quote {
     pub const NONE: Self = Self {
         transport_offset: 0,
         keeps_sender: 0,
+        message: IcmpHeader::of_type(0, 0),
+        kept_len: 0,
+        change: Delta::ZERO,
     };
 
     /// Is the packet an error?

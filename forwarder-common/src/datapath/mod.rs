@@ -271,6 +271,15 @@ pub trait Packet {
         rewrite::apply_seldom(self, settings, walk)
     }
 
+    /// [`translate_error::find`], wherever it runs.
+    #[inline(always)]
+    fn find_equal_error(&mut self, walk: &mut Walk) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        translate_error::find(self, walk)
+    }
+
     /// [`translate::apply`], wherever it runs.
     #[inline(always)]
     fn translate(&mut self, walk: &mut Walk) -> Result<(), Stop>

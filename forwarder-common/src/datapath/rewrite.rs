@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{
     Hook, Packet, Stop, Tables, Walk, echo, fragment::part, icmp, mss, overlay, parse::Frame, sctp,
-    translate, transport_checksum,
+    translate, translate_error, transport_checksum,
 };
 use crate::{
     abi::{
@@ -153,12 +153,12 @@ pub fn apply<P: Packet>(
     Ok(())
 }
 
-/// Changes any other packet; an ICMP error for the other family is left to `translate_error` as a whole.
+/// Changes any other packet.
 #[inline(always)]
 pub fn apply_seldom<P: Packet>(packet: &mut P, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
     if walk.quote.is_some() {
         if translate::is_due(&walk.frame, &walk.hit.rewrite) {
-            return Ok(());
+            return translate_error::rewrite(packet, walk);
         }
         icmp::rewrite(packet, walk)
     } else if walk.frame.is_sctp() {

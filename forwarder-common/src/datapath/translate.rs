@@ -44,16 +44,18 @@ pub const fn is_due(frame: &Frame, rewrite: &Rewrite) -> bool {
 /// Can the packet leave in the other family?
 ///
 /// # Errors
-/// A drop for a datagram without a checksum that needs one and is not all there (RFC 7915 §4.5), or of which the kernel
-/// has put several together.
+/// A drop for an ICMP error that the other family has no equal of, and for a datagram without a checksum that needs one
+/// and is not all there (RFC 7915 §4.5), or of which the kernel has put several together.
 #[inline(always)]
-pub fn check<P: Packet>(packet: &mut P, walk: &Walk) -> Result<(), Stop> {
-    let frame = &walk.frame;
-    if is_due(frame, &walk.hit.rewrite)
-        && (frame.fragment == part::FIRST || packet.segment_size() != 0)
-        && !walk.quote.is_some()
-        && lacks_checksum(packet, frame)?
-    {
+pub fn check<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
+    if !is_due(&walk.frame, &walk.hit.rewrite) {
+        return Ok(());
+    }
+    if walk.quote.is_some() {
+        return packet.find_equal_error(walk);
+    }
+    let is_in_parts = walk.frame.fragment == part::FIRST || packet.segment_size() != 0;
+    if is_in_parts && lacks_checksum(packet, &walk.frame)? {
         return Err(Stop::drop(Reason::UNTRANSLATABLE));
     }
     Ok(())

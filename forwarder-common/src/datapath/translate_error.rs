@@ -46,10 +46,51 @@ struct QuotedHeader {
     payload_len: u16,
 }
 
-/// Translates the message; the walk's frame then says where things are now.
+/// Finds what the message becomes and how much of the quote stays; the walk's quote has both then. Only reads.
 ///
 /// # Errors
 /// [`Reason::UNTRANSLATABLE`]: the other family does not know of this.
+#[inline(always)]
+pub fn find<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
+    let Walk {
+        frame, hit, quote, ..
+    } = walk;
+    let to_v4 = hit.rewrite.destination.is_v4();
+    let quoted_ip = frame.transport_offset + IcmpHeader::LEN as u32;
+    let old_len = quote.transport_offset - quoted_ip;
+    let header = read(packet, quoted_ip as usize, to_v4)?;
+    let new_len = translate::ip_header_len(to_v4, header.piece.is_fragment);
+    let old = *packet.header::<IcmpHeader>(frame.transport_offset as usize)?;
+    quote.message = if to_v4 {
+        in_v4(&old, old_len)?
+    } else {
+        in_v6(&old, new_len, u32::from(header.payload_len) + old_len)?
+    };
+    let there = frame.transport_len - IcmpHeader::LEN as u32 - old_len;
+    quote.kept_len = kept(&old, to_v4, old_len, there, new_len);
+    Ok(())
+}
+
+/// Gives the quoted transport header the ports that the message's receiver knows; the walk's quote then has what that
+/// changes in the sum of the message.
+#[inline(always)]
+pub fn rewrite<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
+    let Walk {
+        frame, hit, quote, ..
+    } = walk;
+    let to_v4 = hit.rewrite.destination.is_v4();
+    let header = read(packet, frame.transport_offset as usize + IcmpHeader::LEN, to_v4)?;
+    let quoted = Quoted {
+        protocol: hit.protocol as u8,
+        offset: quote.transport_offset as usize,
+        len: u32::from(header.payload_len),
+        end: (quote.transport_offset + quote.kept_len) as usize,
+    };
+    quote.change = icmp::rewrite_transport(packet, frame, &hit.rewrite, quoted)?;
+    Ok(())
+}
+
+/// Replaces the headers of the message and of what it quotes; the walk's frame then says where things are now.
 #[inline(always)]
 pub fn apply<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
     let Walk {
@@ -65,16 +106,8 @@ pub fn apply<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
     let header = read(packet, quoted_ip as usize, to_v4)?;
     let new_len = translate::ip_header_len(to_v4, header.piece.is_fragment);
     let old = *packet.header::<IcmpHeader>(message as usize)?;
-    let total_len = u32::from(header.payload_len) + old_len;
-    let new = if to_v4 {
-        in_v4(&old, old_len)?
-    } else {
-        in_v6(&old, new_len, total_len)?
-    };
-
-    // What stays of the packet quoted, behind its IP header.
     let there = frame.transport_len - IcmpHeader::LEN as u32 - old_len;
-    let kept = kept(&old, to_v4, old_len, there, new_len);
+    let (new, kept) = (quote.message, quote.kept_len);
     let cut_at = anchor + kept;
     let tail = if kept < there {
         packet.sum(cut_at as usize, (there - kept) as usize)?
@@ -82,13 +115,6 @@ pub fn apply<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
         0
     };
     let before = packet.sum(quoted_ip as usize, old_len as usize)?;
-    let quoted = Quoted {
-        protocol: hit.protocol as u8,
-        offset: anchor as usize,
-        len: u32::from(header.payload_len),
-        end: cut_at as usize,
-    };
-    let ports = icmp::rewrite_transport(packet, frame, rewrite, quoted)?;
     let pseudo_before = pseudo_header(
         to_v4,
         &frame.key.source,
@@ -105,7 +131,8 @@ pub fn apply<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
     let after = write(packet, quoted_ip as usize, rewrite, hit.protocol, header)?;
     frame.transport_offset = quoted_ip - IcmpHeader::LEN as u32;
     let pseudo_after = pseudo_header(!to_v4, &rewrite.source, &rewrite.destination, frame.transport_len);
-    let change = ports
+    let change = quote
+        .change
         .replace_raw(old.type_word(), new.type_word())
         .replace32(old.rest, new.rest)
         .replace_raw(before as u16, after)
