@@ -28,7 +28,7 @@ use forwarder_user::{
         apply::{Store, apply},
         desired::{Desired, ListenerOrder, Observations},
         difference::differences,
-        ids::{Capacity, Ids, NameKey, NameKind, NameRecord},
+        ids::{Capacity, Ids, NameKey, NameKind, NameRecord, NamesByNumber},
         plan::{Applied, MapWrite},
     },
 };
@@ -386,8 +386,9 @@ fn plans_are_as_the_files_say_and_lead_where_a_fresh_start_would() {
             writeln!(plan, "{change}").unwrap();
         }
         plan += "--- writes\n";
+        let names = NamesByNumber::of(&[&applied_after.ids, &applied.ids]);
         for write in &writes {
-            writeln!(plan, "{}", write.describe(&[&applied_after.ids, &applied.ids])).unwrap();
+            writeln!(plan, "{}", write.describe(&names)).unwrap();
         }
         if is_blessing {
             fs::write(

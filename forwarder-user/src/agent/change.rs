@@ -15,6 +15,7 @@ use crate::{
     state::{
         desired::{Desired, Observations, pool},
         difference::{differences, restart_needed},
+        ids::NamesByNumber,
         inherit::inherited_health,
         plan::{Applied, MapWrite},
         tables::NextTables,
@@ -131,13 +132,11 @@ impl Agent {
             placement,
         };
         let writes = self.applied.writes_to(&mut after);
+        let names = NamesByNumber::of(&[&after.ids, &self.applied.ids]);
         let answer = ChangeAnswer {
             applied: false,
             changes: differences(Some(&self.config), &config),
-            writes: writes
-                .iter()
-                .map(|write| write.describe(&[&after.ids, &self.applied.ids]))
-                .collect(),
+            writes: writes.iter().map(|write| write.describe(&names)).collect(),
         };
         Ok(Planned {
             config,

@@ -23,7 +23,7 @@ use forwarder_common::{
 
 use super::{
     desired::{Desired, source_key},
-    ids::{Ids, NameKey, NameKind, NameRecord},
+    ids::{Ids, NameKey, NameKind, NameRecord, NamesByNumber},
     placement::Placement,
     tables::Slots,
 };
@@ -253,21 +253,17 @@ fn went<K: Ord, V>(
 }
 
 impl MapWrite {
-    /// The write as one line for people, with the names behind the numbers where `ids` has them.
-    pub fn describe(&self, ids: &[&Ids]) -> String {
+    /// The write as one line for people, with the name behind its number where there is one.
+    pub fn describe(&self, names: &NamesByNumber<'_>) -> String {
         let name = match self {
-            Self::Backend(id, _) | Self::BackendCounters(id, _) => {
-                ids.iter().find_map(|ids| ids.backend_name(*id))
-            }
-            Self::Group(id, _) | Self::GroupPast(id, _) => {
-                ids.iter().find_map(|ids| ids.group_name(*id)).map(str::to_owned)
-            }
+            Self::Backend(id, _) | Self::BackendCounters(id, _) => names
+                .backends
+                .get(id)
+                .map(|(group, name)| format!("{group}/{name}")),
+            Self::Group(id, _) | Self::GroupPast(id, _) => names.groups.get(id).map(ToString::to_string),
             Self::Listener(_, Some(Listener { id, .. }))
             | Self::ListenerRange(_, Some(Listener { id, .. }))
-            | Self::ListenerCounters(id) => ids
-                .iter()
-                .find_map(|ids| ids.listener_name(*id))
-                .map(str::to_owned),
+            | Self::ListenerCounters(id) => names.listeners.get(id).map(ToString::to_string),
             _ => None,
         };
         match name {
