@@ -7,6 +7,7 @@
 //!          \---> datapath                     the kernel's objects; the only place that knows aya
 //! announce                               tells neighbours whose addresses these are
 //! status -> metrics, api                 what is known, for people and programs
+//! log_limit                              keeps the log from drowning
 //! tui -> cli -> api                      the same on a terminal, live; the only place that knows ratatui
 //! explain, flows -> inspect -> api       looks at the data path beside the agent's loop
 //! ```

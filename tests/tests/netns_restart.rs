@@ -328,6 +328,13 @@ fn a_data_path_without_an_agent_is_told_from_one_with_and_from_none() -> Result<
         for interface in site.interfaces {
             ensure!(text.contains(&format!("{interface} (")), "{text}");
         }
+        // One that cannot start on these tables is not the last agent.
+        agent.rewrite(&site.web_configuration().agent_key("max_flows", "65536"))?;
+        let file = agent.configuration().to_str().context("the path is text")?;
+        assert_eq!(agent.verb(&["run", "-c", file])?.status.code(), Some(3));
+        let (code, text) = ask(&agent)?;
+        assert_eq!(code, Some(4), "{text}");
+        ensure!(text.contains(&format!("the last agent: process {pid}")), "{text}");
         // It says since when: not much more than a second after the last sign of life.
         let since = |text: &str| -> Result<u64> {
             let (_, rest) = text.split_once("without one for ").context("since when")?;

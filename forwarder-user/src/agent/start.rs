@@ -71,7 +71,6 @@ impl Agent {
             links.push(existing(&network, name).await?);
         }
         let is_takeover = pins.is_in_use()?;
-        pins.note_control_socket(&config.agent.control_socket)?;
         let sizes = object::adopt(pins, &sizes(&config))?;
         let (old_lists, free_list) = pins.free_lists()?;
         let mut ebpf = object::load_pinned(&sizes, pins, &free_list)?;
@@ -103,6 +102,7 @@ impl Agent {
             attachments.push(attached(&mut ebpf, pins, link, &ports, &config)?);
         }
         attach::detach_others(pins, &attachments)?;
+        pins.note_agent(&config.agent.control_socket)?;
         let found = handover.finish(&mut flow_maps, Some(pins))?;
         if is_takeover {
             info!(

@@ -60,9 +60,9 @@ fn unattended(found: &LeftBehind) -> Error {
         Some(pid) => format!("process {pid}"),
         None => "unknown".to_owned(),
     };
-    if found.is_held {
+    if let Some(holder) = &found.holder {
         return Error::failed(format!(
-            "the agent that holds the pins in {directory} ({agent}) does not answer: it starts, stops, or hangs"
+            "the agent that holds the pins in {directory} (process {holder}) does not answer: it starts, stops, or hangs"
         ))
         .hint("wait a moment; if that stays so, see its log: `journalctl -u forwarder`");
     }
@@ -519,7 +519,7 @@ mod tests {
                 ("interface 7".to_owned(), AttachmentKind::Tcx),
             ],
             agent: Some("4711".to_owned()),
-            is_held: false,
+            holder: None,
             silent_for: Some(Duration::from_secs(182)),
         };
         let error = unattended(&found);
@@ -534,10 +534,10 @@ mod tests {
             assert!(text.contains(words), "{words:?} is not in {text}");
         }
         // An agent that is there but does not answer is something else.
-        found.is_held = true;
+        found.holder = Some("4712".to_owned());
         let error = unattended(&found);
         assert_eq!(error.exit_code, crate::error::EXIT_FAILED);
-        assert!(error.what.contains("(process 4711) does not answer"), "{error}");
+        assert!(error.what.contains("(process 4712) does not answer"), "{error}");
     }
 
     #[test]

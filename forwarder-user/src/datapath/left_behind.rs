@@ -17,7 +17,7 @@ use nix::{
 
 use super::{
     attach::AttachmentKind,
-    pin::{CONTROL_SOCKET, OWNER, USUAL_MOUNT, links_in},
+    pin::{AGENT, CONTROL_SOCKET, OWNER, USUAL_MOUNT, links_in},
 };
 
 /// Folders below the mount point that pins are looked for in.
@@ -29,10 +29,10 @@ pub struct LeftBehind {
     pub pin_directory: PathBuf,
     /// The names of interfaces that programs are attached to, or their numbers if they are elsewhere.
     pub interfaces: Vec<(String, AttachmentKind)>,
-    /// Process id of the last agent.
+    /// Process id of the last agent that ran.
     pub agent: Option<String>,
-    /// Does that one still hold the pins? Then it starts, stops, or hangs.
-    pub is_held: bool,
+    /// Process id of one that holds the pins: it starts, stops, or hangs.
+    pub holder: Option<String>,
     /// Since the last agent was heard of; `None`: it is not known.
     pub silent_for: Option<Duration>,
 }
@@ -43,18 +43,19 @@ pub fn of_socket(socket: &Path, default_pins: Option<&Path>) -> Option<LeftBehin
     let directory = find(Path::new(USUAL_MOUNT), &socket, DEPTH)
         .or_else(|| default_pins.map(Path::to_owned))
         .filter(|directory| is_in_use(directory))?;
-    let owner = directory.join(OWNER);
-    let last_sign = fs::symlink_metadata(&owner).and_then(|found| found.modified());
+    let pid = |note: &str| {
+        let pid = fs::read_link(directory.join(note)).ok()?;
+        Some(pid.to_string_lossy().into_owned())
+    };
+    let last_sign = fs::symlink_metadata(directory.join(AGENT)).and_then(|found| found.modified());
     Some(LeftBehind {
         interfaces: links_in(&directory)
             .unwrap_or_default()
             .into_iter()
             .map(|link| (interface(link.ifindex), link.kind))
             .collect(),
-        agent: fs::read_link(owner)
-            .ok()
-            .map(|pid| pid.to_string_lossy().into_owned()),
-        is_held: is_locked(&directory),
+        agent: pid(AGENT),
+        holder: pid(OWNER).filter(|_| is_locked(&directory)),
         silent_for: last_sign
             .ok()
             .and_then(|sign| SystemTime::now().duration_since(sign).ok()),

@@ -10,7 +10,8 @@
 //! PAST                     what backends have counted that left their group (`maps`)
 //! FREE_FLOWS_7             the list of free flows that the agent number 7 made (`free_list`)
 //! link-tcx-12              the link on the interface with number 12
-//! owner -> 4711            process that holds the lock, or held it last; changed at the last sign of its life
+//! owner -> 4711            process that holds the lock, or held it last
+//! agent -> 4711            process of the last agent that ran on them; changed at the last sign of its life
 //! control_socket -> /run/forwarder/control.sock   where that one is, or was, to be asked
 //! probe_address -> 10.0.0.1   an address that an agent gave to `lo`
 //! probe_address_v6 -> fd00::1   the same of IPv6
@@ -44,6 +45,7 @@ pub(super) const USUAL_MOUNT: &str = "/sys/fs/bpf";
 /// Nobody else has business with the maps.
 const MODE: u32 = 0o700;
 pub(super) const OWNER: &str = "owner";
+pub(super) const AGENT: &str = "agent";
 pub(super) const CONTROL_SOCKET: &str = "control_socket";
 const PROBE_ADDRESS: &str = "probe_address";
 const PROBE_ADDRESS_V6: &str = "probe_address_v6";
@@ -191,19 +193,21 @@ impl PinDirectory {
         Ok((numbers.into_iter().map(numbered).collect(), numbered(next)))
     }
 
-    /// Notes where the agent of these pins is asked, for those who do not find it there any more.
+    /// Notes that this process is the agent that runs on these pins, and where it is asked: for those who do not find it
+    /// there any more. One that holds the lock and then cannot start is not.
     ///
     /// # Errors
     /// The directory cannot be written.
-    pub fn note_control_socket(&self, socket: &Path) -> Result<(), Error> {
-        self.write(CONTROL_SOCKET, socket.to_str())
+    pub fn note_agent(&self, socket: &Path) -> Result<(), Error> {
+        self.write(CONTROL_SOCKET, socket.to_str())?;
+        self.write(AGENT, Some(&process::id().to_string()))
     }
 
     /// Notes that the agent is alive, so that it is known since when it is not. Nothing else depends on it.
     pub fn note_sign_of_life(&self) {
-        let (owner, now) = (self.path.join(OWNER), TimeSpec::UTIME_NOW);
-        if let Err(error) = utimensat(AT_FDCWD, &owner, &now, &now, UtimensatFlags::NoFollowSymlink) {
-            tracing::debug!(%error, "no sign of life at {}", owner.display());
+        let (note, now) = (self.path.join(AGENT), TimeSpec::UTIME_NOW);
+        if let Err(error) = utimensat(AT_FDCWD, &note, &now, &now, UtimensatFlags::NoFollowSymlink) {
+            tracing::debug!(%error, "no sign of life at {}", note.display());
         }
     }
 
