@@ -8,6 +8,8 @@ pub const EXIT_FAILED: u8 = 1;
 pub const EXIT_USAGE: u8 = 2;
 /// Exit code for a host that cannot do what is asked.
 pub const EXIT_HOST: u8 = 3;
+/// Exit code of `forwarder status` when no agent runs, but its data path does.
+pub const EXIT_UNATTENDED: u8 = 4;
 
 /// A place in a file, as editors count.
 #[derive(Clone, Debug, PartialEq, Eq)]

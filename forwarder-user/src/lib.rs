@@ -8,6 +8,7 @@
 //! privileges                             what the agent may do, and why something was refused
 //! announce                               tells neighbours whose addresses these are
 //! status -> metrics, api                 what is known, for people and programs; histogram: how long things took
+//! log_limit                              keeps the log from drowning
 //! tui -> cli -> api                      the same on a terminal, live; the only place that knows ratatui
 //! explain, flows, capture -> inspect -> api   looks at the data path beside the agent's loop
 //! ```
@@ -29,6 +30,7 @@ pub mod fragments;
 pub mod health;
 pub mod histogram;
 pub mod inspect;
+pub mod log_limit;
 pub mod metrics;
 pub mod network;
 pub mod orders;

@@ -15,7 +15,6 @@ use forwarder_tests::{
     lab::{
         self, Lifetime, Namespace,
         agent::{self, Agent, ShowLog},
-        command,
         load::curl,
         topology::{Extras, PORT, Site},
         wait_until,
@@ -89,7 +88,7 @@ fn a_capture_has_both_sides_of_a_connection_with_verdict_and_reason() -> Result<
             curl(site.client(), site.vip, PORT)?.body().context("a page")?;
             succeeded(joined(capture)?)
         })?;
-        let seen = command::run("tcpdump", &["-n", "-r", name])?;
+        let seen = site.client().run(&format!("tcpdump -n -r {name}"))?;
         let lines: Vec<&str> = seen.lines().collect();
         // Four requests of the client, each as it came and as it left.
         ensure!(lines.len() == 8, "{seen}");

@@ -172,7 +172,7 @@ fn draining_under_load_breaks_no_connection_and_fails_no_request() -> Result<()>
                 Servers::start(Path::new(CROWD), &server.namespace, address, identity, CROWD_SIZE)
             };
             let _servers = [start("ecs01", 1)?, start("ecs03", 2)?];
-            let address = client_address(site)?;
+            let address = site.client_address()?;
             let vip = SocketAddrV4::new(site.vip, CROWD_PORT);
             let mut clients = Clients::start(Path::new(CROWD), client, vip, &[address], CROWD_SIZE + 500)?;
             clients.open(CROWD_SIZE)?.ensure_all(CROWD_SIZE)?;
@@ -235,13 +235,6 @@ fn draining_under_load_breaks_no_connection_and_fails_no_request() -> Result<()>
             Ok(())
         },
     )
-}
-
-fn client_address(site: &Site) -> Result<std::net::Ipv4Addr> {
-    let text = site.client().run("ip -4 -o address show dev eth0")?;
-    let word = text.split_whitespace().find(|word| word.contains('/'));
-    let (address, _) = word.and_then(|word| word.split_once('/')).context("an address")?;
-    Ok(address.parse()?)
 }
 
 #[test]

@@ -85,6 +85,13 @@ fn opened(agent: &Agent, name: &str) -> Result<u64> {
     Ok(agent.backend(GROUP, name)?.traffic.connections_opened)
 }
 
+/// Connections opened to the group, by whatever backend.
+fn group_opened(agent: &Agent) -> Result<u64> {
+    let groups = agent.status()?.groups;
+    let group = groups.iter().find(|one| one.name == GROUP).context("the group")?;
+    Ok(group.traffic.connections_opened)
+}
+
 #[test]
 fn backends_come_and_go_and_open_connections_stay() -> Result<()> {
     play(&["ecs01", "ecs02"], |site, agent| {
@@ -165,8 +172,18 @@ fn backends_come_and_go_and_open_connections_stay() -> Result<()> {
                 Ok(())
             },
         )?;
+        let of_group = group_opened(agent)?;
         apply(site, agent, &with(site, &[("ecs01", 100), ("ecs04", 100)]))?;
         assert_eq!(opened(agent, "ecs04")?, 0);
+        // What ECS02 and ECS03 have counted stays their group's, and another agent knows it, too.
+        let sum: u64 = ["ecs01", "ecs04"]
+            .into_iter()
+            .map(|name| opened(agent, name))
+            .sum::<Result<u64>>()?;
+        ensure!(of_group > sum && group_opened(agent)? >= of_group, "{of_group}");
+        agent.end(Signal::SIGKILL)?;
+        let agent = site.start_agent(&with(site, &[("ecs01", 100), ("ecs04", 100)]), GROUP)?;
+        ensure!(group_opened(&agent)? >= of_group);
         Ok(())
     })
 }
@@ -267,6 +284,59 @@ fn listeners_come_and_go_and_a_restart_knows_them() -> Result<()> {
 }
 
 #[test]
+fn a_file_that_changes_is_applied_if_it_says_so() -> Result<()> {
+    play(&["ecs01", "ecs02"], |site, agent| {
+        agent.end(Signal::SIGKILL)?;
+        let watched = |configuration: Configuration| configuration.agent_key("reload_on_change", "true");
+        let both = watched(with(site, &[("ecs01", 100), ("ecs02", 100)]));
+        let agent = site.start_agent(&both, GROUP)?;
+        let log = || Ok::<_, anyhow::Error>(std::fs::read_to_string(agent.log())?);
+        let mut kept = KeptConnection::open(site.client(), site.vip, PORT)?;
+        let page = kept.get()?;
+
+        // Written in place.
+        agent.rewrite(&watched(with(site, &[("ecs01", 100), ("ecs03", 100)])))?;
+        let names = |agent: &Agent| -> Result<Vec<String>> {
+            Ok(agent.backends(GROUP)?.into_iter().map(|one| one.name).collect())
+        };
+        wait_until("the change to be applied", DEADLINE, || {
+            ensure!(
+                names(&agent)? == ["ecs01", "ecs03"],
+                "{}",
+                lab::tail(agent.log(), 5)
+            );
+            Ok(())
+        })?;
+        ensure!(log()?.contains("+ backend web/ecs03"), "the plan is in the log");
+        // What is wrong is refused, and what was in force stays so.
+        agent.rewrite(&Configuration::from_text("[agent]\nnonsense = 1\n".to_owned()))?;
+        wait_until("the agent to refuse", DEADLINE, || {
+            ensure!(log()?.contains("not reloaded"), "{}", lab::tail(agent.log(), 3));
+            Ok(())
+        })?;
+        assert_eq!(names(&agent)?, ["ecs01", "ecs03"]);
+        // By another file that takes its name, as editors do. It does not want to be watched any more.
+        let other = agent.configuration().with_extension("swp");
+        std::fs::write(&other, with(site, &[("ecs01", 100)]).to_string())?;
+        std::fs::rename(&other, agent.configuration())?;
+        wait_until("the change to be applied", DEADLINE, || {
+            ensure!(names(&agent)? == ["ecs01"], "{}", lab::tail(agent.log(), 5));
+            Ok(())
+        })?;
+        let reloads = log()?.matches("it has changed").count();
+        agent.rewrite(&both)?;
+        agent.signal(Signal::SIGHUP);
+        wait_until("the reload", DEADLINE, || {
+            ensure!(names(&agent)?.len() == 2, "{}", lab::tail(agent.log(), 5));
+            Ok(())
+        })?;
+        assert_eq!(log()?.matches("it has changed").count(), reloads);
+        assert_eq!(kept.get()?, page);
+        Ok(())
+    })
+}
+
+#[test]
 fn what_is_wrong_or_fixed_is_refused_and_changes_nothing() -> Result<()> {
     play(&["ecs01", "ecs02"], |site, agent| {
         let before = agent.status()?;
@@ -328,6 +398,75 @@ fn what_is_wrong_or_fixed_is_refused_and_changes_nothing() -> Result<()> {
         apply(site, agent, &more)?;
         ensure!(site.curl()?.body().is_some());
         Ok(())
+    })
+}
+
+/// The tables that a configuration becomes, byte for byte. The settings are left out: they count changes of routes.
+fn tables(site: &Site) -> Result<Vec<String>> {
+    let dump = |name: &str| {
+        let path = site.lab.pin_directory().join(name);
+        site.gateway
+            .run(&format!("bpftool -j map dump pinned {}", path.display()))
+    };
+    [
+        "NAMES",
+        "INTERFACES",
+        "VIPS",
+        "LISTENERS",
+        "LISTENER_RANGES",
+        "SOURCES",
+        "GROUPS",
+        "BACKENDS",
+    ]
+    .into_iter()
+    .map(dump)
+    .collect()
+}
+
+/// A change of so many prefixes of ports that they do not fit into the kernel's table: it refuses one of the last writes.
+#[test]
+fn a_reload_that_the_kernel_refuses_half_way_changes_nothing() -> Result<()> {
+    play(&["ecs01", "ecs02"], |site, agent| {
+        let mut kept = KeptConnection::open(site.client(), site.vip, PORT)?;
+        let page = kept.get()?;
+        let before = tables(site)?;
+        let mut too_much = with(site, &[("ecs01", 7), ("ecs03", 300)]);
+        for number in 0..290 {
+            too_much = too_much.table(
+                &format!("listener.range{number}"),
+                &[
+                    (
+                        "vip",
+                        &format!("\"198.18.{}.{}\"", number / 100, number % 100 + 1),
+                    ),
+                    ("port", "\"1-65534\""),
+                    ("group", "\"web\""),
+                ],
+            );
+        }
+        let output = verb(site, agent, "apply", &too_much)?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{stderr}");
+        ensure!(
+            stderr.contains("the kernel refused to write listener 198.18.")
+                && stderr.contains("(os error 28)")
+                && !stderr.contains("undoing"),
+            "{stderr}"
+        );
+        ensure!(tables(site)? == before, "the tables are not what they were");
+        let status = agent.status()?;
+        assert_eq!(status.listeners.len(), 1);
+        let names: Vec<_> = status.groups[0]
+            .backends
+            .iter()
+            .map(|backend| (backend.name.as_str(), backend.weight))
+            .collect();
+        assert_eq!(names, [("ecs01", 100), ("ecs02", 100)]);
+        assert_eq!(kept.get()?, page);
+        ensure!(site.curl()?.body().is_some());
+        // And it is none the worse for it.
+        apply(site, agent, &with(site, &[("ecs01", 100), ("ecs03", 100)]))?;
+        wait_for_health(agent, 2)
     })
 }
 

@@ -327,6 +327,79 @@ fn a_second_agent_is_refused_and_told_who_holds_the_pins() -> Result<()> {
 }
 
 #[test]
+fn a_data_path_without_an_agent_is_told_from_one_with_and_from_none() -> Result<()> {
+    play(Site::web_configuration, |site, agent| {
+        let ask = |agent: &Agent| -> Result<(Option<i32>, String)> {
+            let output = agent.ask("status", &["-o", "json"])?;
+            let said = if output.status.success() {
+                &output.stdout
+            } else {
+                &output.stderr
+            };
+            Ok((output.status.code(), String::from_utf8_lossy(said).into_owned()))
+        };
+        assert_eq!(ask(&agent)?.0, Some(0));
+        let pid = agent.pid();
+        agent.end(Signal::SIGKILL)?;
+        ensure!(site.curl()?.body().is_some());
+        let (code, text) = ask(&agent)?;
+        assert_eq!(code, Some(4), "{text}");
+        for words in [
+            format!("the last agent: process {pid}"),
+            format!("pinned in {}, attached to ", site.lab.pin_directory().display()),
+            "Nobody checks health".to_owned(),
+            format!(
+                "forwarder detach --pin-directory {}",
+                site.lab.pin_directory().display()
+            ),
+        ] {
+            ensure!(text.contains(&words), "{words:?} is not in {text}");
+        }
+        for interface in site.interfaces {
+            ensure!(text.contains(&format!("{interface} (")), "{text}");
+        }
+        // One that cannot start on these tables is not the last agent.
+        agent.rewrite(&site.web_configuration().agent_key("max_flows", "65536"))?;
+        let file = agent.configuration().to_str().context("the path is text")?;
+        assert_eq!(agent.verb(&["run", "-c", file])?.status.code(), Some(3));
+        let (code, text) = ask(&agent)?;
+        assert_eq!(code, Some(4), "{text}");
+        ensure!(text.contains(&format!("the last agent: process {pid}")), "{text}");
+        // It says since when: not much more than a second after the last sign of life.
+        let since = |text: &str| -> Result<u64> {
+            let (_, rest) = text.split_once("without one for ").context("since when")?;
+            let (seconds, _) = rest.split_once(" s").context("in seconds")?;
+            Ok(seconds.parse()?)
+        };
+        ensure!(since(&text)? < 10, "{text}");
+        wait_until("the time to be told", Duration::from_secs(10), || {
+            let text = ask(&agent)?.1;
+            ensure!(since(&text)? >= 3, "{text}");
+            Ok(())
+        })?;
+
+        let agent = site.start_agent(&site.web_configuration(), GROUP)?;
+        assert_eq!(ask(&agent)?.0, Some(0));
+        // One that hangs is there.
+        agent.signal(Signal::SIGSTOP);
+        std::fs::remove_file(agent.control_socket())?;
+        let (code, text) = ask(&agent)?;
+        agent.signal(Signal::SIGCONT);
+        assert_eq!(code, Some(1), "{text}");
+        ensure!(
+            text.contains(&format!("(process {}) does not answer", agent.pid())),
+            "{text}"
+        );
+        // Nothing is left of one that ends as usual.
+        ensure!(agent.stop()?.success());
+        let (code, text) = ask(&agent)?;
+        assert_eq!(code, Some(1), "{text}");
+        ensure!(text.contains("no agent answers on"), "{text}");
+        Ok(())
+    })
+}
+
+#[test]
 fn another_layout_is_refused_with_the_way_out_and_traffic_goes_on() -> Result<()> {
     play(Site::web_configuration, |site, agent| {
         agent.end(Signal::SIGKILL)?;

@@ -16,6 +16,7 @@ use std::{
 use bytemuck::Zeroable as _;
 use forwarder_common::abi::{
     backend::{Backend, BackendGroup, BackendId, GroupId},
+    counter::TrafficCounters,
     interface::Interface,
     listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, listener_flag},
     settings::Settings,
@@ -27,7 +28,7 @@ use forwarder_user::{
         apply::{Store, apply},
         desired::{Desired, ListenerOrder, Observations},
         difference::differences,
-        ids::{Capacity, Ids, NameKey, NameKind, NameRecord},
+        ids::{Capacity, Ids, NameKey, NameKind, NameRecord, NamesByNumber},
         plan::{Applied, MapWrite},
     },
 };
@@ -37,7 +38,7 @@ use proptest::prelude::*;
 const SLOTS: u32 = 65_536;
 
 /// The tables, without a kernel.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct Memory {
     names: BTreeMap<NameKey, NameRecord>,
     settings: Settings,
@@ -49,8 +50,11 @@ struct Memory {
     listeners: BTreeMap<ListenerOrder, (ListenerKey, Listener)>,
     listener_ranges: BTreeMap<[u8; size_of::<ListenerRangeKey>()], (ListenerRangeKey, Listener)>,
     sources: BTreeMap<[u8; size_of::<SourceKey>()], (SourceKey, Source)>,
+    past: BTreeMap<GroupId, TrafficCounters>,
     /// Writes until one is refused.
     refuse_after: Option<usize>,
+    /// Refused ones go on being refused.
+    is_broken: bool,
 }
 
 impl Memory {
@@ -66,7 +70,22 @@ impl Memory {
             listeners: BTreeMap::new(),
             listener_ranges: BTreeMap::new(),
             sources: BTreeMap::new(),
+            past: BTreeMap::new(),
             refuse_after: None,
+            is_broken: false,
+        }
+    }
+
+    /// All bytes of all tables, but for slots that belong to no group: whoever takes them writes them first.
+    fn bytes(&self) -> Self {
+        let mut slots = vec![None; self.slots.len()];
+        for group in self.groups.values() {
+            let table = self.table(group);
+            slots[group.first_slot as usize..][..table.len()].copy_from_slice(table);
+        }
+        Self {
+            slots,
+            ..self.clone()
         }
     }
 
@@ -210,7 +229,9 @@ impl Store for Memory {
     fn exchange(&mut self, write: &MapWrite) -> Result<Option<MapWrite>, Error> {
         match &mut self.refuse_after {
             Some(0) => {
-                self.refuse_after = None;
+                if !self.is_broken {
+                    self.refuse_after = None;
+                }
                 return Err(Error::failed(format!("refused: {write}")));
             }
             Some(left) => *left -= 1,
@@ -279,7 +300,11 @@ impl Store for Memory {
             | MapWrite::TunnelEndpoint(..)
             | MapWrite::TunnelHop(..)
             | MapWrite::TunnelPeer(..) => unreachable!("no tunnel here is native: {write}"),
-            MapWrite::ListenerCounters(_) | MapWrite::BackendCounters(_) => None,
+            MapWrite::ListenerCounters(_) | MapWrite::BackendCounters(..) => None,
+            MapWrite::GroupPast(id, value) => {
+                let old = exchange(&mut self.past, *id, value.as_deref().copied());
+                Some(MapWrite::GroupPast(*id, old.map(Box::new)))
+            }
         };
         self.check(write);
         Ok(undo)
@@ -361,8 +386,9 @@ fn plans_are_as_the_files_say_and_lead_where_a_fresh_start_would() {
             writeln!(plan, "{change}").unwrap();
         }
         plan += "--- writes\n";
+        let names = NamesByNumber::of(&[&applied_after.ids, &applied.ids]);
         for write in &writes {
-            writeln!(plan, "{}", write.describe(&[&applied_after.ids, &applied.ids])).unwrap();
+            writeln!(plan, "{}", write.describe(&names)).unwrap();
         }
         if is_blessing {
             fs::write(
@@ -445,6 +471,104 @@ fn config_of(random: &Random) -> Config {
     parse(&text, Path::new("random.toml")).unwrap_or_else(|errors| panic!("{errors}\n{text}"))
 }
 
+/// Refuses the first write, then the second, and so on: nothing has changed each time, byte for byte.
+fn refuse_each(before: &Memory, writes: &[MapWrite]) {
+    let bytes = before.bytes();
+    for (refused, write) in writes.iter().enumerate() {
+        let mut memory = before.clone();
+        memory.refuse_after = Some(refused);
+        let error = apply(&mut memory, writes).unwrap_err();
+        assert_eq!(error.what, format!("refused: {write}"));
+        assert_eq!(error.hint, None);
+        assert!(
+            memory.bytes() == bytes,
+            "write {refused} of {}, {write}, was refused: what was before it was not undone",
+            writes.len()
+        );
+    }
+}
+
+#[test]
+fn a_typical_change_that_is_refused_anywhere_changes_nothing() {
+    let mut refused = 0;
+    for file in golden() {
+        let text = fs::read_to_string(&file).unwrap();
+        let (_, rest) = text.split_once(BEFORE).expect("a configuration before");
+        let (before, rest) = rest.split_once(AFTER).expect("a configuration after");
+        let (after, _) = rest.split_once(CHANGES).unwrap_or((rest, ""));
+        let [before, after] = [before, after]
+            .map(|text| parse(&format!("{COMMON}{text}"), &file).unwrap_or_else(|errors| panic!("{errors}")));
+        // There, back, and what is left when the flows of what has gone have ended.
+        let (mut applied, mut memory) = from_nothing(&before);
+        for config in [&after, &before, &after] {
+            let mut there = next(&applied, config);
+            let writes = applied.writes_to(&mut there);
+            refuse_each(&memory, &writes);
+            apply(&mut memory, &writes).unwrap();
+            applied = there;
+            refused += writes.len();
+        }
+        let listeners = applied.ids.leaving_listeners.values().copied().collect();
+        let backends = applied.ids.leaving_backends.values().copied().collect();
+        let mut ended = Applied {
+            ids: applied.ids.without(&listeners, &backends),
+            ..applied.clone()
+        };
+        let writes = applied.writes_to(&mut ended);
+        refuse_each(&memory, &writes);
+        refused += writes.len();
+    }
+    println!("{refused} writes were refused, one at a time");
+    assert!(refused > 50, "{refused}");
+}
+
+#[test]
+fn a_first_start_that_is_refused_anywhere_leaves_empty_tables() {
+    let file = &golden()[0];
+    let text = fs::read_to_string(file).unwrap();
+    let before = text
+        .split_once(BEFORE)
+        .and_then(|(_, rest)| rest.split_once(AFTER));
+    let config = parse(&format!("{COMMON}{}", before.unwrap().0), file).unwrap();
+    let nothing = Applied::nothing(SLOTS);
+    let mut applied = next(&nothing, &config);
+    refuse_each(&Memory::new(), &nothing.writes_to(&mut applied));
+}
+
+/// Whoever reads it knows that neither state is in force, and what to do.
+#[test]
+fn an_error_while_undoing_is_told_with_the_first_one_and_the_way_out() {
+    let file = &golden()[0];
+    let text = fs::read_to_string(file).unwrap();
+    let before = text
+        .split_once(BEFORE)
+        .and_then(|(_, rest)| rest.split_once(AFTER));
+    let config = parse(&format!("{COMMON}{}", before.unwrap().0), file).unwrap();
+    let nothing = Applied::nothing(SLOTS);
+    let mut applied = next(&nothing, &config);
+    let writes = nothing.writes_to(&mut applied);
+    for refused in 1..writes.len() {
+        let mut memory = Memory::new();
+        memory.refuse_after = Some(refused);
+        memory.is_broken = true;
+        let error = apply(&mut memory, &writes).unwrap_err();
+        let first = format!("refused: {}", writes[refused]);
+        assert!(
+            error.what.starts_with(&first)
+                && error.what[first.len()..]
+                    .contains("undoing what was done before it failed, too: refused: "),
+            "{error}"
+        );
+        assert!(
+            error
+                .hint
+                .as_ref()
+                .is_some_and(|hint| hint.contains("restart the agent")),
+            "{error}"
+        );
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 10, ..ProptestConfig::default() })]
 
@@ -480,20 +604,12 @@ proptest! {
         }
     }
 
-    /// Whichever write is refused, the tables mean what they meant before.
+    /// Whichever write is refused, the tables are what they were before.
     #[test]
     fn a_refused_write_undoes_all_before_it(before in configuration(), after in configuration()) {
         let (applied, memory) = from_nothing(&config_of(&before));
         let mut next = next(&applied, &config_of(&after));
-        let writes = applied.writes_to(&mut next);
-        let meaning = memory.meaning();
-        for refused in 0..writes.len() {
-            let mut memory = memory.clone();
-            memory.refuse_after = Some(refused);
-            let error = apply(&mut memory, &writes).unwrap_err();
-            prop_assert!(error.what.starts_with("refused"), "{}", error);
-            prop_assert_eq!(&memory.meaning(), &meaning, "write {} of {}", refused, writes.len());
-        }
+        refuse_each(&memory, &applied.writes_to(&mut next));
     }
 
     /// Whatever order the file is in, and whatever a gateway had before.

@@ -17,7 +17,7 @@ pub(crate) struct Arguments {
     /// Write `on_unhealthy = VALUE` into the group (failover)
     #[arg(long, value_name = "VALUE")]
     on_unhealthy: Option<String>,
-    /// Only what has TEXT in its name (packets)
+    /// Only what has TEXT in its name (packets, tables)
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 }
@@ -26,7 +26,7 @@ pub(crate) struct Arguments {
 enum Name {
     /// Requests that fail, and for how long, when servers and the tunnel do
     Failover,
-    /// Time to build and swap tables, requests lost by swaps, and the cost of passive checks
+    /// Time to build and swap tables and to apply configurations, requests lost by swaps, and the cost of passive checks
     Tables,
     /// What a packet costs, in nanoseconds, beside the least that it could
     Packets,

@@ -16,6 +16,7 @@ use crate::{
     state::{
         desired::{Desired, Observations, pool},
         difference::{differences, restart_needed},
+        ids::NamesByNumber,
         inherit::inherited_health,
         plan::{Applied, MapWrite},
         tables::NextTables,
@@ -47,14 +48,15 @@ impl Agent {
     }
 
     /// Reads the agent's own file again and applies it; a file with errors changes nothing. Whether it was applied.
-    pub(super) fn reload(&mut self) -> bool {
-        info!("SIGHUP: reloading {}", self.file.display());
+    pub(super) fn reload(&mut self, why: &str) -> bool {
+        info!("reloading {}: {why}", self.own_file.path().display());
+        self.own_file.is_being_read();
         let reloading = sd_notify::NotifyState::monotonic_usec_now()
             .map(|now| vec![sd_notify::NotifyState::Reloading, now])
             .unwrap_or_else(|_| vec![sd_notify::NotifyState::Reloading]);
         // Without a service manager there is nobody to tell, here and below.
         let _ = sd_notify::notify(&reloading);
-        let outcome = config::load::load(&self.file)
+        let outcome = config::load::load(self.own_file.path())
             .and_then(|config| self.planned(config))
             .and_then(|planned| self.make(planned));
         let is_applied = outcome.is_ok();
@@ -145,13 +147,11 @@ impl Agent {
             placement,
         };
         let writes = self.applied.writes_to(&mut after);
+        let names = NamesByNumber::of(&[&after.ids, &self.applied.ids]);
         let answer = ChangeAnswer {
             applied: false,
             changes: differences(Some(&self.config), &config),
-            writes: writes
-                .iter()
-                .map(|write| write.describe(&[&after.ids, &self.applied.ids]))
-                .collect(),
+            writes: writes.iter().map(|write| write.describe(&names)).collect(),
         };
         Ok(Planned {
             config,

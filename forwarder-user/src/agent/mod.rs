@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -37,6 +37,7 @@ use crate::{
     fragments::FragmentHolder,
     health::{self, Health, ProbeFailure, Report, Target},
     inspect::Inspection,
+    log_limit::tell_what_was_left_out,
     network::{self, Network},
     pool_watch::PoolWatch,
     state::{desired::Observations, ids::Capacity, names::Names, plan::Applied},
@@ -47,6 +48,7 @@ use crate::{
 mod change;
 mod drain;
 mod native;
+mod own_file;
 mod passive;
 mod policy;
 mod premises;
@@ -242,7 +244,7 @@ struct Sample {
 struct Agent {
     config: Arc<Config>,
     /// Where the configuration was read from at start; SIGHUP reads it again.
-    file: PathBuf,
+    own_file: own_file::OwnFile,
     capacity: Capacity,
     /// Keys that the flow index has room for.
     flow_keys: u32,
@@ -351,14 +353,7 @@ impl Agent {
                         info!("SIGUSR1: making way for the next agent");
                         return Ok(OnStop::Keep);
                     }
-                    Asked::Reload => {
-                        let asked_at = Instant::now();
-                        let is_applied = self.reload();
-                        self.follow_change(&health, &tunnels, &mut unheard).await?;
-                        if is_applied {
-                            self.timing.change_applied(asked_at);
-                        }
-                    }
+                    Asked::Reload => self.reload_and_follow("SIGHUP", &health, &tunnels, &mut unheard).await?,
                 },
                 // All that wait, so that a thousand transitions at once are one change of the tables.
                 1.. = turn.on(Event::Probe, reports.recv_many(&mut heard, QUEUE)) => {
@@ -386,6 +381,7 @@ impl Agent {
                     None => return Err(Error::failed("the kernel ended the subscription to network changes")),
                 },
                 _ = turn.on(Event::Tick, ticks.tick()) => {
+                    self.pins.note_sign_of_life();
                     self.take_sample()?;
                     self.sweep.check()?;
                     self.look_for_trouble().await?;
@@ -395,6 +391,10 @@ impl Agent {
                     self.look_after_drains();
                     self.go_on_with_slow_starts()?;
                     (self.flush_program_log)();
+                    tell_what_was_left_out();
+                    if self.config.agent.reload_on_change && self.own_file.has_changed() {
+                        self.reload_and_follow("it has changed", &health, &tunnels, &mut unheard).await?;
+                    }
                     // From here, so that a loop that stands still is noticed and the agent started anew.
                     if is_watched {
                         let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
@@ -432,6 +432,23 @@ impl Agent {
             self.observed.flags &= !flag::CAPTURE;
         }
         self.reconcile()
+    }
+
+    /// Reads the agent's own file again, with all that follows.
+    async fn reload_and_follow(
+        &mut self,
+        why: &str,
+        health: &health::Watch,
+        tunnels: &health::Watch,
+        unheard: &mut HashSet<BackendName>,
+    ) -> Result<(), Error> {
+        let asked_at = Instant::now();
+        let is_applied = self.reload(why);
+        self.follow_change(health, tunnels, unheard).await?;
+        if is_applied {
+            self.timing.change_applied(asked_at);
+        }
+        Ok(())
     }
 
     /// What a change of the configuration means for the network around the tables.

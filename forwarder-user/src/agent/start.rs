@@ -18,7 +18,9 @@ use forwarder_common::abi::{
 use tokio::sync::watch;
 use tracing::{debug, info};
 
-use super::{Agent, BackendNotes, Sample, passive::PassiveChecks, tables::Tables, timing::Timing};
+use super::{
+    Agent, BackendNotes, Sample, own_file::OwnFile, passive::PassiveChecks, tables::Tables, timing::Timing,
+};
 use crate::{
     announce::Announcer,
     capture::Capturer,
@@ -66,6 +68,7 @@ impl Agent {
         pins: &Arc<PinDirectory>,
     ) -> Result<(Self, Inspector), Error> {
         let started_at = Instant::now();
+        let own_file = OwnFile::new(file);
         super::native::make_tunnels(&network, &config).await?;
         let mut links = Vec::new();
         for name in config.interfaces.keys().chain(config.tunnels.keys()) {
@@ -104,6 +107,7 @@ impl Agent {
             attachments.push(attached(&mut ebpf, pins, link, &ports, &config)?);
         }
         attach::detach_others(pins, &attachments)?;
+        pins.note_agent(&config.agent.control_socket)?;
         let found = handover.finish(&mut flow_maps, Some(pins))?;
         if is_takeover {
             info!(
@@ -151,7 +155,7 @@ impl Agent {
                 .map(|link| link.name.clone())
                 .collect(),
             config: Arc::new(config),
-            file,
+            own_file,
             capacity,
             flow_keys: sizes.flow_keys,
             flow_keys_v6: sizes.flow_keys_v6,

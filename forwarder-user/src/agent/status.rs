@@ -155,6 +155,18 @@ impl Agent {
                 traffic,
             });
         }
+        // Those that have left it count on, as long as they have flows and after that: a counter never falls.
+        let leaving = self.applied.ids.leaving_backends.iter();
+        for (_, id) in leaving.filter(|((group, _), _)| group == name) {
+            let count = census.backends.get(id).copied().unwrap_or_default();
+            let mut traffic = traffic(&self.counters.backend(*id)?, count, Rates::default());
+            traffic.gateway_resets += ended.backend_resets.get(id).copied().unwrap_or(0);
+            status.traffic.add(&traffic);
+        }
+        let past = self.counters.past(self.applied.ids.groups[name])?;
+        status
+            .traffic
+            .add(&traffic(&past, FlowCount::default(), Rates::default()));
         Ok(status)
     }
 }

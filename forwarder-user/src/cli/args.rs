@@ -25,7 +25,10 @@ const MIN_INTERVAL: Duration = Duration::from_millis(200);
 /// Forwards traffic from listeners on VIPs to backends in other networks, by XDP.
 #[derive(Debug, Parser)]
 #[command(name = "forwarder", version, propagate_version = true)]
-#[command(after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 this host cannot.")]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 this host cannot, 4 (status) the data path \
+                        forwards without an agent."
+)]
 pub struct Cli {
     #[command(subcommand)]
     pub verb: Verb,
@@ -98,12 +101,14 @@ pub struct RunArgs {
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// Text on a terminal, else JSON
+    /// Text on a terminal, for the journal under systemd, else JSON
     Auto,
     /// One line of text per event
     Text,
     /// One JSON object per event
     Json,
+    /// Text for systemd's journal: a priority in front, no time
+    Journal,
 }
 
 /// Validate a configuration file; changes nothing and needs no privilege

@@ -1,4 +1,5 @@
-//! The command line: one file per verb, `args` with what can be typed, `output` with how it is answered.
+//! The command line: one file per verb, `args` with what can be typed, `output` with how it is answered,
+//! `log` with how the agent's log looks.
 //!
 //! A verb returns `Result<(), Errors>`; `main` prints the errors and turns them into the exit code. Data goes
 //! to stdout, talk and errors to stderr.
@@ -14,6 +15,7 @@ pub mod doctor;
 pub mod drain;
 pub mod explain;
 pub mod flows;
+pub mod log;
 pub mod man;
 pub mod output;
 pub mod plan;

@@ -2,6 +2,8 @@
 //!
 //! Draws the agent's [`Status`] for people, or prints it as JSON. Asks and changes nothing else.
 
+use std::path::Path;
+
 use anstyle::Style;
 use forwarder_common::abi::reason::DESCRIPTIONS;
 
@@ -14,8 +16,12 @@ use super::{
 };
 use crate::{
     api::STATUS_PATH,
-    config::address::all_at_port,
-    error::Errors,
+    config::{
+        address::all_at_port,
+        validate::{DEFAULT_CONTROL_SOCKET, DEFAULT_PIN_DIRECTORY},
+    },
+    datapath::left_behind::{self, LeftBehind},
+    error::{EXIT_UNATTENDED, Error, Errors},
     status::{
         BackendStatus, DiagnosisStatus, EjectionStatus, GroupStatus, PoolStatus, Rates, Status, TunnelStatus,
     },
@@ -31,12 +37,62 @@ const TITLE: Style = Style::new().bold();
 /// # Errors
 /// No agent answers, rights are missing, or the answer can't be written.
 pub fn status(args: &StatusArgs) -> Result<(), Errors> {
-    let status = ask::get(&args.agent.socket, STATUS_PATH)?;
+    let socket = &args.agent.socket;
+    let status = ask::get(socket, STATUS_PATH).map_err(|error| {
+        let default_pins =
+            (socket == Path::new(DEFAULT_CONTROL_SOCKET)).then_some(Path::new(DEFAULT_PIN_DIRECTORY));
+        match left_behind::of_socket(socket, default_pins) {
+            Some(found) if !ask::is_running(socket) => unattended(&found),
+            _ => error,
+        }
+    })?;
     match args.output.output {
         OutputFormat::Text => output::text(&draw(&status))?,
         OutputFormat::Json => output::json(&status)?,
     }
     Ok(())
+}
+
+/// What it means that nobody answers, although the data path is there.
+fn unattended(found: &LeftBehind) -> Error {
+    let directory = found.pin_directory.display();
+    let agent = match &found.agent {
+        Some(pid) => format!("process {pid}"),
+        None => "unknown".to_owned(),
+    };
+    if let Some(holder) = &found.holder {
+        return Error::failed(format!(
+            "the agent that holds the pins in {directory} (process {holder}) does not answer: it starts, stops, or hangs"
+        ))
+        .hint("wait a moment; if that stays so, see its log: `journalctl -u forwarder`");
+    }
+    let since = match found.silent_for {
+        Some(time) => format!("for {}", duration(time.as_secs())),
+        None => "since a time that is not known".to_owned(),
+    };
+    let attached: Vec<_> = found
+        .interfaces
+        .iter()
+        .map(|(name, kind)| format!("{name} ({})", kind.name()))
+        .collect();
+    let attached = if attached.is_empty() {
+        "nothing".to_owned()
+    } else {
+        attached.join(", ")
+    };
+    Error {
+        exit_code: EXIT_UNATTENDED,
+        ..Error::failed(format!(
+            "no agent runs, but its data path does: it has been without one {since}\n  \
+             pinned in {directory}, attached to {attached}; the last agent: {agent}\n  \
+             open and new connections are forwarded. Nobody checks health, so a backend that fails keeps its share; nobody\n  \
+             ends idle flows, so they keep their bindings; nobody follows changes of routes, and there are no metrics"
+        ))
+    }
+    .hint(format!(
+        "`systemctl start forwarder`, or `forwarder run -c FILE`, takes it over, and flows go on; \
+         `forwarder detach --pin-directory {directory}` ends it, and all flows"
+    ))
 }
 
 /// The status as text for a terminal.
@@ -385,8 +441,13 @@ pub(crate) fn duration(secs: u64) -> String {
 mod tests {
     use anstream::adapter::strip_str;
 
+    use std::time::Duration;
+
     use super::*;
-    use crate::status::testing::{assert_same_as_file, sample};
+    use crate::{
+        datapath::attach::AttachmentKind,
+        status::testing::{assert_same_as_file, sample},
+    };
 
     fn plain(status: &Status) -> String {
         strip_str(&draw(status)).to_string()
@@ -447,6 +508,36 @@ mod tests {
         );
         let durations = [0, 59, 61, 3_661, 93_784].map(duration);
         assert_eq!(durations, ["0 s", "59 s", "1 min 1 s", "1 h 1 min", "1 d 2 h"]);
+    }
+
+    #[test]
+    fn a_data_path_without_an_agent_is_told_plainly() {
+        let mut found = LeftBehind {
+            pin_directory: "/sys/fs/bpf/forwarder".into(),
+            interfaces: vec![
+                ("eth0".to_owned(), AttachmentKind::XdpNative),
+                ("interface 7".to_owned(), AttachmentKind::Tcx),
+            ],
+            agent: Some("4711".to_owned()),
+            holder: None,
+            silent_for: Some(Duration::from_secs(182)),
+        };
+        let error = unattended(&found);
+        assert_eq!(error.exit_code, EXIT_UNATTENDED);
+        let text = error.to_string();
+        for words in [
+            "no agent runs, but its data path does: it has been without one for 3 min 2 s\n",
+            "pinned in /sys/fs/bpf/forwarder, attached to eth0 (xdp-native), interface 7 (tcx); the last agent: process 4711",
+            "Nobody checks health",
+            "`forwarder detach --pin-directory /sys/fs/bpf/forwarder`",
+        ] {
+            assert!(text.contains(words), "{words:?} is not in {text}");
+        }
+        // An agent that is there but does not answer is something else.
+        found.holder = Some("4712".to_owned());
+        let error = unattended(&found);
+        assert_eq!(error.exit_code, crate::error::EXIT_FAILED);
+        assert!(error.what.contains("(process 4712) does not answer"), "{error}");
     }
 
     #[test]

@@ -98,6 +98,8 @@ pub struct Agent {
     pub pin_directory: PathBuf,
     /// What remains when the agent is told to stop.
     pub on_stop: OnStop,
+    /// Apply the file that the agent was started with whenever it changes; default false.
+    pub reload_on_change: bool,
     /// Lower the segment size that TCP connections announce to what the interfaces they pass carry; default true.
     pub mss_clamp: bool,
 }

@@ -104,6 +104,7 @@ const AGENT: Shape = Shape {
         "max_persistent_clients",
         "pin_directory",
         "on_stop",
+        "reload_on_change",
         "mss_clamp",
         "allowed_backend_ranges",
         "api",
@@ -222,6 +223,7 @@ pub struct Agent {
     pub max_persistent_clients: OptionalField<u32>,
     pub pin_directory: OptionalField<PathBuf>,
     pub on_stop: OptionalField<OnStop>,
+    pub reload_on_change: OptionalField<bool>,
     pub mss_clamp: OptionalField<bool>,
     pub allowed_backend_ranges: OptionalField<Vec<Field<IpNet>>>,
     pub api: Result<Option<RemoteApi>, Reported>,
@@ -351,6 +353,7 @@ impl Document {
                     "on_stop",
                     one_of(&[("detach", OnStop::Detach), ("keep", OnStop::Keep)]),
                 ),
+                reload_on_change: table.optional("reload_on_change", boolean),
                 mss_clamp: table.optional("mss_clamp", boolean),
                 allowed_backend_ranges: table.optional_list("allowed_backend_ranges", CIDRS, prefix),
                 api: table.optional_table("api", &REMOTE_API, |table| RemoteApi {

@@ -1,8 +1,8 @@
 //! Counters as numbers: the copies of all CPUs, added up.
 
-use aya::maps::{MapData, PerCpuArray};
+use aya::maps::{MapData, MapError, PerCpuArray};
 use forwarder_common::abi::{
-    backend::BackendId,
+    backend::{BackendId, GroupId},
     counter::{ReasonCounters, TrafficCounters},
     listener::ListenerId,
     reason::Reason,
@@ -26,6 +26,18 @@ impl CounterMaps {
     /// As for [`Self::listener`].
     pub fn backend(&self, id: BackendId) -> Result<TrafficCounters, Error> {
         traffic(&self.backends, id.0)
+    }
+
+    /// What backends of this group have counted that left it, and whose number is free again.
+    ///
+    /// # Errors
+    /// As for [`Self::listener`].
+    pub fn past(&self, id: GroupId) -> Result<TrafficCounters, Error> {
+        match self.past.get(&AsPod(id), 0) {
+            Ok(AsPod(past)) => Ok(past),
+            Err(MapError::KeyNotFound) => Ok(TrafficCounters::default()),
+            Err(error) => Err(kernel_error("read a counter", &error)),
+        }
     }
 
     /// Sum over all CPUs.
@@ -58,17 +70,22 @@ pub(super) fn traffic(
 ) -> Result<TrafficCounters, Error> {
     let mut sum = TrafficCounters::default();
     for AsPod(one) in per_cpu(map, index)? {
-        sum.flows_opened += one.flows_opened;
-        sum.request_packets += one.request_packets;
-        sum.request_bytes += one.request_bytes;
-        sum.reply_packets += one.reply_packets;
-        sum.reply_bytes += one.reply_bytes;
-        sum.client_resets += one.client_resets;
-        sum.backend_resets += one.backend_resets;
-        sum.flows_refused += one.flows_refused;
-        sum.gateway_resets += one.gateway_resets;
-        sum.flows_answered += one.flows_answered;
-        sum.flows_rejected += one.flows_rejected;
+        add(&mut sum, &one);
     }
     Ok(sum)
+}
+
+/// Adds what another counts.
+pub(super) fn add(sum: &mut TrafficCounters, one: &TrafficCounters) {
+    sum.flows_opened += one.flows_opened;
+    sum.request_packets += one.request_packets;
+    sum.request_bytes += one.request_bytes;
+    sum.reply_packets += one.reply_packets;
+    sum.reply_bytes += one.reply_bytes;
+    sum.client_resets += one.client_resets;
+    sum.backend_resets += one.backend_resets;
+    sum.flows_refused += one.flows_refused;
+    sum.gateway_resets += one.gateway_resets;
+    sum.flows_answered += one.flows_answered;
+    sum.flows_rejected += one.flows_rejected;
 }

@@ -4,8 +4,9 @@ use aya::{
     Ebpf,
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapType, PerCpuArray, Queue},
 };
+use bytemuck::Pod;
 use forwarder_common::abi::{
-    backend::{Backend, BackendGroup},
+    backend::{Backend, BackendGroup, GroupId},
     counter::{ReasonCounters, TrafficCounters},
     flow::{FlowId, FlowKey, FlowKeyV4, FlowReference},
     interface::{Interface, InterfaceKey},
@@ -99,15 +100,19 @@ impl FlowIndex {
     }
 }
 
-/// What is only read.
+/// What the programs count, and only the agent takes back to zero.
 pub struct CounterMaps {
     pub listeners: PerCpuArray<MapData, AsPod<TrafficCounters>>,
     pub backends: PerCpuArray<MapData, AsPod<TrafficCounters>>,
     pub reasons: PerCpuArray<MapData, AsPod<ReasonCounters>>,
+    /// What backends have counted that were in a group once: a group's counters do not fall when one leaves.
+    pub past: Hash<GroupId, TrafficCounters>,
 }
 
 /// The map of names, which no program reads.
 const NAMES: &str = "NAMES";
+/// [`CounterMaps::past`], which no program reads either.
+const PAST: &str = "PAST";
 /// BPF_F_NO_PREALLOC (linux/bpf.h): memory for the entries there are.
 const NO_PREALLOC: u32 = 1;
 
@@ -158,31 +163,36 @@ pub fn take(
         listeners: typed(ebpf, map_name::LISTENER_COUNTERS)?,
         backends: typed(ebpf, map_name::BACKEND_COUNTERS)?,
         reasons: typed(ebpf, map_name::REASON_COUNTERS)?,
+        past: own(PAST, sizes.groups.saturating_mul(2), pins)?,
     };
     Ok((control, flows, counters))
 }
 
-/// The map of names: the pinned one, or a new one.
 fn names(sizes: &Sizes, pins: Option<&PinDirectory>) -> Result<Hash<NameKey, NameRecord>, Error> {
+    // One that leaves the configuration and one that comes for it may be there together.
+    let entries = sizes
+        .listeners
+        .saturating_add(sizes.groups)
+        .saturating_add(sizes.backends)
+        .saturating_mul(2);
+    own(NAMES, entries, pins)
+}
+
+/// A map that only agents know, and so is not in the object: the pinned one, or a new one.
+fn own<K: Pod, V: Pod>(name: &str, entries: u32, pins: Option<&PinDirectory>) -> Result<Hash<K, V>, Error> {
     let open = || -> Result<MapData, Box<dyn std::error::Error>> {
-        let pin = pins.map(|pins| pins.map(NAMES));
+        let pin = pins.map(|pins| pins.map(name));
         if let Some(path) = pin.as_ref().filter(|path| path.exists()) {
             return Ok(MapData::from_pin(path)?);
         }
-        // One that leaves the configuration and one that comes for it may be there together.
-        let entries = sizes
-            .listeners
-            .saturating_add(sizes.groups)
-            .saturating_add(sizes.backends)
-            .saturating_mul(2);
         let object = aya_obj::Map::new_from_params(
             MapType::Hash as u32,
-            size_of::<NameKey>() as u32,
-            size_of::<NameRecord>() as u32,
+            size_of::<K>() as u32,
+            size_of::<V>() as u32,
             entries,
             NO_PREALLOC,
         );
-        let data = MapData::create(object, NAMES, None)?;
+        let data = MapData::create(object, name, None)?;
         if let Some(path) = pin {
             data.pin(path)?;
         }
@@ -190,7 +200,7 @@ fn names(sizes: &Sizes, pins: Option<&PinDirectory>) -> Result<Hash<NameKey, Nam
     };
     open()
         .and_then(|data| Ok(Map::HashMap(data).try_into()?))
-        .map_err(|error| kernel_error(&format!("open the map \"{NAMES}\""), error.as_ref()))
+        .map_err(|error| kernel_error(&format!("open the map \"{name}\""), error.as_ref()))
 }
 
 fn take_one(ebpf: &mut Ebpf, name: &str) -> Result<Map, Error> {

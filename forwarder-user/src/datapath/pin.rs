@@ -7,9 +7,12 @@
 //! ```text
 //! FLOWS, LISTENERS, ...    maps, by their names in the object
 //! NAMES                    which number is whose (`state::ids`)
+//! PAST                     what backends have counted that left their group (`maps`)
 //! FREE_FLOWS_7             the list of free flows that the agent number 7 made (`free_list`)
 //! link-tcx-12              the link on the interface with number 12
 //! owner -> 4711            process that holds the lock, or held it last
+//! agent -> 4711            process of the last agent that ran on them; changed at the last sign of its life
+//! control_socket -> /run/forwarder/control.sock   where that one is, or was, to be asked
 //! probe_address -> 10.0.0.1   an address that an agent gave to `lo`
 //! probe_address_v6 -> fd00::1   the same of IPv6
 //! ```
@@ -25,18 +28,25 @@ use std::{
 
 use forwarder_common::abi::map_name;
 use nix::{
+    fcntl::AT_FDCWD,
     mount::{MsFlags, mount},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
+    sys::{
+        stat::{UtimensatFlags, utimensat},
+        statfs::{BPF_FS_MAGIC, statfs},
+        time::TimeSpec,
+    },
 };
 
 use super::attach::AttachmentKind;
 use crate::{config::PerFamily, error::Error};
 
 /// Where every system has its BPF file system.
-const USUAL_MOUNT: &str = "/sys/fs/bpf";
+pub(super) const USUAL_MOUNT: &str = "/sys/fs/bpf";
 /// Nobody else has business with the maps.
 const MODE: u32 = 0o700;
-const OWNER: &str = "owner";
+pub(super) const OWNER: &str = "owner";
+pub(super) const AGENT: &str = "agent";
+pub(super) const CONTROL_SOCKET: &str = "control_socket";
 const PROBE_ADDRESS: &str = "probe_address";
 const PROBE_ADDRESS_V6: &str = "probe_address_v6";
 
@@ -174,22 +184,7 @@ impl PinDirectory {
     /// # Errors
     /// The directory cannot be read.
     pub fn links(&self) -> Result<Vec<PinnedLink>, Error> {
-        let mut links = Vec::new();
-        for name in self.names()? {
-            let Some((kind, ifindex)) = name
-                .strip_prefix("link-")
-                .and_then(|rest| rest.rsplit_once('-'))
-                .and_then(|(kind, ifindex)| Some((AttachmentKind::named(kind)?, ifindex.parse().ok()?)))
-            else {
-                continue;
-            };
-            links.push(PinnedLink {
-                path: self.path.join(&name),
-                kind,
-                ifindex,
-            });
-        }
-        Ok(links)
+        links_in(&self.path).map_err(|error| failed("read", &self.path, &error))
     }
 
     /// The lists of free flows, oldest first, and where the next one is to be pinned.
@@ -207,6 +202,24 @@ impl PinDirectory {
         numbers.sort_unstable();
         let next = numbers.last().map_or(0, |last| last + 1);
         Ok((numbers.into_iter().map(numbered).collect(), numbered(next)))
+    }
+
+    /// Notes that this process is the agent that runs on these pins, and where it is asked: for those who do not find it
+    /// there any more. One that holds the lock and then cannot start is not.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn note_agent(&self, socket: &Path) -> Result<(), Error> {
+        self.write(CONTROL_SOCKET, socket.to_str())?;
+        self.write(AGENT, Some(&process::id().to_string()))
+    }
+
+    /// Notes that the agent is alive, so that it is known since when it is not. Nothing else depends on it.
+    pub fn note_sign_of_life(&self) {
+        let (note, now) = (self.path.join(AGENT), TimeSpec::UTIME_NOW);
+        if let Err(error) = utimensat(AT_FDCWD, &note, &now, &now, UtimensatFlags::NoFollowSymlink) {
+            tracing::debug!(%error, "no sign of life at {}", note.display());
+        }
     }
 
     /// Notes that an agent gave this address to `lo`, or that it no longer is there.
@@ -260,12 +273,7 @@ impl PinDirectory {
     }
 
     fn names(&self) -> Result<Vec<String>, Error> {
-        let list = || -> io::Result<Vec<String>> {
-            fs::read_dir(&self.path)?
-                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-                .collect()
-        };
-        list().map_err(|error| failed("read", &self.path, &error))
+        names_in(&self.path).map_err(|error| failed("read", &self.path, &error))
     }
 
     fn write(&self, name: &str, text: Option<&str>) -> Result<(), Error> {
@@ -276,6 +284,31 @@ impl PinDirectory {
             None => Ok(()),
         }
     }
+}
+
+fn names_in(directory: &Path) -> io::Result<Vec<String>> {
+    fs::read_dir(directory)?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect()
+}
+
+/// The links that are pinned in a directory.
+pub(super) fn links_in(directory: &Path) -> io::Result<Vec<PinnedLink>> {
+    let mut links = Vec::new();
+    for name in names_in(directory)? {
+        let found = name
+            .strip_prefix("link-")
+            .and_then(|rest| rest.rsplit_once('-'))
+            .and_then(|(kind, ifindex)| Some((AttachmentKind::named(kind)?, ifindex.parse().ok()?)));
+        if let Some((kind, ifindex)) = found {
+            links.push(PinnedLink {
+                path: directory.join(&name),
+                kind,
+                ifindex,
+            });
+        }
+    }
+    Ok(links)
 }
 
 /// Looks at the nearest ancestor that exists.

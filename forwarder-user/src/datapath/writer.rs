@@ -6,13 +6,14 @@ use aya::{
 };
 use bytemuck::{Pod, Zeroable as _};
 use forwarder_common::abi::{
-    backend::{Backend, BackendGroup},
+    backend::{Backend, BackendGroup, BackendId, GroupId},
     counter::TrafficCounters,
     listener::Source,
     tunnel::{TunnelPeer, TunnelPort},
 };
 
 use super::{
+    counters::add,
     maps::{ControlMaps, CounterMaps, Trie},
     object::kernel_error,
     pod::AsPod,
@@ -88,7 +89,11 @@ impl Store for KernelTables<'_> {
                 .map(|old| Some(MapWrite::Listener(*key, old))),
             // Nobody has the number.
             MapWrite::ListenerCounters(id) => clear(&mut counters.listeners, id.0).map(|()| None),
-            MapWrite::BackendCounters(id) => clear(&mut counters.backends, id.0).map(|()| None),
+            MapWrite::BackendCounters(id, group) => {
+                return retire(counters, *id, *group).map(|()| None);
+            }
+            MapWrite::GroupPast(id, value) => exchange(&mut counters.past, id, value.as_deref())
+                .map(|old| Some(MapWrite::GroupPast(*id, old.map(Box::new)))),
         };
         undo.map_err(|error| kernel_error(&format!("write {write}"), &error))
     }
@@ -114,22 +119,23 @@ fn exchange<K: Pod, V: Pod>(
     Ok(old)
 }
 
-/// As [`exchange`], of a prefix in a trie: a look-up finds a shorter prefix as well, so the keys are looked through.
-fn exchange_prefix<K: Pod, V: Pod>(
+/// As [`exchange`], of a prefix in a trie. A look-up finds a shorter prefix as well; what one bit less finds, too, is
+/// none of this prefix, as no two prefixes that hold each other have the same value: those of a listener stand apart.
+fn exchange_prefix<K: Pod, V: Pod + PartialEq>(
     map: &mut Trie<V>,
     key: &K,
     value: Option<&V>,
 ) -> Result<Option<V>, MapError> {
+    let find = |map: &Trie<V>, bits: u32, words: [u32; 5]| match map.get(&Key::new(bits, words), 0) {
+        Ok(AsPod(found)) => Ok(Some(found)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(error),
+    };
     let key = trie_key(key);
-    let mut old = None;
-    for found in map.keys() {
-        let found = found?;
-        if (found.prefix_len(), found.data()) == (key.prefix_len(), key.data()) {
-            let AsPod(value) = map.get(&key, 0)?;
-            old = Some(value);
-            break;
-        }
-    }
+    let (bits, words) = (key.prefix_len(), key.data());
+    let found = find(map, bits, words)?;
+    let shorter = find(map, bits.saturating_sub(1), words)?;
+    let old = found.filter(|_| found != shorter);
     match value {
         Some(value) => map.insert(&key, AsPod(*value), 0)?,
         None if old.is_some() => map.remove(&key)?,
@@ -149,6 +155,23 @@ fn replace<V: Pod>(map: &mut Array<MapData, AsPod<V>>, index: u32, value: V) -> 
     let AsPod(old) = map.get(&index, 0)?;
     map.set(index, AsPod(value), 0)?;
     Ok(old)
+}
+
+/// Clears a backend's counters; what they were is its group's past. No step back is needed: together they are the same.
+fn retire(counters: &mut CounterMaps, id: BackendId, group: Option<GroupId>) -> Result<(), Error> {
+    let refused = |error: &MapError| kernel_error("clear the counters of a backend", error);
+    let Some(group) = group else {
+        return clear(&mut counters.backends, id.0).map_err(|error| refused(&error));
+    };
+    let before = counters.past(group)?;
+    let mut after = before;
+    add(&mut after, &counters.backend(id)?);
+    exchange(&mut counters.past, &group, Some(&after)).map_err(|error| refused(&error))?;
+    clear(&mut counters.backends, id.0).map_err(|error| {
+        // Or it would count twice. If this is refused as well, it does, and nothing else is wrong.
+        let _ = exchange(&mut counters.past, &group, Some(&before));
+        refused(&error)
+    })
 }
 
 fn clear(map: &mut PerCpuArray<MapData, AsPod<TrafficCounters>>, index: u32) -> Result<(), MapError> {

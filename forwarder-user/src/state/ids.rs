@@ -8,7 +8,7 @@
 //! Numbers and names are written beside the tables ([`NameKey`], [`NameRecord`]): the next agent reads them there.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fmt,
 };
 
@@ -213,31 +213,35 @@ impl Ids {
         }
         ids
     }
+}
 
-    /// The name behind a number, as messages have it.
-    pub fn backend_name(&self, id: BackendId) -> Option<String> {
-        self.backends
-            .iter()
-            .chain(&self.leaving_backends)
-            .find(|(_, found)| **found == id)
-            .map(|((group, name), _)| format!("{group}/{name}"))
-    }
+/// Names by number, as messages have them. A plan of ten thousand writes asks for as many.
+#[derive(Debug, Default)]
+pub struct NamesByNumber<'a> {
+    pub listeners: HashMap<ListenerId, &'a str>,
+    pub groups: HashMap<GroupId, &'a str>,
+    /// By group and backend name.
+    pub backends: HashMap<BackendId, (&'a str, &'a str)>,
+}
 
-    /// As [`Self::backend_name`].
-    pub fn group_name(&self, id: GroupId) -> Option<&str> {
-        self.groups
-            .iter()
-            .find(|(_, found)| **found == id)
-            .map(|(name, _)| name.as_str())
-    }
-
-    /// As [`Self::backend_name`].
-    pub fn listener_name(&self, id: ListenerId) -> Option<&str> {
-        self.listeners
-            .iter()
-            .chain(&self.leaving_listeners)
-            .find(|(_, found)| **found == id)
-            .map(|(name, _)| name.as_str())
+impl<'a> NamesByNumber<'a> {
+    /// Of several states of the numbers: what the first of them knows counts.
+    pub fn of(states: &[&'a Ids]) -> Self {
+        let mut names = Self::default();
+        for ids in states.iter().rev() {
+            let listeners = ids.leaving_listeners.iter().chain(&ids.listeners);
+            names
+                .listeners
+                .extend(listeners.map(|(name, id)| (*id, name.as_str())));
+            names
+                .groups
+                .extend(ids.groups.iter().map(|(name, id)| (*id, name.as_str())));
+            let backends = ids.leaving_backends.iter().chain(&ids.backends);
+            names
+                .backends
+                .extend(backends.map(|((group, name), id)| (*id, (group.as_str(), name.as_str()))));
+        }
+        names
     }
 }
 

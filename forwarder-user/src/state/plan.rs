@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr};
 use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId},
+        counter::TrafficCounters,
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         settings::Settings,
@@ -22,7 +23,7 @@ use forwarder_common::{
 
 use super::{
     desired::{Desired, source_key},
-    ids::{Ids, NameKey, NameKind, NameRecord},
+    ids::{Ids, NameKey, NameKind, NameRecord, NamesByNumber},
     placement::Placement,
     tables::Slots,
 };
@@ -49,8 +50,10 @@ pub enum MapWrite {
     ListenerRange(ListenerRangeKey, Option<Listener>),
     /// Back to zero, before the number is given to another name.
     ListenerCounters(ListenerId),
-    /// As for listeners.
-    BackendCounters(BackendId),
+    /// As for listeners; what it has counted becomes the past of its group, if that is there.
+    BackendCounters(BackendId, Option<GroupId>),
+    /// What the backends have counted that left a group.
+    GroupPast(GroupId, Option<Box<TrafficCounters>>),
 }
 
 /// What the tables hold: contents, who has which number, where the slots stand.
@@ -91,7 +94,11 @@ impl Applied {
         for key in names_before.keys().filter(|key| !names_after.contains_key(key)) {
             match key.kind {
                 NameKind::LISTENER => writes.push(MapWrite::ListenerCounters(ListenerId(key.id))),
-                NameKind::BACKEND => writes.push(MapWrite::BackendCounters(BackendId(key.id))),
+                NameKind::BACKEND => {
+                    let group = after.ids.groups.get(&names_before[key].group());
+                    writes.push(MapWrite::BackendCounters(BackendId(key.id), group.copied()));
+                }
+                NameKind::GROUP => writes.push(MapWrite::GroupPast(GroupId(key.id), None)),
                 _ => {}
             }
             writes.push(MapWrite::Name(*key, None));
@@ -246,19 +253,17 @@ fn went<K: Ord, V>(
 }
 
 impl MapWrite {
-    /// The write as one line for people, with the names behind the numbers where `ids` has them.
-    pub fn describe(&self, ids: &[&Ids]) -> String {
+    /// The write as one line for people, with the name behind its number where there is one.
+    pub fn describe(&self, names: &NamesByNumber<'_>) -> String {
         let name = match self {
-            Self::Backend(id, _) | Self::BackendCounters(id) => {
-                ids.iter().find_map(|ids| ids.backend_name(*id))
-            }
-            Self::Group(id, _) => ids.iter().find_map(|ids| ids.group_name(*id)).map(str::to_owned),
+            Self::Backend(id, _) | Self::BackendCounters(id, _) => names
+                .backends
+                .get(id)
+                .map(|(group, name)| format!("{group}/{name}")),
+            Self::Group(id, _) | Self::GroupPast(id, _) => names.groups.get(id).map(ToString::to_string),
             Self::Listener(_, Some(Listener { id, .. }))
             | Self::ListenerRange(_, Some(Listener { id, .. }))
-            | Self::ListenerCounters(id) => ids
-                .iter()
-                .find_map(|ids| ids.listener_name(*id))
-                .map(str::to_owned),
+            | Self::ListenerCounters(id) => names.listeners.get(id).map(ToString::to_string),
             _ => None,
         };
         match name {
@@ -385,7 +390,9 @@ impl fmt::Display for MapWrite {
                 )
             }
             Self::ListenerCounters(id) => write!(f, "clear counters of listener {}", id.0),
-            Self::BackendCounters(id) => write!(f, "clear counters of backend {}", id.0),
+            Self::BackendCounters(id, _) => write!(f, "clear counters of backend {}", id.0),
+            Self::GroupPast(id, None) => write!(f, "clear counters of group {}", id.0),
+            Self::GroupPast(id, Some(_)) => write!(f, "counters of group {}", id.0),
         }
     }
 }

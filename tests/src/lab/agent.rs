@@ -79,11 +79,11 @@ struct Files {
 }
 
 impl Files {
-    fn new(lab: &Lab) -> Result<Self> {
+    fn new(lab: &Lab, binary: &Path) -> Result<Self> {
         let directory = lab.directory().join("agent");
         fs::create_dir_all(&directory)?;
         Ok(Self {
-            binary: binary()?,
+            binary: binary.to_owned(),
             configuration: directory.join("forwarder.toml"),
             control_socket: control_socket(lab),
             notify_socket: directory.join("notify.sock"),
@@ -138,6 +138,16 @@ impl Agent {
         Self::start_by(lab, gateway, configuration, &[])
     }
 
+    /// As [`Self::start`], of a binary of one's own.
+    pub fn start_binary(
+        lab: &Lab,
+        gateway: &Namespace,
+        configuration: &Configuration,
+        binary: &Path,
+    ) -> Result<Self> {
+        Self::start_as(lab, gateway, configuration, binary, &[])
+    }
+
     /// As [`Self::start`], by a program that becomes the agent: `launcher` is it and its arguments, to which the
     /// agent's command line is added. Empty: none.
     pub fn start_by(
@@ -146,7 +156,17 @@ impl Agent {
         configuration: &Configuration,
         launcher: &[&str],
     ) -> Result<Self> {
-        let files = Files::new(lab)?;
+        Self::start_as(lab, gateway, configuration, &binary()?, launcher)
+    }
+
+    fn start_as(
+        lab: &Lab,
+        gateway: &Namespace,
+        configuration: &Configuration,
+        binary: &Path,
+        launcher: &[&str],
+    ) -> Result<Self> {
+        let files = Files::new(lab, binary)?;
         fs::write(&files.configuration, configuration.to_string())?;
         // A second agent of the same lab finds the first one's.
         let _ = fs::remove_file(&files.notify_socket);

@@ -31,6 +31,7 @@ pub mod topology;
 pub mod tunnel;
 pub mod udp;
 mod undo;
+pub mod upgrade;
 mod wait;
 
 pub use namespace::Namespace;

@@ -1,5 +1,7 @@
 //! What the agent says about itself: `forwarder status -o json`, and the Prometheus text.
 
+use std::collections::HashMap;
+
 use anyhow::{Context, Result};
 pub use forwarder_user::status::{BackendStatus, DiagnosisStatus, Status};
 
@@ -59,6 +61,27 @@ impl Metrics {
             .map(|sample| sample.value)
             .sum()
     }
+
+    /// Counters that are lower than in an earlier scrape, in words; those that are missing from one of the two, as their
+    /// object came or went, are left out.
+    pub fn fallen_since(&self, before: &Self) -> Vec<String> {
+        let earlier: HashMap<_, _> = before
+            .samples
+            .iter()
+            .map(|sample| ((&sample.name, &sample.labels), sample.value))
+            .collect();
+        self.samples
+            .iter()
+            .filter(|sample| sample.name.ends_with("_total"))
+            .filter_map(|sample| {
+                let was = *earlier.get(&(&sample.name, &sample.labels))?;
+                (sample.value < was).then(|| {
+                    let Sample { name, labels, value } = sample;
+                    format!("{name} {labels:?}: {value} after {was}")
+                })
+            })
+            .collect()
+    }
 }
 
 impl Sample {
@@ -99,5 +122,17 @@ mod tests {
         assert_eq!(metrics.sum("x_total", &[("backend", "b")]), 4.0);
         assert_eq!(metrics.sum("up", &[]), 1.0);
         assert_eq!(metrics.sum("down", &[]), 0.0);
+    }
+
+    #[test]
+    fn only_counters_fall_that_are_in_both_scrapes() {
+        let [before, after] = [
+            "a_total{x=\"1\"} 3\na_total{x=\"2\"} 3\nb_total 3\ngauge 3\n# EOF\n",
+            "a_total{x=\"1\"} 2\na_total{x=\"3\"} 1\nb_total 3\ngauge 2\n# EOF\n",
+        ]
+        .map(|text| Metrics::parse(text).unwrap());
+        let fallen = after.fallen_since(&before);
+        assert_eq!(fallen.len(), 1, "{fallen:?}");
+        assert!(fallen[0].contains("2 after 3"), "{fallen:?}");
     }
 }

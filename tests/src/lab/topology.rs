@@ -10,6 +10,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
     time::Duration,
 };
 
@@ -440,6 +441,14 @@ impl Site {
         &self.clients[0]
     }
 
+    /// The client's own address.
+    pub fn client_address(&self) -> Result<Ipv4Addr> {
+        let text = self.client().run("ip -4 -o address show dev eth0")?;
+        let word = text.split_whitespace().find(|word| word.contains('/'));
+        let (address, _) = word.and_then(|word| word.split_once('/')).context("an address")?;
+        Ok(address.parse()?)
+    }
+
     pub fn server(&self, name: &str) -> Result<&Server> {
         self.servers
             .iter()
@@ -525,7 +534,17 @@ impl Site {
 
     /// Starts the agent and waits until it calls every backend of `group` healthy.
     pub fn start_agent(&self, configuration: &Configuration, group: &str) -> Result<Agent> {
-        let agent = Agent::start(&self.lab, &self.gateway, configuration)?;
+        self.start_agent_binary(&agent::binary()?, configuration, group)
+    }
+
+    /// As [`Self::start_agent`], of a binary of one's own.
+    pub fn start_agent_binary(
+        &self,
+        binary: &Path,
+        configuration: &Configuration,
+        group: &str,
+    ) -> Result<Agent> {
+        let agent = Agent::start_binary(&self.lab, &self.gateway, configuration, binary)?;
         wait_until("all backends to be healthy", Duration::from_secs(10), || {
             let backends = agent.backends(group)?;
             let other = backends.iter().find(|backend| backend.health != HEALTHY);

@@ -32,8 +32,12 @@ enum Name {
         #[arg(long)]
         on_unhealthy: Option<String>,
     },
-    /// Time to build and swap tables, requests lost by swaps, and the cost of passive checks
-    Tables,
+    /// Time to build and swap tables and to apply configurations, requests lost by swaps, and the cost of passive checks
+    Tables {
+        /// Only what has this in its name: build, looks, swaps, apply
+        #[arg(long)]
+        only: Option<String>,
+    },
     /// What a packet costs, in nanoseconds, beside the least that it could
     Packets {
         /// The benchmark's own BPF programs
@@ -61,7 +65,7 @@ fn main() -> ExitCode {
     println!("{}\n", machine());
     let outcome = match arguments.name {
         Name::Failover { on_unhealthy } => failover::run(on_unhealthy.as_deref()),
-        Name::Tables => tables::run(),
+        Name::Tables { only } => tables::run(only.as_deref().unwrap_or_default()),
         Name::Packets { object, only } => packets::run(&object, only.as_deref().unwrap_or_default()),
         Name::Tunnels { object } => tunnels::run(&object),
     };

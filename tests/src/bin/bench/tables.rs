@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::Ipv4Addr,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
     thread,
     time::{Duration, Instant},
@@ -17,7 +18,7 @@ use forwarder_tests::{
     lab::{
         Lifetime,
         agent::Agent,
-        configuration::Configuration,
+        configuration::{Check, Configuration},
         load::{Connections, wrk},
         topology::{Extras, PORT, Site},
     },
@@ -34,14 +35,25 @@ use crate::markdown;
 
 const BACKENDS: [u32; 4] = [10, 100, 1_000, 10_000];
 const RUNS: usize = 15;
+/// Changes of many backends, there and back.
+const APPLIES: usize = 3;
 /// Changes of a weight while clients send requests.
 const SWAPS: usize = 1_000;
 const CONNECTIONS: u32 = 16;
 
-pub(crate) fn run() -> Result<()> {
-    println!("{}\n", build_and_swap()?);
-    println!("{}\n", looks()?);
-    println!("{}", swaps_under_load()?);
+/// A measurement, which returns what it has found in Markdown.
+type Part = fn() -> Result<String>;
+
+pub(crate) fn run(only: &str) -> Result<()> {
+    let parts: [(&str, Part); 4] = [
+        ("build", build_and_swap),
+        ("looks", looks),
+        ("swaps", swaps_under_load),
+        ("apply", applies),
+    ];
+    for (_, part) in parts.iter().filter(|(name, _)| name.contains(only)) {
+        println!("{}\n", part()?);
+    }
     Ok(())
 }
 
@@ -234,6 +246,88 @@ fn change_weight(site: &Site, agent: &Agent, weight: u16) -> Result<()> {
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(())
+}
+
+/// How many backends change at once.
+const MANY: u32 = 10_000;
+
+/// Backends of one group: weight of all, where they are, the first part of their names, and the weight of the first.
+#[derive(Clone, Copy)]
+struct Many {
+    weight: u16,
+    network: u8,
+    name: &'static str,
+    first_weight: u16,
+}
+
+impl Many {
+    fn configuration(self, site: &Site) -> Configuration {
+        let mut configuration =
+            site.configuration(&[])
+                .agent_key("max_slots", "8388608")
+                .group("web", "full", Check::None);
+        for number in 0..MANY {
+            let address = Ipv4Addr::new(172, self.network, (number >> 8) as u8, number as u8);
+            let weight = if number == 0 {
+                self.first_weight
+            } else {
+                self.weight
+            };
+            let name = format!("{}{number}", self.name);
+            configuration = configuration.backend("web", &name, address, PORT, weight);
+        }
+        configuration.listener("web", site.vip, PORT, "tcp", "web")
+    }
+}
+
+/// From `forwarder apply` to its end: then the tables are in force, and all that follows from them.
+fn applies() -> Result<String> {
+    let site = Site::cross_region(Lifetime::Process, Extras::default())?;
+    let first = Many {
+        weight: 100,
+        network: 20,
+        name: "a",
+        first_weight: 100,
+    };
+    let agent = Agent::start(&site.lab, &site.gateway, &first.configuration(&site))?;
+    let mut rows = Vec::new();
+    for (what, changed) in [
+        ("nothing", first),
+        (
+            "the weight of one",
+            Many {
+                first_weight: 50,
+                ..first
+            },
+        ),
+        ("the weights of all", Many { weight: 50, ..first }),
+        ("the addresses of all", Many { network: 21, ..first }),
+        ("all go, as many others come", Many { name: "b", ..first }),
+    ] {
+        eprintln!("{MANY} backends: {what} ...");
+        let mut times = Vec::new();
+        // There and back, so that each run changes as much as the first.
+        for _ in 0..APPLIES {
+            for next in [changed, first] {
+                let file = site.lab.directory().join("next.toml");
+                fs::write(&file, next.configuration(&site).to_string())?;
+                let began = Instant::now();
+                let output = agent.ask("apply", &["-c", file.to_str().context("the path is text")?])?;
+                times.push(began.elapsed());
+                ensure!(
+                    output.status.success(),
+                    "{what}: {}",
+                    String::from_utf8_lossy(&output.stderr).trim()
+                );
+            }
+        }
+        rows.push([what.to_owned(), spread(times)]);
+    }
+    Ok(format!(
+        "`forwarder apply` of {MANY} backends in one group, {} runs each, from the command's start to its end.\n\n{}",
+        APPLIES * 2,
+        markdown(["what changes", "median (min to max)"], &rows)
+    ))
 }
 
 /// Configurations that the agent has applied.
