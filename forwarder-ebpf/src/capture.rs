@@ -103,7 +103,7 @@ fn is_due(filter: &CaptureFilter, room: &mut CaptureRoom, reason: Reason) -> boo
         return false;
     }
     room.matched += 1;
-    filter.one_in <= 1 || room.matched % u64::from(filter.one_in) == 0
+    filter.one_in <= 1 || room.matched.is_multiple_of(u64::from(filter.one_in))
 }
 
 macro_rules! after {
