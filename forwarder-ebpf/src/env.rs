@@ -136,12 +136,13 @@ impl Env for KernelEnv {
         held.len = len;
         let packet = held.packet.as_mut_ptr().cast();
         let offset = frame.network_offset;
-        // SAFETY: the helper writes `len` bytes at most, which is no more than the array has, and checks the offset.
-        let loaded = unsafe {
-            match self.hook {
-                Hook::Tcx => bpf_skb_load_bytes(self.ctx, offset, packet, len),
-                Hook::Xdp | Hook::XdpGeneric => bpf_xdp_load_bytes(self.ctx.cast(), offset, packet, len),
-            }
+        let loaded = match self.hook {
+            // SAFETY: the helper writes `len` bytes at most, which is no more than the array has, and checks the offset.
+            Hook::Tcx => unsafe { bpf_skb_load_bytes(self.ctx, offset, packet, len) },
+            // SAFETY: as above.
+            Hook::Xdp | Hook::XdpGeneric => unsafe {
+                bpf_xdp_load_bytes(self.ctx.cast(), offset, packet, len)
+            },
         };
         if loaded < 0 {
             entry.discard(0);

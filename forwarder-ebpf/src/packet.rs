@@ -22,14 +22,12 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, parse::Frame, translate},
+    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, translate},
     wire::{
         LinkPair, WireHeader,
         checksum::{Delta, fold},
         crc32c,
         ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
-        ipv4::Ipv4Header,
-        ipv6::Ipv6Header,
     },
 };
 

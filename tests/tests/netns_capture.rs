@@ -38,7 +38,7 @@ fn play(test: impl FnOnce(&Site, &Agent) -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-fn succeeded(output: Output) -> Result<String> {
+fn succeeded(output: &Output) -> Result<String> {
     ensure!(
         output.status.success(),
         "{}",
@@ -86,7 +86,7 @@ fn a_capture_has_both_sides_of_a_connection_with_verdict_and_reason() -> Result<
             let capture = scope.spawn(move || agent.ask("capture", &[&arguments[..], &limits].concat()));
             await_file(&file)?;
             curl(site.client(), site.vip, PORT)?.body().context("a page")?;
-            succeeded(joined(capture)?)
+            succeeded(&joined(capture)?)
         })?;
         let seen = site.client().run(&format!("tcpdump -n -r {name}"))?;
         let lines: Vec<&str> = seen.lines().collect();
@@ -130,7 +130,7 @@ fn a_trace_says_why_a_packet_went_no_further() -> Result<()> {
                     "-o",
                     "json",
                 ];
-                succeeded(agent.ask("trace", &arguments)?)
+                succeeded(&agent.ask("trace", &arguments)?)
             });
             // Until the trace has begun, nobody sees them.
             wait_until("the trace to end", DEADLINE, || {
@@ -162,7 +162,8 @@ fn one_captures_at_a_time_and_nobody_afterwards() -> Result<()> {
         let file = site.lab.directory().join("all.pcapng");
         let name = file.to_str().context("the path is text")?;
         thread::scope(|scope| {
-            let capture = scope.spawn(|| succeeded(agent.ask("capture", &["--write", name, "--for", "3s"])?));
+            let capture =
+                scope.spawn(|| succeeded(&agent.ask("capture", &["--write", name, "--for", "3s"])?));
             await_file(&file)?;
             let refused = agent.ask("trace", &["--for", "1s"])?;
             ensure!(!refused.status.success());
@@ -171,7 +172,7 @@ fn one_captures_at_a_time_and_nobody_afterwards() -> Result<()> {
             joined(capture)
         })?;
         wait_until("the maps to be free", DEADLINE, || {
-            succeeded(agent.ask("trace", &["--for", "100ms"])?)
+            succeeded(&agent.ask("trace", &["--for", "100ms"])?)
         })?;
         // What does not exist is named.
         let refused = agent.ask("trace", &["--reason", "nonsense"])?;
