@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     packet::{Builder, Checksum, chunk, segment},
-    tables::{CLIENT_SIDE, MemoryTables, SERVER_SIDE, in_v6, mac_of},
+    tables::{CLIENT_SIDE, MemoryTables, SERVER_SIDE, TUNNEL_SIDE, in_v6, mac_of},
 };
 
 pub(super) const WEB: Service = Service::new(80, 0, 0, SERVER);
@@ -26,6 +26,7 @@ pub(super) const DNS: Service = Service::new(53, 1, 1, UDP_SERVER);
 pub(super) const REMOTE: Service = Service::new(81, 2, 2, server([192, 168, 1, 20]));
 pub(super) const SIGNALLING: Service = Service::new(2905, 3, 3, SERVER);
 pub(super) const ECHO: Service = Service::new(0, 4, 4, SERVER);
+const REMOTE_DNS: Service = Service::new(54, 5, 5, server([192, 168, 1, 20]));
 
 /// Which way requests are translated.
 #[derive(Clone, Copy)]
@@ -64,6 +65,7 @@ impl Way {
             (REMOTE, TCP),
             (SIGNALLING, SCTP),
             (ECHO, ICMP),
+            (REMOTE_DNS, UDP),
         ];
         for (service, protocol) in services {
             let address = self.server_side(service.server).ip();
@@ -247,6 +249,37 @@ pub(super) fn all() -> Vec<Case> {
                     .counts(REMOTE.opened()),
             ),
         );
+        if !way.is_client_v4 {
+            let (packet, out) = way.request(REMOTE_DNS, Builder::udp(CLIENT, REMOTE_DNS.vip()));
+            let opened = Step::passed(packet.build(), Reason::REQUEST_TO_STACK)
+                .out(frame(&out))
+                .counts(REMOTE_DNS.opened());
+            let answer = |checksum: Option<Checksum>| {
+                let answer = Builder::udp(REMOTE_DNS.server, binding(0)).payload(33);
+                way.reply(
+                    REMOTE_DNS,
+                    match checksum {
+                        Some(checksum) => answer.checksum(checksum),
+                        None => answer,
+                    },
+                )
+            };
+            let link = |packet: Builder| packet.link(mac_of(*REMOTE_DNS.server.ip()), TUNNEL_SIDE.mac);
+            let packet = link(answer(Some(Checksum::Fixed(0))).0).build();
+            let mut out = link(answer(None).1).build();
+            // The kernel writes the link header as it sends.
+            out[12..14].copy_from_slice(&packet[12..14]);
+            let verdict = Verdict::redirect(CLIENT_SIDE.ifindex);
+            let reply = Step::new(&TUNNEL_SIDE, packet, verdict, Reason::REPLY_FORWARDED)
+                .in_tunnel()
+                .out(out)
+                .counts(REMOTE_DNS.first_answer());
+            cases.push(
+                case("A datagram without a checksum out of a tunnel gets one")
+                    .then(opened)
+                    .then(reply),
+            );
+        }
         let mut clamped = way.world();
         for interface in clamped.interfaces.values_mut() {
             interface.mtu_bytes = 1500;
