@@ -96,8 +96,6 @@ before!(forwarder_capture_tcx __sk_buff, |ctx| SkbPacket::new(TcContext::new(ctx
 
 /// Is this packet's reason one that is asked for, and its turn?
 #[inline(always)]
-// `is_multiple_of` asks for zero as well, which was ruled out before it.
-#[allow(clippy::manual_is_multiple_of)]
 fn is_due(filter: &CaptureFilter, room: &mut CaptureRoom, reason: Reason) -> bool {
     // Not the next packet's, should that begin before somebody captures and end after.
     let is_wanted = core::mem::replace(&mut room.is_wanted, 0) != 0;
