@@ -205,7 +205,8 @@ pub trait Packet {
         0
     }
 
-    /// Folded sum of `len` bytes at `offset`, in machine order; an odd last byte is padded with zero.
+    /// Folded sum of `len` bytes at `offset`, in machine order; an odd last byte is padded with zero. Of more than 9000
+    /// bytes any number, in the kernel: such are put together from several packets, whose checksum is still owed.
     ///
     /// # Errors
     /// [`Reason::TRUNCATED`] when the frame ends before that.

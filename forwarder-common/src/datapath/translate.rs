@@ -32,6 +32,8 @@ use crate::{
 pub const DIFFERENCE: u32 = (Ipv6Header::LEN - Ipv4Header::LEN) as u32;
 /// RFC 7915 §5.1: what is no larger may be fragmented behind the gateway, as no IPv6 node sends less.
 const FRAGMENTABLE: u32 = 1260;
+/// What the kernel's adapter sums: a jumbo frame (`Packet::sum`).
+const MOST_SUMMED: u32 = 9000;
 /// RFC 4443 §2.4 (c): an ICMP error of IPv6 has at most so many bytes.
 pub(super) const MOST_OF_ERROR: u32 = 1280;
 
@@ -45,7 +47,7 @@ pub const fn is_due(frame: &Frame, rewrite: &Rewrite) -> bool {
 ///
 /// # Errors
 /// A drop for an ICMP error that the other family has no equal of, and for a datagram without a checksum that needs one
-/// and is not all there (RFC 7915 §4.5), or of which the kernel has put several together.
+/// and is not all there (RFC 7915 §4.5), of which the kernel has put several together, or which is too long to sum.
 #[inline(always)]
 pub fn check<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
     if !is_due(&walk.frame, &walk.hit.rewrite) {
@@ -55,7 +57,8 @@ pub fn check<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
         return packet.find_equal_error(walk);
     }
     let is_in_parts = walk.frame.fragment == part::FIRST || packet.segment_size() != 0;
-    if is_in_parts && lacks_checksum(packet, &walk.frame)? {
+    let is_too_long = walk.frame.transport_len > MOST_SUMMED;
+    if (is_in_parts || is_too_long) && lacks_checksum(packet, &walk.frame)? {
         return Err(Stop::drop(Reason::UNTRANSLATABLE));
     }
     Ok(())
