@@ -430,7 +430,10 @@ impl MemoryTables {
         let long = packet::forward_the_long_way(program.kind(), frame, &mut before, &mut env, &settings);
         assert_eq!(done, long, "the short way and the long way, of {frame:02x?}");
         let differences = before.differences(self);
-        assert!(differences.is_empty(), "the short way and the long way: {differences:?}");
+        assert!(
+            differences.is_empty(),
+            "the short way and the long way: {differences:?}"
+        );
         done
     }
 }

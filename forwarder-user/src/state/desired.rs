@@ -378,7 +378,11 @@ fn whole_secs(time: Duration) -> u32 {
 /// What the configuration says about flags of the settings.
 /// Destinations that may be of a VIP or of a DNAT flow, now or since before.
 fn own_addresses(config: &Config, before: &AddressFilter) -> AddressFilter {
-    if config.groups.values().any(|group| group.nat == config::NatMode::Dnat) {
+    if config
+        .groups
+        .values()
+        .any(|group| group.nat == config::NatMode::Dnat)
+    {
         return AddressFilter::ALL;
     }
     let mut own = *before;
