@@ -182,7 +182,7 @@ mod tests {
             snat_port: Be16::new(1024),
             backend_port: Be16::new(8443),
             protocol: u32::from(protocol),
-            reserved: 0,
+            families: 0,
         };
         entry.client_expects = Be32::new(0x0102_0304);
         entry.backend_expects = Be32::new(0x0506_0708);

@@ -459,4 +459,32 @@ mod tests {
         assert_eq!(healthy(&["b"], &["b", "c"]), "b", "a suspect is better than none");
         assert_eq!(healthy(&[], &["b"]), "", "but not one that fails its probes");
     }
+
+    #[test]
+    fn the_filter_has_every_vip_and_keeps_those_that_went() {
+        let parse = |vip: &str, nat: &str| {
+            let text = format!(
+                "[snat]\nprefixes = [\"100.64.0.0/26\"]\n[interface.eth0]\n[group.web]\nnat = \"{nat}\"\n\
+                 backend.a = {{ address = \"10.0.0.1\", port = 80 }}\n\
+                 [listener.web]\nvip = \"{vip}\"\nport = 80\ngroup = \"web\"\n"
+            );
+            config::load::parse(&text, Path::new("test.toml")).unwrap()
+        };
+        let address = |text: &str| IpAddress::from(text.parse::<std::net::IpAddr>().unwrap());
+        let (old, new, other) = ("10.0.0.100", "10.0.0.101", address("10.0.0.102"));
+        let first = own_addresses(&parse(old, "full"), &AddressFilter::default());
+        assert!(first.may_have(address(old)) && !first.may_have(address(new)));
+        let second = own_addresses(&parse(new, "full"), &first);
+        assert!(
+            second.may_have(address(old)) && second.may_have(address(new)),
+            "there may be flows of the old one"
+        );
+        assert!(!second.may_have(other));
+        let dnat = own_addresses(&parse(new, "dnat"), &second);
+        assert!(
+            dnat.may_have(other),
+            "a reply in DNAT mode is addressed to a client"
+        );
+        assert_eq!(own_addresses(&parse(new, "full"), &dnat), dnat);
+    }
 }
