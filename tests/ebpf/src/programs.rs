@@ -219,7 +219,8 @@ pub(crate) fn bench_take(ctx: TcContext) -> i32 {
         return TC_ACT_OK;
     };
     (arrivals.source, arrivals.source_port) = (source, port);
-    if len == arrivals.len && destination == arrivals.destination {
+    arrivals.last_destination = destination;
+    if len == arrivals.len && (destination ^ arrivals.destination) & arrivals.destination_mask == 0 {
         arrivals.good += 1;
     } else {
         arrivals.bad += 1;
