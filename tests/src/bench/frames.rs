@@ -9,6 +9,7 @@ use std::{
     fs,
     net::{Ipv4Addr, SocketAddrV4},
     path::Path,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -37,8 +38,10 @@ const BATCH: u32 = 64;
 pub const CPU: usize = 0;
 /// What a datagram carries: enough for all that is written to be within the frame.
 pub const PAYLOAD: usize = 220;
-/// The last bytes of each datagram.
-const MARK: u64 = 0x6d61_726b_6d61_726b;
+/// The last bytes of each datagram, to which a number is added.
+const MARK: u64 = 0x6d61_726b_0000_0000;
+/// How many bytes those are.
+const MARK_LEN: usize = size_of::<u64>();
 /// From the end of a frame to its inner IPv4 addresses: payload, UDP header and both addresses.
 const ADDRESSES_BACK: u32 = PAYLOAD as u32 + 8 + 8;
 /// For the last packets, which may still be on their way.
@@ -90,14 +93,14 @@ pub struct Seen {
 }
 
 /// Nanoseconds that a thread has run.
-fn ran(thread: &str) -> Result<u64> {
+pub(super) fn ran(thread: &str) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{thread}/schedstat"))?;
     let first = text.split_whitespace().next().context("an empty schedstat")?;
     Ok(first.parse()?)
 }
 
 /// The kernel's thread that processes packets when there are more than fit in between.
-fn ksoftirqd() -> Result<String> {
+pub(super) fn ksoftirqd() -> Result<String> {
     let wanted = format!("ksoftirqd/{CPU}");
     for entry in fs::read_dir("/proc")? {
         let name = entry?.file_name().to_string_lossy().into_owned();
@@ -127,6 +130,7 @@ impl OneWay {
             .try_into()?;
         program.load()?;
         ensure!(frame.len() >= TEMPLATE_BYTES, "a frame of {} bytes", frame.len());
+        let mark = u64::from_ne_bytes(frame[frame.len() - MARK_LEN..].try_into()?);
         let mut scenario = Scenario {
             frame_len: frame.len() as u32,
             ifindex: ifindex(from)?,
@@ -153,7 +157,7 @@ impl OneWay {
             frame,
             taker,
             wanted: Arrivals {
-                mark: MARK,
+                mark,
                 len: wanted.len as u32,
                 addresses_back: ADDRESSES_BACK,
                 destination: u32::from_ne_bytes(wanted.destination.octets()),
@@ -301,10 +305,12 @@ pub fn mac((namespace, interface): End<'_>) -> Result<Mac> {
     octets.try_into().ok().context("six octets")
 }
 
-/// What each datagram carries.
+/// What each datagram of one way carries; it ends with a mark that is no other way's, as several may end at one interface.
 pub fn payload() -> Vec<u8> {
+    static MADE: AtomicU64 = AtomicU64::new(0);
+    let mark = MARK + MADE.fetch_add(1, Relaxed);
     let mut payload = vec![0x5a; PAYLOAD];
-    payload[PAYLOAD - 8..].copy_from_slice(&MARK.to_ne_bytes());
+    payload[PAYLOAD - MARK_LEN..].copy_from_slice(&mark.to_ne_bytes());
     payload
 }
 

@@ -100,11 +100,12 @@ fn maps(lab: &Lab) -> Result<BTreeMap<String, u64>> {
     for entry in fs::read_dir(lab.pin_directory())? {
         let path = entry?.path();
         let name = path.file_name().context("a name")?.to_string_lossy().into_owned();
-        // Links are pinned there, too.
-        let Ok(map) = MapData::from_pin(&path) else {
-            continue;
-        };
+        let map = MapData::from_pin(&path)?;
         let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd()))?;
+        // Links are pinned there, too.
+        if !info.contains("map_type:") {
+            continue;
+        }
         let taken = info
             .lines()
             .find_map(|line| line.strip_prefix("memlock:"))

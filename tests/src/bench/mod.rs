@@ -227,6 +227,15 @@ impl Spread {
     }
 }
 
+/// How often one cost is contained in another; nothing where one of them is lost in the other's noise.
+fn times(over: f64, under: f64) -> String {
+    if over > 0.0 && under > 0.0 {
+        format!("{:.1}", over / under)
+    } else {
+        "–".to_owned()
+    }
+}
+
 /// Lets all contenders have their turns, so that what changes on the machine meanwhile meets all alike. The first turn
 /// of each is cold and its outcome is thrown away, but not its errors.
 pub fn in_turns<C, T>(

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use super::{
     Bar, Effort, Measured, Plot, PlotKind, Spread, Table,
     frames::{OneWay, PAYLOAD, Trial, Wanted, between_neighbours, is_the_generator, mac, payload},
-    in_turns,
+    in_turns, times,
 };
 use crate::{
     lab::{
@@ -138,7 +138,7 @@ fn report(outcomes: &[(Who, Vec<[Trial; 2]>)], trials: usize, count: u32) -> Res
                 if *who == Who::Nobody {
                     String::new()
                 } else {
-                    format!("{:.1}", nftables / own.median)
+                    times(nftables, own.median)
                 },
             ]);
         }

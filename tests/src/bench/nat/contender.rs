@@ -1,4 +1,5 @@
-//! Who is the gateway, and how it is configured: as a good operator would for a gateway with one CPU.
+//! Who is the gateway, and how it is configured: as a good operator would for a gateway with one CPU, which
+//! is what it has.
 
 use std::{
     ffi::OsStr,
@@ -10,10 +11,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 
-use super::{
-    cpu,
-    site::{self, SERVERS, UDP_PORT, VIP},
-};
+use super::site::{self, FAR, NEAR, SERVERS, UDP_PORT, VIP};
+use crate::bench::frames::CPU;
 use crate::lab::{
     Lab, Namespace, Process, Service,
     agent::{self, Agent},
@@ -77,28 +76,28 @@ impl Contender {
             Self::Nobody => ("text", String::new()),
             Self::Forwarder => {
                 let (socket, pins) = ("/run/forwarder/control.sock", "/sys/fs/bpf/forwarder");
-                let text = forwarder(Path::new(socket), Path::new(pins), "eth0", "eth1");
+                let text = forwarder(Path::new(socket), Path::new(pins));
                 ("toml", text.to_string())
             }
-            Self::Nftables => ("text", nftables("eth1")),
+            Self::Nftables => ("text", nftables()),
             Self::Haproxy => ("text", haproxy()),
             Self::Nginx => ("nginx", nginx(Path::new("/run/nginx"))),
         }
     }
 
     /// Starts it; when this returns it takes connections.
-    pub fn start(self, lab: &Lab, gateway: &Namespace, near: &str, far: &str) -> Result<Running> {
+    pub fn start(self, lab: &Lab, gateway: &Namespace) -> Result<Running> {
         let directory = lab.directory();
         match self {
             Self::Nobody => Ok(Running::Kernel),
             Self::Forwarder => {
-                let configuration = forwarder(&agent::control_socket(lab), &lab.pin_directory(), near, far);
-                let launcher = ["taskset", "-c", &cpu::GATEWAY.to_string()];
+                let configuration = forwarder(&agent::control_socket(lab), &lab.pin_directory());
+                let launcher = ["taskset", "-c", &CPU.to_string()];
                 let agent = Agent::start_by(lab, gateway, &configuration, &launcher)?;
                 Ok(Running::Agent(Box::new(agent)))
             }
             Self::Nftables => {
-                gateway.run_with_input("nft -f -", Some(&nftables(far)))?;
+                gateway.run_with_input("nft -f -", Some(&nftables()))?;
                 // While the others have their turns.
                 for key in ["nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"] {
                     gateway.sysctl(&format!("net/netfilter/{key}"), "3600")?;
@@ -126,26 +125,25 @@ fn write(directory: &Path, name: &str, text: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Starts a proxy on the gateway's CPU and waits until it listens.
+/// Starts a proxy and waits until it listens.
 pub(super) fn proxy(lab: &Lab, gateway: &Namespace, name: &str, arguments: &[&OsStr]) -> Result<Running> {
     let log = lab.directory().join(format!("{name}.log"));
-    let process = bound(lab, gateway, name, cpu::GATEWAY, arguments, &log)?;
+    let process = bound(lab, gateway, name, arguments, &log)?;
     await_listener(gateway, &process, SocketAddrV4::new(VIP, PORT))?;
     Ok(Running::Proxy(process))
 }
 
-/// Starts a program that stays on one CPU.
+/// Starts a program on the CPU where all happens.
 pub(super) fn bound(
     lab: &Lab,
     namespace: &Namespace,
     name: &str,
-    cpu: usize,
     arguments: &[&OsStr],
     log: &Path,
 ) -> Result<Process> {
     let program = find(name)
         .with_context(|| format!("{name} is not installed\n  hint: `cargo xtask setup` does it"))?;
-    let cpu = cpu.to_string();
+    let cpu = CPU.to_string();
     let mut words: Vec<&OsStr> = vec!["-c".as_ref(), cpu.as_ref(), program.as_os_str()];
     words.extend(arguments);
     // It becomes the program.
@@ -175,11 +173,11 @@ pub(super) fn await_listener(namespace: &Namespace, process: &Process, address: 
     Ok(())
 }
 
-fn forwarder(control_socket: &Path, pin_directory: &Path, near: &str, far: &str) -> Configuration {
+fn forwarder(control_socket: &Path, pin_directory: &Path) -> Configuration {
     let mut configuration = Configuration::new(control_socket, pin_directory)
         .snat(POOL, PROBE_ADDRESS)
-        .interface(near, &[("mode", "native")])
-        .interface(far, &[("mode", "native")])
+        .interface(NEAR, &[("mode", "native")])
+        .interface(FAR, &[("mode", "native")])
         .network("lab", "172.16.0.0/16", None);
     for (name, port, protocol, check, timeout) in [
         ("web", PORT, "tcp", Check::Tcp, "10m"),
@@ -204,7 +202,7 @@ fn forwarder(control_socket: &Path, pin_directory: &Path, near: &str, far: &str)
     configuration
 }
 
-fn nftables(far: &str) -> String {
+fn nftables() -> String {
     let servers: Vec<_> = (0..)
         .zip(SERVERS)
         .map(|(number, server)| format!("{number} : {server}"))
@@ -221,7 +219,7 @@ fn nftables(far: &str) -> String {
     }}
     chain outbound {{
         type nat hook postrouting priority srcnat;
-        oifname \"{far}\" ct status dnat snat to {first}-{last}
+        oifname \"{FAR}\" ct status dnat snat to {first}-{last}
     }}
 }}
 "
@@ -237,7 +235,7 @@ fn haproxy() -> String {
         "global
     # As many as the gateway has CPUs.
     nbthread 1
-    maxconn 20000
+    maxconn 4000
 defaults
     mode tcp
     option splice-auto
@@ -266,9 +264,8 @@ worker_processes 1;
 daemon off;
 master_process off;
 pid {path}/stream.pid;
-worker_rlimit_nofile 65536;
 events {{
-    worker_connections 20000;
+    worker_connections 8192;
     multi_accept on;
 }}
 stream {{

@@ -1,57 +1,58 @@
-//! Whose the CPU time is: the gateway's is what its own threads ran, on a CPU that client and servers do not use.
+//! CPU time of everything that has to do with a request: client, servers, gateway, and what the kernel does for them.
 //!
-//! What the kernel does for an interface is done by a thread of the interface's (threaded NAPI), so its time is as plain
-//! as that of a program. What is not in it: interrupts that no thread is charged for, the cost of waking an idle CPU.
+//! All of them are bound to one CPU. So what the kernel does for a packet is done in the thread that sent it or in the
+//! one that the kernel has for when there is too much, and the sum over these threads is all of it. Other programs on
+//! that CPU make the run longer, but are not in the sum.
 
-use std::{fs, io, time::Duration};
+use std::{fs, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::{Pid, SysconfVar, sysconf},
+    sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeValLike as _,
+    },
+    unistd::{SysconfVar, sysconf},
 };
 
-/// Where client and servers run, and where the gateway does.
-pub const CLIENT: usize = 0;
-pub const GATEWAY: usize = 1;
-/// The kernel cuts names of threads to this length.
-const COMM_LEN: usize = 15;
+use crate::bench::frames::{CPU, ksoftirqd, ran};
 
 /// CPU time so far.
 #[derive(Clone, Copy, Debug)]
 pub struct Usage {
-    /// Of the threads that were asked about.
-    pub own: Duration,
-    /// Of the gateway's CPU, whoever had it.
+    own: Duration,
+    /// Of the CPU, whoever had it.
     all: Duration,
 }
 
 /// CPU time between two looks.
 #[derive(Clone, Copy, Debug)]
 pub struct Used {
-    /// Of the gateway.
+    /// Of those who were asked about.
     pub own: Duration,
-    /// Of the gateway's CPU, of anybody else.
+    /// Of the CPU, of anybody else.
     pub foreign: Duration,
 }
 
 impl Usage {
+    /// Of these threads, of all children of this process that have ended, and of the kernel's own thread.
+    ///
     /// # Errors
     /// One of the threads is gone.
     pub fn take(threads: &[i32]) -> Result<Self> {
-        let mut own = 0;
+        let mut own = ran(&ksoftirqd()?)?;
         for thread in threads {
-            let path = format!("/proc/{thread}/schedstat");
-            let text = fs::read_to_string(&path).with_context(|| path)?;
-            let first = text.split_whitespace().next().context("an empty schedstat")?;
-            own += first.parse::<u64>()?;
+            own += ran(&thread.to_string()).with_context(|| format!("no thread {thread}"))?;
         }
+        let children = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+        let children = (children.user_time() + children.system_time()).num_microseconds();
         Ok(Self {
-            own: Duration::from_nanos(own),
-            all: busy(&fs::read_to_string("/proc/stat")?, GATEWAY)?,
+            own: Duration::from_nanos(own) + Duration::from_micros(children.try_into()?),
+            all: busy(&fs::read_to_string("/proc/stat")?, CPU)?,
         })
     }
 
+    /// What was used since.
     pub fn since(&self, before: &Self) -> Used {
         let own = self.own.saturating_sub(before.own);
         Used {
@@ -67,7 +68,7 @@ fn busy(stat: &str, cpu: usize) -> Result<Duration> {
     let line = stat
         .lines()
         .find_map(|line| line.strip_prefix(&name))
-        .with_context(|| format!("this machine has no CPU {cpu}, which the gateway is to have"))?;
+        .with_context(|| format!("no CPU {cpu} in /proc/stat"))?;
     let ticks: Vec<u64> = line
         .split_whitespace()
         .map(|word| Ok(word.parse()?))
@@ -87,40 +88,6 @@ pub fn threads_of(process: i32) -> Result<Vec<i32>> {
         .collect()
 }
 
-/// The kernel's threads for an interface in threaded NAPI.
-pub fn threads_of_interface(interface: &str) -> Result<Vec<i32>> {
-    let mut wanted = format!("napi/{interface}-");
-    wanted.truncate(COMM_LEN);
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let Ok(process) = entry?.file_name().to_string_lossy().parse::<i32>() else {
-            continue;
-        };
-        match fs::read_to_string(format!("/proc/{process}/comm")) {
-            Ok(name) if name.starts_with(&wanted) => found.push(process),
-            Err(error)
-                if !matches!(error.kind(), io::ErrorKind::NotFound) && error.raw_os_error() != Some(3) =>
-            {
-                return Err(error.into());
-            }
-            _ => {}
-        }
-    }
-    ensure!(
-        !found.is_empty(),
-        "no thread {wanted}*: the kernel has no threaded NAPI for it"
-    );
-    Ok(found)
-}
-
-/// Binds a thread to one CPU.
-pub fn bind(thread: i32, cpu: usize) -> Result<()> {
-    let mut cpus = CpuSet::new();
-    cpus.set(cpu)?;
-    sched_setaffinity(Pid::from_raw(thread), &cpus)
-        .with_context(|| format!("can't bind thread {thread} to CPU {cpu}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn time_of_others_is_not_the_gateways() {
+    fn time_of_others_is_not_ours() {
         let before = Usage {
             own: Duration::from_millis(500),
             all: Duration::from_millis(700),

@@ -4,7 +4,6 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddrV4, TcpStream},
-    sync::atomic::{AtomicU32, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -48,27 +47,10 @@ const CLIENT: Ipv4Addr = Ipv4Addr::new(172, 16, 0, 10);
 const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 10);
 const GATEWAY_FAR: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 1);
 
-/// Interfaces, which the kernel's threads are found by: so no two of this machine have the same name.
-struct Names {
-    client: String,
-    near: String,
-    far: String,
-    servers: String,
-}
-
-impl Names {
-    fn new() -> Self {
-        static MADE: AtomicU32 = AtomicU32::new(0);
-        let number = MADE.fetch_add(1, Relaxed);
-        let name = |letter: char| format!("{letter}{number:x}x{:x}", std::process::id());
-        Self {
-            client: name('c'),
-            near: name('n'),
-            far: name('f'),
-            servers: name('s'),
-        }
-    }
-}
+/// The client's and the servers' interface; the gateway's towards the client, and towards the servers.
+const HOST: &str = "eth0";
+pub(super) const NEAR: &str = "eth0";
+pub(super) const FAR: &str = "eth1";
 
 /// A contender's lab.
 pub struct NatSite {
@@ -76,10 +58,7 @@ pub struct NatSite {
     client: Namespace,
     pub gateway: Namespace,
     pub servers: Namespace,
-    names: Names,
     running: Running,
-    /// Of the gateway's interfaces, once they are apart.
-    kernel_threads: Vec<i32>,
     server: Option<Process>,
     /// How often the servers were asked how many requests they had.
     looks: u64,
@@ -91,23 +70,22 @@ impl NatSite {
     /// Builds the lab and starts servers and contender.
     pub fn build(contender: Contender) -> Result<Self> {
         let lab = Lab::open(Lifetime::Process)?;
-        let names = Names::new();
         let client = lab.namespace("client")?;
         let gateway = lab.namespace("gateway")?;
         let servers = lab.namespace("servers")?;
         if contender == Contender::Nobody {
-            lab.cable((&client, &names.client), (&servers, &names.servers), MTU_BYTES)?;
-            client.address(&names.client, &format!("{NEIGHBOUR}/24"))?;
+            lab.cable((&client, HOST), (&servers, HOST), MTU_BYTES)?;
+            client.address(HOST, &format!("{NEIGHBOUR}/24"))?;
         } else {
-            lab.cable((&client, &names.client), (&gateway, &names.near), MTU_BYTES)?;
-            lab.cable((&gateway, &names.far), (&servers, &names.servers), MTU_BYTES)?;
-            client.address(&names.client, &format!("{CLIENT}/24"))?;
-            gateway.address(&names.near, "172.16.0.1/24")?;
-            gateway.address(&names.far, &format!("{GATEWAY_FAR}/24"))?;
+            lab.cable((&client, HOST), (&gateway, NEAR), MTU_BYTES)?;
+            lab.cable((&gateway, FAR), (&servers, HOST), MTU_BYTES)?;
+            client.address(HOST, &format!("{CLIENT}/24"))?;
+            gateway.address(NEAR, "172.16.0.1/24")?;
+            gateway.address(FAR, &format!("{GATEWAY_FAR}/24"))?;
             gateway.forward()?;
         }
         for server in SERVERS {
-            servers.address(&names.servers, &format!("{server}/24"))?;
+            servers.address(HOST, &format!("{server}/24"))?;
         }
         if contender != Contender::Nobody {
             for destination in ["172.16.0.0/24", POOL] {
@@ -116,13 +94,13 @@ impl NatSite {
         }
         if !matches!(contender, Contender::Nobody | Contender::Forwarder) {
             // The data path answers for its VIP itself.
-            gateway.address(&names.near, &format!("{VIP}/32"))?;
+            gateway.address(NEAR, &format!("{VIP}/32"))?;
         }
         for host in [&client, &gateway] {
             host.sysctl("net/ipv4/ip_local_port_range", "10000 65000")?;
         }
         // Frames as from a network.
-        for (host, interface) in [(&client, &names.client), (&servers, &names.servers)] {
+        for (host, interface) in [(&client, HOST), (&servers, HOST)] {
             for feature in ["tso", "gso", "tx"] {
                 host.offload(interface, feature, false)?;
             }
@@ -132,15 +110,13 @@ impl NatSite {
             client,
             gateway,
             servers,
-            names,
             running: Running::Kernel,
-            kernel_threads: Vec::new(),
             server: None,
             looks: 0,
             lab,
         };
         site.start_servers()?;
-        site.running = contender.start(&site.lab, &site.gateway, &site.names.near, &site.names.far)?;
+        site.running = contender.start(&site.lab, &site.gateway)?;
         Ok(site)
     }
 
@@ -155,8 +131,7 @@ impl NatSite {
 master_process off;
 pid {path}/nginx.pid;
 error_log {path}/error.log;
-worker_rlimit_nofile 65536;
-events {{ worker_connections 20000; }}
+events {{ worker_connections 8192; }}
 http {{
     client_body_temp_path {path}/body;
     proxy_temp_path {path}/proxy;
@@ -186,7 +161,7 @@ http {{
         fs::write(&file, configuration)?;
         let log = directory.join("error.log");
         let arguments = ["-c".as_ref(), file.as_os_str(), "-e".as_ref(), log.as_os_str()];
-        let process = contender::bound(&self.lab, &self.servers, "nginx", cpu::CLIENT, &arguments, &log)?;
+        let process = contender::bound(&self.lab, &self.servers, "nginx", &arguments, &log)?;
         contender::await_listener(&self.servers, &process, STATUS)?;
         self.server = Some(process);
         Ok(())
@@ -212,39 +187,12 @@ http {{
         Ok(())
     }
 
-    /// Gives every interface a thread, and the gateway's a CPU that client and servers do not use.
-    pub fn take_apart(&mut self) -> Result<()> {
-        let names = &self.names;
-        let mut ends = vec![
-            (&self.client, &names.client, cpu::CLIENT),
-            (&self.servers, &names.servers, cpu::CLIENT),
-        ];
-        if self.contender != Contender::Nobody {
-            ends.push((&self.gateway, &names.near, cpu::GATEWAY));
-            ends.push((&self.gateway, &names.far, cpu::GATEWAY));
+    /// The threads of everything that stays: servers and contender.
+    pub fn threads(&self) -> Result<Vec<i32>> {
+        let mut threads = Vec::new();
+        if let Some(server) = &self.server {
+            threads.extend(cpu::threads_of(server.pid())?);
         }
-        let mut own = Vec::new();
-        for (host, interface, cpu) in ends {
-            // A sysfs of the namespace's own, which `nsenter --net` alone does not give.
-            let line = format!(
-                "ip netns exec {} tee /sys/class/net/{interface}/threaded",
-                host.name()
-            );
-            host.run_with_input(&line, Some("1"))?;
-            for thread in cpu::threads_of_interface(interface)? {
-                cpu::bind(thread, cpu)?;
-                if cpu == cpu::GATEWAY {
-                    own.push(thread);
-                }
-            }
-        }
-        self.kernel_threads = own;
-        Ok(())
-    }
-
-    /// Everything that is the gateway: the kernel's threads for its interfaces, and those of its program.
-    pub fn gateway_threads(&self) -> Result<Vec<i32>> {
-        let mut threads = self.kernel_threads.clone();
         match &self.running {
             Running::Kernel => {}
             Running::Agent(agent) => threads.extend(cpu::threads_of(agent.pid())?),
@@ -273,19 +221,19 @@ http {{
     }
 
     pub(super) fn client_end(&self) -> End<'_> {
-        (&self.client, &self.names.client)
+        (&self.client, HOST)
     }
 
     pub(super) fn server_end(&self) -> End<'_> {
-        (&self.servers, &self.names.servers)
+        (&self.servers, HOST)
     }
 
     pub(super) fn gateway_end(&self) -> End<'_> {
-        (&self.gateway, &self.names.near)
+        (&self.gateway, NEAR)
     }
 
     pub(super) fn gateway_far_end(&self) -> End<'_> {
-        (&self.gateway, &self.names.far)
+        (&self.gateway, FAR)
     }
 
     pub(super) fn client_address(&self, port: u16) -> SocketAddrV4 {
