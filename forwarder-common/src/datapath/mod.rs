@@ -20,9 +20,9 @@ use crate::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         counter::IcmpBudget,
-        flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
+        flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         fragment::{FragmentFlow, FragmentKey, HeldKind},
-        interface::{Interface, InterfaceKey, flag},
+        interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
@@ -37,6 +37,7 @@ pub mod arp;
 pub mod backend;
 pub mod capture;
 pub mod echo;
+pub mod express;
 pub mod flow;
 pub mod fragment;
 pub mod hash;
@@ -192,6 +193,12 @@ pub trait Packet {
     /// Length of the frame in bytes.
     fn frame_len(&self) -> usize;
 
+    /// Length of its first piece in bytes, where drivers may hand in several: all of it, as a rule.
+    #[inline(always)]
+    fn linear_len(&self) -> usize {
+        self.frame_len()
+    }
+
     /// Does it begin with Ethernet? Else with IP, as packets of some tunnels do.
     #[inline(always)]
     fn begins_with_link(&mut self) -> bool {
@@ -329,17 +336,6 @@ pub trait Tables {
     /// The far end that a next hop on a tunnel device stands for.
     fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId>;
     fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer>;
-    /// Can frames leave through this interface straight from this hook? Through all others the stack sends.
-    #[inline(always)]
-    fn can_send(&self, hook: Hook, ifindex: u32) -> bool {
-        let wanted = match hook {
-            Hook::Xdp => flag::SEND_NATIVE,
-            Hook::XdpGeneric => flag::SEND_GENERIC,
-            Hook::Tcx => return true,
-        };
-        self.interface(&InterfaceKey { ifindex })
-            .is_some_and(|interface| interface.flags & wanted != 0)
-    }
 
     /// [`open::open`], wherever it runs; `walk` is the one of this packet.
     #[inline(always)]
@@ -403,6 +399,11 @@ pub trait Tables {
     /// none, and where two lookups meet the compiler might still spill it, which the verifier refuses ("R1 !read_ok",
     /// Linux 6.18).
     fn flow_reference(&self, key: &FlowKey) -> Option<&FlowReference>;
+    /// The same of a short key.
+    #[inline(always)]
+    fn flow_reference_v4(&self, key: &FlowKeyV4) -> Option<&FlowReference> {
+        self.flow_reference(&key.long())
+    }
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
     /// Inserts unless the key exists; `false`: it does, or there is no room.
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool;
