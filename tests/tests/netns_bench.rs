@@ -55,7 +55,11 @@ fn says(error: &anyhow::Error, what: &str) {
 fn every_benchmark_runs_in_its_short_form() {
     let Some(object) = object() else { return };
     let packets = packets::run(&object, "", Effort::Short).unwrap();
-    for figure in ["request, full NAT @ 1", "reply, full NAT @ 4096", "not for us @ 1"] {
+    for figure in [
+        "request, full NAT @ 1",
+        "reply, full NAT @ 4096",
+        "not for us @ 1",
+    ] {
         assert!(packets.figures.contains_key(figure), "{:?}", packets.figures);
     }
     let nat = nat::run(&object, "", Effort::Short).unwrap();
@@ -140,7 +144,9 @@ fn a_frame_that_is_not_translated_is_an_error() {
             }
         }";
     site.gateway.run_with_input("nft -f -", Some(rule)).unwrap();
-    site.servers.run("ip address add 172.16.1.20/24 dev eth0").unwrap();
+    site.servers
+        .run("ip address add 172.16.1.20/24 dev eth0")
+        .unwrap();
     site.gateway.run("conntrack -F").unwrap();
     let (_, way) = &mut ways.ways[0];
     let mut last = None;
