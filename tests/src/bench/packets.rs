@@ -269,7 +269,7 @@ impl Subject {
         self.floor = Some(program);
     }
 
-    /// Lets the gateway forget all flows.
+    /// Lets the gateway forget which flow a request belongs to.
     pub fn forget_flows(&mut self) -> Result<()> {
         let tables = self.gateway.tables();
         self.kernel.as_mut().context("a gateway")?.fill(&tables)
