@@ -156,7 +156,7 @@ const TARGETS: [Target; 8] = [
                 "replies, native",
             ),
         ],
-        reason: "half of what is left to the forwarder is one more veth link, which a network card would not have",
+        reason: "what is left has one more veth link in it, which a network card would not have",
     },
     Target {
         what: "at least 10 × the packets per CPU second of HAProxy",
@@ -181,8 +181,8 @@ const TARGETS: [Target; 8] = [
                 "4 MiB each, 4 connections, forwarder",
             ),
         ],
-        reason: "of a large transfer HAProxy handles segments of up to 64 kB and never looks into them (GRO, splice), the \
-                 forwarder every frame; at rates that leave the gateway idle each packet wakes it",
+        reason: "what is left has one more veth link in it; of a large transfer HAProxy handles segments of up to 64 kB (GRO, \
+                 splice), the forwarder every frame",
     },
 ];
 
