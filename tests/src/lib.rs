@@ -1,5 +1,6 @@
 //! What the test rings share; see the crate's modules. Nothing here is part of the product.
 
+pub mod bench;
 pub mod cases;
 pub mod lab;
 pub mod packet;

@@ -48,7 +48,17 @@ const PROGRAMS: [(&str, &str); 15] = [
 ];
 
 /// Apart from the others, because these packages would start a server.
-const SERVERS: [(&str, &str); 2] = [("nginx", "nginx-light"), ("promtool", "prometheus")];
+const SERVERS: [(&str, &str); 3] = [
+    ("haproxy", "haproxy"),
+    ("nginx", "nginx-light"),
+    ("promtool", "prometheus"),
+];
+
+/// nginx's proxy of connections is a file that it loads, in a package of its own.
+const NGINX_STREAM: (&str, &str) = (
+    "/usr/lib/nginx/modules/ngx_stream_module.so",
+    "libnginx-mod-stream",
+);
 
 /// Debian's compiler with `core` built for BPF. In Debian 12 these come from the security suite, which
 /// has a new enough one for the sake of browsers; they live beside rustup's.
@@ -99,6 +109,8 @@ fn check() -> Result<()> {
     for (program, _) in PROGRAMS.iter().chain(&SERVERS) {
         item(find_program(program).is_some(), program);
     }
+    let (module, _) = NGINX_STREAM;
+    item(Path::new(module).is_file(), module);
     let survey = Survey::take(&workspace::tools());
     match survey.compiler() {
         Some(compiler) => item(true, &format!("compiler for BPF: {compiler}")),
@@ -147,11 +159,15 @@ fn install() -> Result<()> {
         None => {}
     }
 
-    let servers: Vec<&str> = SERVERS
+    let mut servers: Vec<&str> = SERVERS
         .iter()
         .filter(|(program, _)| find_program(program).is_none())
         .map(|(_, package)| *package)
         .collect();
+    let (module, package) = NGINX_STREAM;
+    if !Path::new(module).is_file() {
+        servers.push(package);
+    }
     if !servers.is_empty() || !packages.is_empty() {
         let apt = Apt::prepare(&[packages.as_slice(), &servers].concat())?;
         if !packages.is_empty() {

@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
-    book, clean_root, lint,
+    bench, book, clean_root, lint,
     package::{self, Architecture},
     setup, vm, workspace,
 };
@@ -157,6 +157,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         outcomes.push(measure(ring.name(), || {
             let surroundings = match ring {
                 Ring::Package => installable(&forwarder, is_static)?,
+                Ring::Netns => vec![(bench::OBJECT_VARIABLE, bench::build_programs()?.into())],
                 _ => Vec::new(),
             };
             run_ring(ring, &arguments.test_arguments, &forwarder, &surroundings)

@@ -70,8 +70,11 @@ pub struct Arrivals {
     /// How far from the end the inner IPv4 addresses stand, source first; the destination it has to be.
     pub addresses_back: u32,
     pub destination: u32,
-    /// The source of the last packet, and its port.
+    /// Ones where the destination has to be as said.
+    pub destination_mask: u32,
+    /// Both addresses of the last packet, and its source port.
     pub source: u32,
+    pub last_destination: u32,
     pub source_port: u16,
     pub reserved: [u16; 3],
 }

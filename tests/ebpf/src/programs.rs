@@ -4,7 +4,7 @@ use core::{ffi::c_void, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_NOEXIST, TC_ACT_OK, TC_ACT_SHOT, xdp_action, xdp_md},
+    bindings::{BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action, xdp_md},
     helpers::generated::{bpf_redirect, bpf_xdp_adjust_head},
     macros::{classifier, map, xdp},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, Queue},
@@ -195,20 +195,21 @@ pub(crate) fn bench_generate(ctx: XdpContext) -> u32 {
     unsafe { bpf_redirect(scenario.ifindex, 0) as u32 }
 }
 
-/// Takes packets at the far end: checks, counts and drops those that end with the mark.
+/// Takes packets at the far end: checks, counts and drops those that end with the mark. Others are for the next program,
+/// which may be one of these with another mark.
 #[classifier]
 pub(crate) fn bench_take(ctx: TcContext) -> i32 {
     let Some(arrivals) = ARRIVALS.get_ptr_mut(0) else {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     };
     // SAFETY: one benchmark at a time, on one CPU.
     let arrivals = unsafe { &mut *arrivals };
     let len = ctx.len();
     let Ok(mark) = ctx.load::<u64>((len as usize).wrapping_sub(8)) else {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     };
     if mark != arrivals.mark {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     }
     let addresses = len.wrapping_sub(arrivals.addresses_back) as usize;
     let (Ok(source), Ok(destination), Ok(port)) = (
@@ -216,10 +217,11 @@ pub(crate) fn bench_take(ctx: TcContext) -> i32 {
         ctx.load::<u32>(addresses + 4),
         ctx.load::<u16>(addresses + 8),
     ) else {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     };
     (arrivals.source, arrivals.source_port) = (source, port);
-    if len == arrivals.len && destination == arrivals.destination {
+    arrivals.last_destination = destination;
+    if len == arrivals.len && (destination ^ arrivals.destination) & arrivals.destination_mask == 0 {
         arrivals.good += 1;
     } else {
         arrivals.bad += 1;

@@ -97,6 +97,26 @@ pub struct Load {
     pub refused: u64,
     /// Requests per second, as wrk prints it.
     pub rate: f64,
+    /// Time from a request to its answer, of half of them and of 99 in 100, where [`Wrk::has_latency`].
+    pub half_within: Option<Duration>,
+    pub most_within: Option<Duration>,
+    /// Of whole responses.
+    pub bytes_per_second: f64,
+}
+
+/// A run of wrk.
+#[derive(Clone, Copy, Debug)]
+pub struct Wrk<'a> {
+    pub url: &'a str,
+    pub kind: Connections,
+    /// Open at a time.
+    pub connections: u32,
+    pub threads: u32,
+    /// Whole seconds.
+    pub duration: Duration,
+    /// Where all of it runs; `None`: anywhere.
+    pub cpu: Option<usize>,
+    pub has_latency: bool,
 }
 
 /// Runs `wrk` with two threads and `connections` connections open at a time.
@@ -108,15 +128,41 @@ pub fn wrk(
     connections: u32,
     duration: Duration,
 ) -> Result<Load> {
-    let duration = format!("-d{}s", duration.as_secs());
-    let connections = format!("-c{connections}");
-    let url = format!("http://{vip}:{port}/");
-    let mut arguments = vec!["-t2", &connections, &duration];
-    if kind == Connections::PerRequest {
-        arguments.extend(["-H", "Connection: close"]);
+    run_wrk(
+        client,
+        &Wrk {
+            url: &format!("http://{vip}:{port}/"),
+            kind,
+            connections,
+            threads: 2,
+            duration,
+            cpu: None,
+            has_latency: false,
+        },
+    )
+}
+
+/// Runs `wrk` to its end.
+pub fn run_wrk(client: &Namespace, wrk: &Wrk<'_>) -> Result<Load> {
+    let mut arguments = vec![
+        format!("-t{}", wrk.threads),
+        format!("-c{}", wrk.connections),
+        format!("-d{}s", wrk.duration.as_secs()),
+    ];
+    if wrk.has_latency {
+        arguments.push("--latency".to_owned());
     }
-    arguments.push(&url);
-    let output = client.output("wrk", &arguments)?;
+    if wrk.kind == Connections::PerRequest {
+        arguments.extend(["-H", "Connection: close"].map(str::to_owned));
+    }
+    arguments.push(wrk.url.to_owned());
+    let mut program = "wrk";
+    if let Some(cpu) = wrk.cpu {
+        program = "taskset";
+        arguments.splice(0..0, ["-c".to_owned(), cpu.to_string(), "wrk".to_owned()]);
+    }
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let output = client.output(program, &arguments)?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
         bail!(
@@ -134,6 +180,9 @@ fn parse_wrk(text: &str) -> Option<Load> {
         socket_errors: 0,
         refused: 0,
         rate: 0.0,
+        half_within: None,
+        most_within: None,
+        bytes_per_second: 0.0,
     };
     let mut is_complete = false;
     for line in text.lines().map(str::trim) {
@@ -146,11 +195,52 @@ fn parse_wrk(text: &str) -> Option<Load> {
         } else if let Some(rate) = line.strip_prefix("Requests/sec:") {
             load.rate = rate.trim().parse().ok()?;
             is_complete = true;
+        } else if let Some(bytes) = line.strip_prefix("Transfer/sec:") {
+            load.bytes_per_second = bytes_of(bytes.trim())?;
+        } else if let Some(time) = line.strip_prefix("50% ") {
+            load.half_within = Some(time_of(time.trim())?);
+        } else if let Some(time) = line.strip_prefix("99% ") {
+            load.most_within = Some(time_of(time.trim())?);
         } else if let Some((requests, _)) = line.split_once(" requests in ") {
             load.requests = requests.parse().ok()?;
         }
     }
     is_complete.then_some(load)
+}
+
+/// A number with its unit, apart.
+fn split_unit(text: &str) -> Option<(f64, &str)> {
+    let end = text.find(|letter: char| letter.is_ascii_alphabetic())?;
+    let (number, unit) = text.split_at(end);
+    Some((number.parse().ok()?, unit))
+}
+
+/// `1.91ms`
+fn time_of(text: &str) -> Option<Duration> {
+    let (number, unit) = split_unit(text)?;
+    let seconds = match unit {
+        "us" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return None,
+    };
+    Some(Duration::from_secs_f64(number * seconds))
+}
+
+/// `6.02MB`; wrk counts in steps of 1024.
+fn bytes_of(text: &str) -> Option<f64> {
+    let (number, unit) = split_unit(text)?;
+    let power = match unit {
+        "B" => 0,
+        "KB" => 1,
+        "MB" => 2,
+        "GB" => 3,
+        "TB" => 4,
+        _ => return None,
+    };
+    Some(number * 1024_f64.powi(power))
 }
 
 #[cfg(test)]
@@ -169,9 +259,22 @@ mod tests {
                 requests: 342_312,
                 socket_errors: 0,
                 refused: 0,
-                rate: 34123.91
+                rate: 34123.91,
+                half_within: None,
+                most_within: None,
+                bytes_per_second: 6.02 * 1024.0 * 1024.0,
             }
         );
+    }
+
+    #[test]
+    fn the_distribution_of_latency_is_read() {
+        let text = "  Latency Distribution\n     50%  412.00us\n     75%    0.95ms\n     90%    1.20ms\n     99%    1.03s \n  \
+                    10 requests in 1.00s, 1KB read\nRequests/sec:  10.00\nTransfer/sec:    820.00B\n";
+        let load = parse_wrk(text).unwrap();
+        assert_eq!(load.half_within, Some(Duration::from_micros(412)));
+        assert_eq!(load.most_within, Some(Duration::from_millis(1030)));
+        assert_eq!(load.bytes_per_second, 820.0);
     }
 
     #[test]

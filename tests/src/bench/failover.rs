@@ -6,8 +6,11 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, Result, ensure};
-use forwarder_tests::lab::{
+use super::{
+    Effort, Measured, Table,
+    client::{self, PATIENCE, PERIOD, Request},
+};
+use crate::lab::{
     Lifetime,
     agent::Agent,
     configuration::Configuration,
@@ -15,11 +18,7 @@ use forwarder_tests::lab::{
     tail,
     topology::{Extras, PORT, Site},
 };
-
-use crate::{
-    client::{self, PATIENCE, PERIOD, Request},
-    markdown,
-};
+use anyhow::{Context, Result, ensure};
 
 const GROUP: &str = "web";
 /// Connections of wrk's, each for one request.
@@ -62,16 +61,18 @@ const CASES: [Case; 4] = [
     },
 ];
 
-pub(crate) fn run(on_unhealthy: Option<&str>) -> Result<()> {
+/// # Errors
+/// A lab could not be made, or a request failed before anything was wrong.
+pub fn run(on_unhealthy: Option<&str>, effort: Effort) -> Result<Measured> {
     let mut rows = Vec::new();
-    for case in &CASES {
+    for case in CASES.iter().take(effort.pick(CASES.len(), 1)) {
         eprintln!("{} ...", case.name);
         rows.push(play(case, on_unhealthy).with_context(|| case.name.to_owned())?);
     }
-    println!(
+    let caption = format!(
         "8 servers, 2 of them behind a tunnel; health checks by HTTP every 2 s, timeout 1 s, fall 3; passive checks by \
          default{}. wrk: {CONNECTIONS} connections, a new one for each request. Steady client: a request every {} ms on a \
-         connection of its own; one without an answer for {} s has failed.\n",
+         connection of its own; one without an answer for {} s has failed.",
         on_unhealthy.map_or_else(String::new, |value| format!("; `on_unhealthy = \"{value}\"`")),
         PERIOD.as_millis(),
         PATIENCE.as_secs(),
@@ -87,8 +88,10 @@ pub(crate) fn run(on_unhealthy: Option<&str>) -> Result<()> {
         "requests of wrk",
         "its errors",
     ];
-    println!("{}", markdown(header, &rows));
-    Ok(())
+    Ok(Measured {
+        tables: vec![Table::new(&caption, header, rows)],
+        ..Measured::default()
+    })
 }
 
 fn play(case: &Case, on_unhealthy: Option<&str>) -> Result<[String; 9]> {

@@ -6,13 +6,14 @@ use std::{
 };
 
 use anyhow::Result;
-use forwarder_tests::lab::{Namespace, topology::PORT};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     task::JoinSet,
     time::{MissedTickBehavior, interval, timeout},
 };
+
+use crate::lab::{Namespace, topology::PORT};
 
 /// Between two requests.
 pub(crate) const PERIOD: Duration = Duration::from_millis(5);

@@ -1,7 +1,7 @@
 //! What a packet costs: the programs run on one CPU by BPF_PROG_TEST_RUN, whose every output is checked.
 //!
 //! A figure is CPU time per packet, less that of the same packets through an empty program. All programs take turns,
-//! and what is printed is the median of their trials and its ratio to the minimal program's of as many flows.
+//! and what is told is the median of their trials and its ratio to the minimal program's of as many flows.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -12,10 +12,6 @@ use aya::{
     programs::{Program, ProgramFd, TestRun as _, TestRunOptions, Xdp},
 };
 use forwarder_bench_ebpf::{FloorEntry, FloorKey, Scenario};
-use forwarder_tests::{
-    cases::measured::{Gateway, MOST_FLOWS, Packets, Stream, Way},
-    program::{Kernel, in_network},
-};
 use forwarder_user::datapath::pod::AsPod;
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -23,26 +19,57 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::markdown;
+use super::{Bar, Effort, Line, Measured, Plot, PlotKind, Spread, Table, in_turns};
+use crate::{
+    cases::measured::{Gateway, MOST_FLOWS, Packets, Stream, Way},
+    program::{Kernel, in_network},
+};
 
-const TRIALS: usize = 15;
+pub const NAME: &str = "packets";
+pub const TITLE: &str = "One packet in the programs";
+pub const PROSE: &str = include_str!("packets.md");
+
 const MINIMAL: &str = "minimal program";
-/// Packets of a run: some tens of milliseconds.
-const RUN: u32 = 100_000;
-/// New flows of a run: a table's worth in all trials together.
-const NEW: u32 = MOST_FLOWS / (TRIALS as u32 + 1);
+const NOT_OURS: &str = "not for us";
 /// XDP_ABORTED to XDP_REDIRECT (linux/bpf.h).
 const XDP_ABORTED: u32 = 0;
+/// Flows that the figures are about.
+const FLOWS: [u32; 4] = [1, 4096, 65_536, MOST_FLOWS];
+/// More in short runs would only take time: to fill the tables takes more of it than to look at the outputs.
+const SHORT_FLOWS: u32 = 4096;
+const SHORT_OTHERS: u32 = 100;
 
-pub(crate) fn run(object: &Path, only: &str) -> Result<()> {
-    let mut outcome = Ok(String::new());
-    in_network(|| outcome = measure(object, only));
-    println!("{}", outcome?);
-    Ok(())
+/// How many trials, of how many packets.
+#[derive(Clone, Copy)]
+struct Extent {
+    trials: usize,
+    /// Packets of a run: some tens of milliseconds, or more where there are more flows.
+    run: u32,
+}
+
+impl Extent {
+    fn of(effort: Effort) -> Self {
+        Self {
+            trials: effort.pick(15, 1),
+            run: effort.pick(100_000, 5_000),
+        }
+    }
+
+    /// New flows of a run: with those before the trials and in the cold one, a table's worth in all.
+    fn new_flows(self, flows: u32) -> u32 {
+        flows / (self.trials as u32 + 2)
+    }
+}
+
+/// Measures all that has `only` in its name, and the minimal program.
+pub fn run(object: &Path, only: &str, effort: Effort) -> Result<Measured> {
+    let mut outcome = Ok(Measured::default());
+    in_network(|| outcome = measure(object, only, effort));
+    outcome
 }
 
 /// A program and its packets.
-struct Subject {
+pub struct Subject {
     name: String,
     gateway: Gateway,
     /// Nobody else's: state does not leak from one measurement into another.
@@ -53,8 +80,18 @@ struct Subject {
     floor: Option<&'static str>,
     /// Each packet opens a flow, so no run may repeat one.
     is_opening: bool,
-    /// Nanoseconds per packet, of each trial.
-    costs: Vec<f64>,
+    extent: Extent,
+    /// Trials so far.
+    turns: u32,
+}
+
+/// Nanoseconds per packet.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// Of the program.
+    pub own: f64,
+    /// Of the empty program, and of the caller in front of it.
+    pub nothing: f64,
 }
 
 /// The program in front, with its scenario.
@@ -205,21 +242,48 @@ impl Subject {
         Ok(())
     }
 
-    fn trial(&mut self, number: usize) -> Result<()> {
+    /// Runs the subject's packets once through nothing and once through the program.
+    ///
+    /// # Errors
+    /// A packet did not come out as it has to, or was not counted as what it is.
+    pub fn trial(&mut self) -> Result<Cost> {
+        self.turns += 1;
         let (first, stride, count) = if self.is_opening {
-            (NEW * (number as u32 + 1), 1, NEW)
+            let new = self.extent.new_flows(self.gateway.flows);
+            (new * self.turns, 1, new)
         } else {
-            (1, self.stream.scenario.stride, RUN.max(self.gateway.flows))
+            let count = self.extent.run.max(self.gateway.flows);
+            (1, self.stream.scenario.stride, count)
         };
         let nothing = self.through_nothing(first, stride, count)?;
         let (all, _) = self.through(first, stride, count)?;
-        self.costs.push((all - nothing) / f64::from(count));
-        Ok(())
+        Ok(Cost {
+            own: (all - nothing) / f64::from(count),
+            nothing: nothing / f64::from(count),
+        })
+    }
+
+    /// Puts one of the benchmark's own programs where the data path is.
+    pub fn pretend(&mut self, program: &'static str) {
+        self.kernel = None;
+        self.floor = Some(program);
+    }
+
+    /// Lets the gateway forget which flow a request belongs to.
+    pub fn forget_flows(&mut self) -> Result<()> {
+        let tables = self.gateway.tables();
+        self.kernel.as_mut().context("a gateway")?.fill(&tables)
     }
 }
 
-/// Loads the data path and opens all flows.
-fn gateway(object: &Path, name: &str, gateway: Gateway, packets: Packets) -> Result<Subject> {
+/// Loads the data path and opens all flows; to be called [`in_network`].
+pub fn gateway(
+    object: &Path,
+    name: &str,
+    gateway: Gateway,
+    packets: Packets,
+    effort: Effort,
+) -> Result<Subject> {
     eprintln!("preparing: {name} ...");
     let mut kernel = Kernel::load(&gateway.sizes())?;
     let mut tables = gateway.tables();
@@ -236,7 +300,8 @@ fn gateway(object: &Path, name: &str, gateway: Gateway, packets: Packets) -> Res
         stream: gateway.stream(packets)?,
         floor: None,
         is_opening,
-        costs: Vec::new(),
+        extent: Extent::of(effort),
+        turns: 0,
     };
     if matches!(packets, Packets::Request | Packets::Reply) {
         let wanted = std::mem::replace(&mut subject.stream, gateway.stream(Packets::Opening)?);
@@ -249,7 +314,7 @@ fn gateway(object: &Path, name: &str, gateway: Gateway, packets: Packets) -> Res
     }
     if is_opening {
         // The samples' flows would be in the way of the trials'.
-        subject.through(0, 1, NEW)?;
+        subject.through(0, 1, subject.extent.new_flows(gateway.flows))?;
     } else {
         subject.verify()?;
     }
@@ -257,7 +322,14 @@ fn gateway(object: &Path, name: &str, gateway: Gateway, packets: Packets) -> Res
 }
 
 /// One of the benchmark's own programs, on the packets of full NAT.
-fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_opening: bool) -> Result<Subject> {
+fn floor(
+    object: &Path,
+    name: &str,
+    program: &'static str,
+    flows: u32,
+    is_opening: bool,
+    effort: Effort,
+) -> Result<Subject> {
     eprintln!("preparing: {name} ...");
     let gateway = Gateway {
         flows,
@@ -309,10 +381,11 @@ fn floor(object: &Path, name: &str, program: &'static str, flows: u32, is_openin
         stream,
         floor: Some(program),
         is_opening,
-        costs: Vec::new(),
+        extent: Extent::of(effort),
+        turns: 0,
     };
     if is_opening {
-        subject.through(0, 1, NEW)?;
+        subject.through(0, 1, subject.extent.new_flows(flows))?;
     } else {
         subject.verify()?;
     }
@@ -326,8 +399,11 @@ enum Plan {
 }
 
 /// The subjects' names and what they are, in the order of the table.
-fn plans() -> Vec<(String, Plan)> {
+fn plans(effort: Effort) -> Vec<(String, Plan)> {
     let plain = Gateway::PLAIN;
+    let many_flows = |flows: u32| effort.pick(flows, flows.min(SHORT_FLOWS));
+    let mut flows_of_the_table = FLOWS.map(many_flows).to_vec();
+    flows_of_the_table.dedup();
     let mut plans = Vec::new();
     let floor =
         |name: &str, program, flows, is_opening| (name.to_owned(), Plan::Floor(program, flows, is_opening));
@@ -335,7 +411,7 @@ fn plans() -> Vec<(String, Plan)> {
     let ways = [("request", Packets::Request), ("reply", Packets::Reply)];
 
     plans.push(floor("swap of the link addresses", "bench_swap", 1, false));
-    for flows in [1, 4096, 65_536, MOST_FLOWS] {
+    for flows in flows_of_the_table {
         plans.push(floor(MINIMAL, "bench_minimal", flows, false));
         for (name, packets) in ways {
             let many = Gateway { flows, ..plain };
@@ -351,15 +427,19 @@ fn plans() -> Vec<(String, Plan)> {
         plans.push(gateway(&format!("{name}, DNAT"), dnat, packets));
         plans.push(gateway(&format!("{name}, full NAT, IPv6"), v6, packets));
     }
-    for (tunnel, is_v6) in [
+    let tunnels = [
         ("VXLAN", false),
         ("VXLAN", true),
         ("Geneve", false),
         ("GRE", false),
+        ("GRETAP", false),
         ("IPIP", false),
         ("GUE", false),
         ("FOU", false),
-    ] {
+    ];
+    // Each one loads the data path anew, which takes a second.
+    let tunnels = effort.pick(&tunnels[..], &tunnels[..1]);
+    for &(tunnel, is_v6) in tunnels {
         let way = Way::Tunnel(tunnel, is_v6);
         let over = if is_v6 { " over IPv6" } else { "" };
         let tunnelled = Gateway { way, ..plain };
@@ -368,14 +448,15 @@ fn plans() -> Vec<(String, Plan)> {
         }
     }
     let many = Gateway {
-        flows: 65_536,
+        flows: many_flows(65_536),
         ..plain
     };
-    for listeners in [1, 10_000] {
+    let few_or_many = |few: u32| [few, effort.pick(10_000, SHORT_OTHERS)];
+    for listeners in few_or_many(1) {
         let name = format!("request, full NAT, listeners: {listeners}");
         plans.push(gateway(&name, Gateway { listeners, ..many }, Packets::Request));
     }
-    for backends in [8, 10_000] {
+    for backends in few_or_many(8) {
         let name = format!("request, full NAT, backends: {backends}");
         plans.push(gateway(&name, Gateway { backends, ..many }, Packets::Request));
     }
@@ -383,9 +464,9 @@ fn plans() -> Vec<(String, Plan)> {
         ("inserts of a flow with one key", "bench_insert", Way::FullNat),
         ("inserts of a flow with two keys", "bench_insert_two", Way::Dnat),
     ] {
-        plans.push(floor(name, program, MOST_FLOWS, true));
+        plans.push(floor(name, program, many_flows(MOST_FLOWS), true));
         let new = Gateway {
-            flows: MOST_FLOWS,
+            flows: many_flows(MOST_FLOWS),
             way,
             ..plain
         };
@@ -399,7 +480,7 @@ fn plans() -> Vec<(String, Plan)> {
     for (name, packets) in [
         ("SYN while no flow is free", Packets::Refused),
         ("to a VIP's port without a listener", Packets::NoListener),
-        ("not for us", Packets::Others),
+        (NOT_OURS, Packets::Others),
     ] {
         plans.push(gateway(name, plain, packets));
     }
@@ -407,71 +488,134 @@ fn plans() -> Vec<(String, Plan)> {
 }
 
 /// Those whose names have `only` in them, and the first floor.
-fn subjects(object: &Path, only: &str) -> Result<Vec<Subject>> {
-    plans()
+fn subjects(object: &Path, only: &str, effort: Effort) -> Result<Vec<Subject>> {
+    plans(effort)
         .into_iter()
-        .filter(|(name, plan)| {
-            let one = matches!(plan, Plan::Gateway(of, _) if of.flows == 1);
-            let few = std::env::var("FEW").is_ok();
-            only.split('|').any(|only| {
-                if few {
-                    name.contains(only) && one
-                } else {
-                    name.contains(only)
-                }
-            }) || matches!(plan, Plan::Floor("bench_minimal", 1, _))
-        })
+        .filter(|(name, plan)| name.contains(only) || matches!(plan, Plan::Floor("bench_minimal", 1, _)))
         .map(|(name, plan)| match plan {
-            Plan::Floor(program, flows, is_opening) => floor(object, &name, program, flows, is_opening),
-            Plan::Gateway(of, packets) => gateway(object, &name, of, packets),
+            Plan::Floor(program, flows, is_opening) => {
+                floor(object, &name, program, flows, is_opening, effort)
+            }
+            Plan::Gateway(of, packets) => gateway(object, &name, of, packets, effort),
         })
         .collect()
 }
 
-fn measure(object: &Path, only: &str) -> Result<String> {
+fn measure(object: &Path, only: &str, effort: Effort) -> Result<Measured> {
     let mut cpus = CpuSet::new();
     cpus.set(0)?;
     sched_setaffinity(Pid::from_raw(0), &cpus)?;
-    let mut subjects = subjects(object, only)?;
-    for trial in 0..TRIALS {
-        eprintln!("trial {} of {TRIALS} ...", trial + 1);
-        for subject in &mut subjects {
-            subject.trial(trial)?;
-        }
+    let mut subjects = subjects(object, only, effort)?;
+    let extent = Extent::of(effort);
+    eprintln!("{} trials of each ...", extent.trials);
+    let costs = in_turns(&mut subjects, extent.trials, Subject::trial)?;
+    let mut results = Vec::new();
+    for (subject, costs) in subjects.into_iter().zip(costs) {
+        let spread = |of: fn(&Cost) -> f64| Spread::of(costs.iter().map(of).collect()).context("no trial");
+        results.push(Judged {
+            own: spread(|cost| cost.own)?,
+            nothing: spread(|cost| cost.nothing)?,
+            subject,
+        });
     }
+    Ok(report(&results, extent))
+}
+
+/// What became of a subject.
+struct Judged {
+    subject: Subject,
+    own: Spread,
+    nothing: Spread,
+}
+
+/// The name of a figure.
+pub fn figure(name: &str, flows: u32) -> String {
+    format!("{name} @ {flows}")
+}
+
+fn report(results: &[Judged], extent: Extent) -> Measured {
+    let mut measured = Measured::default();
     let mut floors = BTreeMap::new();
-    let mut rows = Vec::new();
     let mut inserts = None;
-    for subject in &mut subjects {
-        subject.costs.sort_by(f64::total_cmp);
-        let median = subject.costs[subject.costs.len() / 2];
+    let mut rows = Vec::new();
+    for Judged {
+        subject,
+        own,
+        nothing,
+    } in results
+    {
+        if rows.is_empty() {
+            rows.push([
+                "empty program with what stands in front of it, subtracted below".to_owned(),
+                "1".to_owned(),
+                format!("{:.0}", nothing.median),
+                format!("{:.0} to {:.0}", nothing.least, nothing.most),
+                String::new(),
+            ]);
+        }
+        let flows = subject.gateway.flows;
         if subject.floor == Some("bench_minimal") {
-            floors.insert(subject.gateway.flows, median);
+            floors.insert(flows, own.median);
         }
         if subject.is_opening && subject.floor.is_some() {
-            inserts = Some(median);
+            inserts = Some(own.median);
         }
         let reference = if subject.is_opening {
             inserts
         } else {
-            floors.get(&subject.gateway.flows).copied()
+            floors.get(&flows).copied()
         };
+        measured.figure(&figure(&subject.name, flows), own.median);
         rows.push([
             subject.name.clone(),
-            subject.gateway.flows.to_string(),
-            format!("{median:.0}"),
-            format!(
-                "{:.0} to {:.0}",
-                subject.costs[0],
-                subject.costs[subject.costs.len() - 1]
-            ),
-            reference.map_or_else(String::new, |reference| format!("{:.2}", median / reference)),
+            flows.to_string(),
+            format!("{:.0}", own.median),
+            format!("{:.0} to {:.0}", own.least, own.most),
+            reference.map_or_else(String::new, |reference| format!("{:.2}", own.median / reference)),
         ]);
     }
-    let header = ["packets", "flows", "ns, median", "min to max", "ratio"];
-    Ok(format!(
-        "{TRIALS} trials of {RUN} packets or more, by turns, on one CPU; net of an empty program. The ratio is to the minimal \
-         program with as many flows, for new flows to their inserts.\n\n{}",
-        markdown(header, &rows)
-    ))
+    measured.tables.push(Table::new(
+        &format!(
+            "{} trials of {} packets or more, by turns, on one CPU; net of an empty program. The ratio is to the minimal \
+             program with as many flows, for new flows to their inserts.",
+            extent.trials, extent.run
+        ),
+        ["packets", "flows", "ns, median", "min to max", "ratio"],
+        rows,
+    ));
+    measured.plots = plots(results);
+    measured
+}
+
+fn plots(results: &[Judged]) -> Vec<Plot> {
+    let lines = [MINIMAL, "request, full NAT", "reply, full NAT"].map(|name| Line {
+        label: name.to_owned(),
+        points: results
+            .iter()
+            .filter(|result| result.subject.name == name)
+            .map(|result| (f64::from(result.subject.gateway.flows), result.own))
+            .collect(),
+    });
+    let bars = results
+        .iter()
+        .filter(|result| result.subject.gateway.flows == 1 && !result.subject.is_opening)
+        .map(|result| Bar {
+            label: result.subject.name.clone(),
+            colour: usize::from(result.subject.kernel.is_some()),
+            spread: result.own,
+        });
+    vec![
+        Plot {
+            name: "bench-flows".to_owned(),
+            title: "A packet of an established flow, by the number of flows".to_owned(),
+            unit: "ns per packet".to_owned(),
+            kind: PlotKind::Lines("flows".to_owned(), lines.to_vec()),
+        },
+        Plot {
+            name: "bench-packets".to_owned(),
+            title: "A packet while there is one flow".to_owned(),
+            unit: "ns per packet".to_owned(),
+            kind: PlotKind::Bars(bars.collect()),
+        },
+    ]
 }

@@ -14,7 +14,15 @@ use forwarder_common::{
     abi::backend::{BackendGroup, BackendId, Selection},
     maglev,
 };
-use forwarder_tests::{
+use forwarder_user::datapath::{
+    maps,
+    object::{self, Sizes},
+    pod::AsPod,
+    watch::BackendWatch,
+};
+
+use super::{Effort, Measured, Table};
+use crate::{
     lab::{
         Lifetime,
         agent::Agent,
@@ -24,37 +32,65 @@ use forwarder_tests::{
     },
     tables::SIZES,
 };
-use forwarder_user::datapath::{
-    maps,
-    object::{self, Sizes},
-    pod::AsPod,
-    watch::BackendWatch,
-};
 
-use crate::markdown;
+pub const NAME: &str = "tables";
+pub const TITLE: &str = "The control plane";
+pub const PROSE: &str = include_str!("tables.md");
 
-const BACKENDS: [u32; 4] = [10, 100, 1_000, 10_000];
-const RUNS: usize = 15;
-/// Changes of many backends, there and back.
-const APPLIES: usize = 3;
-/// Changes of a weight while clients send requests.
-const SWAPS: usize = 1_000;
 const CONNECTIONS: u32 = 16;
 
-/// A measurement, which returns what it has found in Markdown.
-type Part = fn() -> Result<String>;
+/// How much of it.
+#[derive(Clone, Copy)]
+struct Extent {
+    backends: &'static [u32],
+    runs: usize,
+    /// Changes of many backends, there and back.
+    applies: usize,
+    /// How many backends change at once.
+    many: u32,
+    /// Changes of a weight while clients send requests.
+    swaps: usize,
+}
 
-pub(crate) fn run(only: &str) -> Result<()> {
+impl Extent {
+    const fn of(effort: Effort) -> Self {
+        match effort {
+            Effort::Whole => Self {
+                backends: &[10, 100, 1_000, 10_000],
+                runs: 15,
+                applies: 3,
+                many: 10_000,
+                swaps: 300,
+            },
+            Effort::Short => Self {
+                backends: &[10, 100],
+                runs: 1,
+                applies: 1,
+                many: 100,
+                swaps: 5,
+            },
+        }
+    }
+}
+
+/// A measurement, which returns what it has found.
+type Part = fn(Extent) -> Result<Table>;
+
+/// # Errors
+/// A table could not be built or written, a configuration was not applied.
+pub fn run(only: &str, effort: Effort) -> Result<Measured> {
     let parts: [(&str, Part); 4] = [
         ("build", build_and_swap),
         ("looks", looks),
         ("swaps", swaps_under_load),
         ("apply", applies),
     ];
-    for (_, part) in parts.iter().filter(|(name, _)| name.contains(only)) {
-        println!("{}\n", part()?);
+    let mut measured = Measured::default();
+    for (name, part) in parts.iter().filter(|(name, _)| name.contains(only)) {
+        eprintln!("{name} ...");
+        measured.tables.push(part(Extent::of(effort))?);
     }
-    Ok(())
+    Ok(measured)
 }
 
 fn sizes(backends: u32, slots: u32) -> Sizes {
@@ -65,16 +101,16 @@ fn sizes(backends: u32, slots: u32) -> Sizes {
     }
 }
 
-fn build_and_swap() -> Result<String> {
+fn build_and_swap(extent: Extent) -> Result<Table> {
     let mut rows = Vec::new();
-    for backends in BACKENDS {
+    for &backends in extent.backends {
         let entries = entries(backends);
         let slot_count = maglev::size_for(backends as usize);
         let sizes = sizes(backends, slot_count * 2);
         let mut ebpf = object::load(&sizes)?;
         let (mut control, _flows, _counters) = maps::take(&mut ebpf, &sizes, None)?;
         let (mut builds, mut swaps) = (Vec::new(), Vec::new());
-        for run in 0..RUNS {
+        for run in 0..extent.runs {
             let began = Instant::now();
             let mut turns = vec![maglev::Turn::default(); entries.len()];
             let mut slots = vec![0; slot_count as usize];
@@ -101,18 +137,17 @@ fn build_and_swap() -> Result<String> {
             spread(swaps),
         ]);
     }
-    let table = markdown(
-        [
-            "backends",
-            "slots",
-            "build: median (min to max)",
-            "swap: median (min to max)",
-        ],
-        &rows,
+    let caption = format!(
+        "Maglev tables, {} runs each. A swap writes the slots and then the group, into maps of the kernel.",
+        extent.runs
     );
-    Ok(format!(
-        "{RUNS} runs each. A swap writes the slots and then the group, into maps of the kernel.\n\n{table}"
-    ))
+    let header = [
+        "backends",
+        "slots",
+        "build: median (min to max)",
+        "swap: median (min to max)",
+    ];
+    Ok(Table::new(&caption, header, rows))
 }
 
 fn entries(backends: u32) -> Vec<maglev::Entry> {
@@ -128,13 +163,13 @@ fn entries(backends: u32) -> Vec<maglev::Entry> {
 }
 
 /// What one look of the passive checks costs when all backends carry flows.
-fn looks() -> Result<String> {
+fn looks(extent: Extent) -> Result<Table> {
     let mut rows = Vec::new();
-    for backends in BACKENDS {
+    for &backends in extent.backends {
         let ebpf = object::load(&sizes(backends, 1024))?;
         let watch = BackendWatch::open(&ebpf)?;
         let (mut idle, mut busy) = (Vec::new(), Vec::new());
-        for _ in 0..RUNS {
+        for _ in 0..extent.runs {
             let began = Instant::now();
             let live = (0..backends).filter(|id| watch.is_live(BackendId(*id))).count();
             idle.push(began.elapsed());
@@ -152,10 +187,8 @@ fn looks() -> Result<String> {
         "none carries flows: median (min to max)",
         "all do: median (min to max)",
     ];
-    Ok(format!(
-        "One look of the passive checks, {RUNS} runs each.\n\n{}",
-        markdown(header, &rows)
-    ))
+    let caption = format!("One look of the passive checks, {} runs each.", extent.runs);
+    Ok(Table::new(&caption, header, rows))
 }
 
 /// Median, least and most.
@@ -178,7 +211,7 @@ fn spread(mut times: Vec<Duration>) -> String {
     )
 }
 
-fn swaps_under_load() -> Result<String> {
+fn swaps_under_load(extent: Extent) -> Result<Table> {
     let extras = Extras {
         eight_servers: true,
         ..Extras::default()
@@ -190,8 +223,7 @@ fn swaps_under_load() -> Result<String> {
         (Connections::PerRequest, "one per request"),
         (Connections::KeepAlive, "kept open"),
     ] {
-        eprintln!("{SWAPS} swaps, connections {name} ...");
-        let before = swaps_done(&agent)?;
+        eprintln!("{} swaps, connections {name} ...", extent.swaps);
         let is_over = AtomicBool::new(false);
         let (client, vip) = (site.client().clone(), site.vip);
         let (requests, errors, took) = thread::scope(|scope| -> Result<_> {
@@ -206,28 +238,26 @@ fn swaps_under_load() -> Result<String> {
             });
             let began = Instant::now();
             let outcome =
-                (0..SWAPS).try_for_each(|swap| change_weight(&site, &agent, 50 + (swap % 100) as u16));
+                (0..extent.swaps).try_for_each(|swap| change_weight(&site, &agent, 50 + (swap % 100) as u16));
             let took = began.elapsed();
             is_over.store(true, Relaxed);
             let (requests, errors) = load.join().expect("it does not panic")?;
             outcome?;
             Ok((requests, errors, took))
         })?;
-        let done = swaps_done(&agent)? - before;
-        ensure!(done >= SWAPS, "only {done} of {SWAPS} changes were made");
         rows.push([
             name.to_owned(),
-            done.to_string(),
+            extent.swaps.to_string(),
             format!("{:.1} s", took.as_secs_f64()),
             requests.to_string(),
             errors.to_string(),
         ]);
     }
     let header = ["connections", "swaps", "within", "requests", "lost"];
-    Ok(format!(
-        "8 servers; the weight of one changes by `forwarder apply`, wrk has {CONNECTIONS} connections.\n\n{}",
-        markdown(header, &rows)
-    ))
+    let caption = format!(
+        "8 servers; the weight of one changes by `forwarder apply`, wrk has {CONNECTIONS} connections."
+    );
+    Ok(Table::new(&caption, header, rows))
 }
 
 fn change_weight(site: &Site, agent: &Agent, weight: u16) -> Result<()> {
@@ -248,12 +278,11 @@ fn change_weight(site: &Site, agent: &Agent, weight: u16) -> Result<()> {
     Ok(())
 }
 
-/// How many backends change at once.
-const MANY: u32 = 10_000;
-
-/// Backends of one group: weight of all, where they are, the first part of their names, and the weight of the first.
+/// Backends of one group: how many, weight of all, where they are, the first part of their names, and the weight of the
+/// first.
 #[derive(Clone, Copy)]
-struct Many {
+pub(super) struct Many {
+    count: u32,
     weight: u16,
     network: u8,
     name: &'static str,
@@ -261,12 +290,22 @@ struct Many {
 }
 
 impl Many {
-    fn configuration(self, site: &Site) -> Configuration {
+    pub(super) const fn new(count: u32) -> Self {
+        Self {
+            count,
+            weight: 100,
+            network: 20,
+            name: "a",
+            first_weight: 100,
+        }
+    }
+
+    pub(super) fn configuration(self, site: &Site) -> Configuration {
         let mut configuration =
             site.configuration(&[])
                 .agent_key("max_slots", "8388608")
                 .group("web", "full", Check::None);
-        for number in 0..MANY {
+        for number in 0..self.count {
             let address = Ipv4Addr::new(172, self.network, (number >> 8) as u8, number as u8);
             let weight = if number == 0 {
                 self.first_weight
@@ -281,14 +320,9 @@ impl Many {
 }
 
 /// From `forwarder apply` to its end: then the tables are in force, and all that follows from them.
-fn applies() -> Result<String> {
+fn applies(extent: Extent) -> Result<Table> {
     let site = Site::cross_region(Lifetime::Process, Extras::default())?;
-    let first = Many {
-        weight: 100,
-        network: 20,
-        name: "a",
-        first_weight: 100,
-    };
+    let first = Many::new(extent.many);
     let agent = Agent::start(&site.lab, &site.gateway, &first.configuration(&site))?;
     let mut rows = Vec::new();
     for (what, changed) in [
@@ -304,10 +338,10 @@ fn applies() -> Result<String> {
         ("the addresses of all", Many { network: 21, ..first }),
         ("all go, as many others come", Many { name: "b", ..first }),
     ] {
-        eprintln!("{MANY} backends: {what} ...");
+        eprintln!("{} backends: {what} ...", extent.many);
         let mut times = Vec::new();
         // There and back, so that each run changes as much as the first.
-        for _ in 0..APPLIES {
+        for _ in 0..extent.applies {
             for next in [changed, first] {
                 let file = site.lab.directory().join("next.toml");
                 fs::write(&file, next.configuration(&site).to_string())?;
@@ -323,16 +357,14 @@ fn applies() -> Result<String> {
         }
         rows.push([what.to_owned(), spread(times)]);
     }
-    Ok(format!(
-        "`forwarder apply` of {MANY} backends in one group, {} runs each, from the command's start to its end.\n\n{}",
-        APPLIES * 2,
-        markdown(["what changes", "median (min to max)"], &rows)
+    let caption = format!(
+        "`forwarder apply` of {} backends in one group, {} runs each, from the command's start to its end.",
+        extent.many,
+        extent.applies * 2
+    );
+    Ok(Table::new(
+        &caption,
+        ["what changes", "median (min to max)"],
+        rows,
     ))
-}
-
-/// Configurations that the agent has applied.
-fn swaps_done(agent: &Agent) -> Result<usize> {
-    Ok(fs::read_to_string(agent.log())?
-        .matches("configuration applied")
-        .count())
 }
