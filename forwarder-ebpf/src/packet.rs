@@ -21,8 +21,8 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use forwarder_common::{
-    abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, translate},
+    abi::{flow::FlowId, reason::Reason, settings::Settings},
+    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, handshake, translate},
     wire::{
         LinkPair, WireHeader,
         checksum::{Delta, fold},
@@ -319,6 +319,45 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn resize(&mut self, len: usize) -> Result<(), Stop> {
+        let by = len as i32 - self.frame_len() as i32;
+        // SAFETY: the context is the one the kernel passed in; the helper checks the length.
+        if unsafe { bpf_xdp_adjust_tail(self.ctx.ctx, by) } < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn admit_handshake<T: Tables>(
+        &mut self,
+        _: &mut T,
+        _: &Settings,
+        walk: &mut Walk,
+        ended: Option<FlowId>,
+    ) -> handshake::Admitted {
+        maps::lend(walk);
+        functions::admit_xdp(self.ctx.ctx, ended)
+    }
+
+    #[inline(always)]
+    fn pass_handshake<T: Tables>(
+        &mut self,
+        _: &mut T,
+        _: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::pass_xdp(self.ctx.ctx, GENERIC)
+    }
+
+    #[inline(always)]
+    fn next_option(&mut self, walk: &mut Walk, place: u32, len: u32) -> u32 {
+        maps::lend(walk);
+        maps::next_option(place, len)
+    }
+
+    #[inline(always)]
     fn grow(&mut self, _network_offset: usize, front: usize) -> Result<(), Stop> {
         self.move_start(-(front as i32))
     }
@@ -518,6 +557,43 @@ impl Packet for SkbPacket {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, len: usize) -> Result<(), Stop> {
+        self.cut(len)?;
+        // SAFETY: the context is the one the kernel passed in. Failure shows when headers are read.
+        unsafe { bpf_skb_pull_data(self.ctx.skb.skb, len as u32) };
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn admit_handshake<T: Tables>(
+        &mut self,
+        _: &mut T,
+        _: &Settings,
+        walk: &mut Walk,
+        ended: Option<FlowId>,
+    ) -> handshake::Admitted {
+        maps::lend(walk);
+        functions::admit_tcx(self.ctx.skb.skb, ended)
+    }
+
+    #[inline(always)]
+    fn pass_handshake<T: Tables>(
+        &mut self,
+        _: &mut T,
+        _: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::pass_tcx(self.ctx.skb.skb)
+    }
+
+    #[inline(always)]
+    fn next_option(&mut self, walk: &mut Walk, place: u32, len: u32) -> u32 {
+        maps::lend(walk);
+        maps::next_option(place, len)
     }
 
     #[inline(always)]

@@ -1,6 +1,7 @@
 //! What the test rings share; see the crate's modules. Nothing here is part of the product.
 
 pub mod cases;
+pub mod handshake;
 pub mod lab;
 pub mod packet;
 pub mod program;

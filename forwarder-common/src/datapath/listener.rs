@@ -17,12 +17,12 @@ pub fn lookup<T: Tables>(tables: &T, key: &FlowKey) -> Result<Listener, Stop> {
     };
     let (protocol, port) = (key.protocol as u8, key.destination_port);
     if let Some(listener) = tables.listener(&ListenerKey::new(address, port, protocol)) {
-        return Ok(*listener);
+        return Ok(listener.copied());
     }
     if vip.range_listeners != 0
         && let Some(listener) = tables.listener_range(&ListenerRangeKey::new(address, protocol, port, 16))
     {
-        return Ok(*listener);
+        return Ok(listener.copied());
     }
     Err(Stop::pass(Reason::NO_LISTENER))
 }

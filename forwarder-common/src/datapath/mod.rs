@@ -22,9 +22,11 @@ use crate::{
         counter::IcmpBudget,
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowReference},
         fragment::{FragmentFlow, FragmentKey, HeldKind},
+        handshake::{Handshake, SynBudget},
         interface::{Interface, InterfaceKey, flag},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
+        rate::{SourceRate, SourceRateKey},
         reason::Reason,
         settings::Settings,
         tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
@@ -36,9 +38,11 @@ pub mod admission;
 pub mod arp;
 pub mod backend;
 pub mod capture;
+pub mod cookie;
 pub mod echo;
 pub mod flow;
 pub mod fragment;
+pub mod handshake;
 pub mod hash;
 pub mod icmp;
 pub mod icmp_error;
@@ -53,6 +57,7 @@ pub mod parse;
 pub mod persistence;
 pub mod pipeline;
 pub mod quota;
+pub mod rate;
 pub mod refuse;
 pub mod rewrite;
 pub mod sctp;
@@ -162,6 +167,8 @@ pub struct Walk {
     pub quote: icmp::Quote,
     /// Room for the one key that a stage builds.
     pub key: FlowKey,
+    /// Of a handshake that the gateway makes: by `handshake`.
+    pub room: handshake::Room,
 }
 
 /// Where the state "this transport checksum is not computed yet" lives; see `transport_checksum`.
@@ -241,6 +248,12 @@ pub trait Packet {
     /// [`Reason::INTERNAL`] when it is shorter.
     fn cut(&mut self, len: usize) -> Result<(), Stop>;
 
+    /// Cuts the frame to `len` bytes, or makes it as long; new bytes have any content.
+    ///
+    /// # Errors
+    /// [`Reason::INTERNAL`] when there is no room.
+    fn resize(&mut self, len: usize) -> Result<(), Stop>;
+
     /// Makes room for `front` bytes before the IP header, at `network_offset`; these, and the link header, have any
     /// content then.
     ///
@@ -289,6 +302,41 @@ pub trait Packet {
         Self: Sized,
     {
         translate::apply(self, walk)
+    }
+
+    /// [`handshake::admit`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn admit_handshake<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+        ended: Option<FlowId>,
+    ) -> handshake::Admitted
+    where
+        Self: Sized,
+    {
+        handshake::admit(self, tables, settings, walk, ended)
+    }
+
+    /// [`handshake::pass`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn pass_handshake<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        handshake::pass(self, tables, settings, walk)
+    }
+
+    /// [`handshake::next_option`], wherever it runs.
+    #[inline(always)]
+    fn next_option(&mut self, walk: &mut Walk, place: u32, len: u32) -> u32 {
+        handshake::next_option(&mut walk.room, place, len)
     }
 
     /// [`rewrite::leave`], wherever it runs.
@@ -374,6 +422,15 @@ pub trait Tables {
         backend::choose(self, walk, hash, now_secs)
     }
 
+    /// [`rate::charge`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn charge(&mut self, walk: &Walk) -> rate::Charged
+    where
+        Self: Sized,
+    {
+        rate::charge(self, walk)
+    }
+
     /// [`backend::search`], wherever it runs.
     #[inline(always)]
     fn search(&mut self, first_slot: u32, slot_count: u32, slot: u32) -> backend::Found
@@ -417,6 +474,15 @@ pub trait Tables {
     /// Live flows of a backend that count against its limit.
     fn backend_live(&mut self, id: BackendId) -> Option<&mut Self::Gauge>;
 
+    /// This CPU's budget of SYNs for a listener.
+    fn syn_budget(&mut self, id: ListenerId) -> Option<&mut SynBudget>;
+    /// The handshake of a flow that a cookie opened; of others without a meaning.
+    fn handshake(&mut self, id: FlowId) -> Option<&mut Handshake>;
+    /// How fast clients of a prefix open flows.
+    fn source_rate(&mut self, key: &SourceRateKey) -> Option<&mut SourceRate>;
+    /// Keeps that of a prefix which has none yet; of a full table, what was not used for longest makes room.
+    fn keep_source_rate(&mut self, key: &SourceRateKey, value: SourceRate);
+
     /// Seconds of CLOCK_MONOTONIC, by which entries age.
     fn now_secs(&mut self) -> u32;
 
@@ -446,6 +512,12 @@ pub enum TrafficEvent {
     FlowRefused,
     /// A refused flow's client was told.
     RefusalSent,
+    /// Of SYN cookies.
+    CookieSent,
+    CookieAccepted,
+    CookieInvalid,
+    /// A flow that came too fast from its source.
+    RateLimited,
     /// A request or reply of so many IP bytes.
     Request {
         bytes: u32,
@@ -466,6 +538,10 @@ impl crate::abi::counter::TrafficCounters {
         match event {
             TrafficEvent::FlowOpened => self.flows_opened = self.flows_opened.wrapping_add(1),
             TrafficEvent::RefusalSent => self.gateway_resets = self.gateway_resets.wrapping_add(1),
+            TrafficEvent::CookieSent => self.cookies_sent = self.cookies_sent.wrapping_add(1),
+            TrafficEvent::CookieAccepted => self.cookies_accepted = self.cookies_accepted.wrapping_add(1),
+            TrafficEvent::CookieInvalid => self.cookies_invalid = self.cookies_invalid.wrapping_add(1),
+            TrafficEvent::RateLimited => self.flows_limited = self.flows_limited.wrapping_add(1),
             TrafficEvent::FlowRefused => self.flows_refused = self.flows_refused.wrapping_add(1),
             TrafficEvent::Request { bytes, reset } => {
                 self.request_packets = self.request_packets.wrapping_add(1);
@@ -553,6 +629,21 @@ pub trait Env {
         Self: Sized,
     {
         icmp::find(packet, tables, settings, walk)
+    }
+
+    /// [`handshake::answer`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn answer_syn<P: Packet, T: Tables>(
+        &mut self,
+        packet: &mut P,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Outcome
+    where
+        Self: Sized,
+    {
+        handshake::answer(packet, tables, settings, walk)
     }
 
     /// [`refuse::answer`], wherever it runs; `walk` is the one of this packet.
