@@ -61,7 +61,14 @@ fn play(
     dual_stack::add(&site)?;
     let show_log = ShowLog::of(&site.lab);
     let agent = site.start_agent(&configure(&site)?, "web")?;
-    test(&site, &agent)?;
+    if let Err(error) = test(&site, &agent) {
+        // What became of the packets tells why.
+        let status = agent.status().map(|status| status.reasons);
+        for reason in status.into_iter().flatten().filter(|reason| reason.packets > 0) {
+            println!("{:>9} {}", reason.packets, reason.name);
+        }
+        return Err(error);
+    }
     show_log.all_is_well();
     Ok(())
 }

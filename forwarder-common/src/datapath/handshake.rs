@@ -483,7 +483,8 @@ fn connect<P: Packet, T: Tables>(
     read_options(packet, walk)?;
     let tcp = packet.header::<TcpHeader>(walk.frame.transport_offset as usize)?;
     let (first, window) = ({ tcp.sequence }.get(), { tcp.window }.get());
-    let is_probe = known.stage & stage::PROBED == 0;
+    // A packet without any option has no room for the byte.
+    let is_probe = known.stage & stage::PROBED == 0 && walk.frame.transport_len > TcpHeader::LEN as u32;
     let kept = tables
         .handshake(walk.hit.id)
         .ok_or(Stop::drop(Reason::INTERNAL))?;
@@ -638,7 +639,7 @@ fn reshape<P: Packet>(
     };
     let header_len = TcpHeader::LEN as u32 + becomes.option_words * 4;
     let len = header_len + becomes.payload_bytes;
-    packet.resize(offset + len as usize)?;
+    packet.resize(offset + TcpHeader::LEN, offset + len as usize)?;
 
     let tcp = packet.header::<TcpHeader>(offset)?;
     let (sequence, acknowledgment) = (tcp.sequence, tcp.acknowledgment);

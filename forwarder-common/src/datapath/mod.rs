@@ -248,11 +248,12 @@ pub trait Packet {
     /// [`Reason::INTERNAL`] when it is shorter.
     fn cut(&mut self, len: usize) -> Result<(), Stop>;
 
-    /// Cuts the frame to `len` bytes, or makes it as long; new bytes have any content.
+    /// Cuts the frame to `len` bytes, or makes it as long; what is behind the first `kept` bytes has any content then.
+    /// `kept` is even, as all headers are.
     ///
     /// # Errors
     /// [`Reason::INTERNAL`] when there is no room.
-    fn resize(&mut self, len: usize) -> Result<(), Stop>;
+    fn resize(&mut self, kept: usize, len: usize) -> Result<(), Stop>;
 
     /// Makes room for `front` bytes before the IP header, at `network_offset`; these, and the link header, have any
     /// content then.

@@ -190,7 +190,7 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         Ok(())
     }
 
-    fn resize(&mut self, len: usize) -> Result<(), Stop> {
+    fn resize(&mut self, _kept: usize, len: usize) -> Result<(), Stop> {
         self.bytes.resize(len, 0);
         Ok(())
     }
