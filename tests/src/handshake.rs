@@ -426,6 +426,30 @@ pub fn converse<W: Walker>(choices: &Choices, walker: &mut W) -> Result<()> {
             ensure!(seen <= real && (real - seen < unit || heard.window == 0xffff), "{seen} of {real}");
         }
     }
+
+    // 5. A router before the client that carries less finds the server's own numbers in what it quotes.
+    let reply = talk.of_server(segment::ACK, first.wrapping_add(77), next, 512).payload(600);
+    let seen = talk.down(&reply)?;
+    let lost = Builder::tcp(segment::ACK, VIP, CLIENT)
+        .link(CLIENT_SIDE.mac, mac_of(*CLIENT.ip()))
+        .ttl(63)
+        .numbers(TcpNumbers {
+            sequence: seen.sequence,
+            acknowledgment: seen.acknowledgment,
+            window: seen.window,
+        })
+        .payload(600);
+    let error = lost.reported(3, 4, 540).build();
+    let (action, out) = talk.walker.walk(choices.program, &CLIENT_SIDE, &error)?;
+    ensure!(action == Action::Redirect, "{action:?}");
+    let wrong = wrong_checksums(&out);
+    ensure!(wrong.is_empty(), "wrong checksums: {wrong:?}");
+    let quoted = ETHERNET_LEN + 20 + 8 + 20 + 4;
+    ensure!(
+        out[quoted..quoted + 4] == first.wrapping_add(77).to_be_bytes(),
+        "{:02x?}",
+        &out[quoted..quoted + 4]
+    );
     Ok(())
 }
 

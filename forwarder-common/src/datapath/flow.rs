@@ -35,7 +35,8 @@ pub struct Hit {
     pub protocol: u32,
     /// Non-zero: a SYN cookie opened the flow, see `handshake`.
     pub by_cookie: u32,
-    pub reserved: u32,
+    /// By how much the sequence numbers that an ICMP error quotes are raised: by `icmp::find`.
+    pub difference: u32,
     pub rewrite: Rewrite,
     pub hop: NextHop,
 }
@@ -51,6 +52,7 @@ impl Hit {
         self.is_first_answer = 0;
         self.protocol = entry.binding.protocol;
         self.by_cookie = u32::from(handshake::is_of(entry));
+        self.difference = 0;
         self.rewrite.set(entry, direction);
         self.hop = if direction == Direction::REQUEST {
             entry.request_hop.copied()

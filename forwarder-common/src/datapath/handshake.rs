@@ -609,12 +609,13 @@ fn reply<P: Packet>(
     transport_checksum::update(packet, frame, change, state, false)
 }
 
-/// The sequence number of a reply as the backend has sent it, for an ICMP error that quotes the client's side.
+/// By how much the sequence number of a reply, which an ICMP error quotes as the client's side has seen it, is less than
+/// that of the backend, which takes the error for a forgery else (RFC 5927 §4.1).
 #[inline(always)]
-pub fn quoted<T: Tables>(tables: &mut T, id: FlowId, sequence: Be32) -> Be32 {
+pub fn difference<T: Tables>(tables: &mut T, id: FlowId) -> u32 {
     match tables.handshake(id) {
-        Some(kept) if kept.stage & stage::ANSWERED != 0 => raised(sequence, kept.difference),
-        _ => sequence,
+        Some(kept) if kept.stage & stage::ANSWERED != 0 => kept.difference,
+        _ => 0,
     }
 }
 
