@@ -444,6 +444,12 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn flow_reference_v4(&self, key: &FlowKeyV4) -> Option<&FlowReference> {
+        // SAFETY: as for `vip`.
+        unsafe { FLOW_INDEX.get(key) }
+    }
+
+    #[inline(always)]
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry> {
         // SAFETY: array elements live as long as the program. Another CPU may write the same entry: fields
         // are plain integers written whole, and none is trusted for memory safety.
@@ -514,7 +520,9 @@ impl Tables for KernelTables {
     #[inline(always)]
     fn syn_budget(&mut self, id: ListenerId) -> Option<&mut SynBudget> {
         // SAFETY: this CPU's own element, as for `count_listener`.
-        SYN_BUDGETS.get_ptr_mut(id.0).map(|budget| unsafe { &mut *budget })
+        SYN_BUDGETS
+            .get_ptr_mut(id.0)
+            .map(|budget| unsafe { &mut *budget })
     }
 
     #[inline(always)]

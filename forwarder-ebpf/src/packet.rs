@@ -266,6 +266,11 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn linear_len(&self) -> usize {
+        self.data_end() - self.data()
+    }
+
+    #[inline(always)]
     fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
         sum_of(forwarder_sum_xdp(self.ctx.ctx, offset as u32, len as u32))
     }
@@ -373,12 +378,7 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
-    fn pass_handshake<T: Tables>(
-        &mut self,
-        _: &mut T,
-        _: &Settings,
-        walk: &mut Walk,
-    ) -> Result<(), Stop> {
+    fn pass_handshake<T: Tables>(&mut self, _: &mut T, _: &Settings, walk: &mut Walk) -> Result<(), Stop> {
         maps::lend(walk);
         functions::pass_xdp(self.ctx.ctx, GENERIC)
     }
@@ -612,12 +612,7 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn pass_handshake<T: Tables>(
-        &mut self,
-        _: &mut T,
-        _: &Settings,
-        walk: &mut Walk,
-    ) -> Result<(), Stop> {
+    fn pass_handshake<T: Tables>(&mut self, _: &mut T, _: &Settings, walk: &mut Walk) -> Result<(), Stop> {
         maps::lend(walk);
         functions::pass_tcx(self.ctx.skb.skb)
     }

@@ -458,7 +458,10 @@ fn backends() -> [Family; 16] {
             "SYNs that were answered with a cookie; of listeners of TCP.",
             &["listener"],
             |status| {
-                let listeners = status.listeners.iter().filter(|listener| listener.protocol == "tcp");
+                let listeners = status
+                    .listeners
+                    .iter()
+                    .filter(|listener| listener.protocol == "tcp");
                 listeners
                     .map(|listener| Sample::whole([&listener.name], listener.cookies_sent))
                     .collect()
@@ -470,7 +473,10 @@ fn backends() -> [Family; 16] {
             "Connections that were opened by a SYN cookie that came back; of listeners of TCP.",
             &["listener"],
             |status| {
-                let listeners = status.listeners.iter().filter(|listener| listener.protocol == "tcp");
+                let listeners = status
+                    .listeners
+                    .iter()
+                    .filter(|listener| listener.protocol == "tcp");
                 listeners
                     .map(|listener| Sample::whole([&listener.name], listener.cookies_accepted))
                     .collect()
@@ -482,7 +488,10 @@ fn backends() -> [Family; 16] {
             "Acknowledgments without a connection, and without a cookie of ours, while cookies were sent; of listeners of TCP.",
             &["listener"],
             |status| {
-                let listeners = status.listeners.iter().filter(|listener| listener.protocol == "tcp");
+                let listeners = status
+                    .listeners
+                    .iter()
+                    .filter(|listener| listener.protocol == "tcp");
                 listeners
                     .map(|listener| Sample::whole([&listener.name], listener.cookies_invalid))
                     .collect()

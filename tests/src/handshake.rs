@@ -262,7 +262,10 @@ impl<W: Walker> Talk<'_, W> {
     /// Sends a client's frame; what the server gets.
     fn up(&mut self, frame: &Builder) -> Result<Segment> {
         let out = self.send(&CLIENT_SIDE, frame)?;
-        ensure!((out.source, out.destination) == (self.binding(), SERVER), "{out:?}");
+        ensure!(
+            (out.source, out.destination) == (self.binding(), SERVER),
+            "{out:?}"
+        );
         Ok(out)
     }
 
@@ -277,7 +280,10 @@ impl<W: Walker> Talk<'_, W> {
         let (action, out) = self.walker.walk(self.choices.program, link, &frame.build())?;
         ensure!(action == Action::Redirect, "{action:?} for {frame:?}");
         // Native XDP completes the checksum, generic XDP leaves that to the device.
-        Segment::read(&out, self.choices.is_partial && self.choices.program == Program::Generic)
+        Segment::read(
+            &out,
+            self.choices.is_partial && self.choices.program == Program::Generic,
+        )
     }
 
     /// Sends a frame of one side which must be dropped.
@@ -298,12 +304,17 @@ pub fn converse<W: Walker>(choices: &Choices, walker: &mut W) -> Result<()> {
     let syn_options = options(choices, size, choices.client_scale, choices.is_selective);
 
     // 1. The SYN comes back with a cookie.
-    let syn = talk.of_client(segment::SYN, isn, 0, 64240).tcp_options(syn_options);
+    let syn = talk
+        .of_client(segment::SYN, isn, 0, 64240)
+        .tcp_options(syn_options);
     let (action, out) = talk.walker.walk(choices.program, &CLIENT_SIDE, &syn.build())?;
     ensure!(action == Action::Transmit, "{action:?}");
     let answer = Segment::read(&out, choices.is_partial && choices.program == Program::Generic)?;
     ensure!((answer.source, answer.destination) == (VIP, CLIENT), "{answer:?}");
-    ensure!((answer.flags, answer.window) == (segment::SYN_ACK, 0), "{answer:?}");
+    ensure!(
+        (answer.flags, answer.window) == (segment::SYN_ACK, 0),
+        "{answer:?}"
+    );
     ensure!(answer.acknowledgment == isn.wrapping_add(1), "{answer:?}");
     let our_scale = choices.client_scale.map_or(NO_SCALE, |_| 7);
     ensure!(
@@ -321,8 +332,14 @@ pub fn converse<W: Walker>(choices: &Choices, walker: &mut W) -> Result<()> {
             .of_client(segment::ACK, next, ours, window)
             .payload(repetition as usize * 7);
         let opened = talk.up(&ack)?;
-        ensure!((opened.sequence, opened.flags) == (isn, segment::SYN), "{opened:?}");
-        ensure!(opened.payload.is_empty() && opened.acknowledgment == 0, "{opened:?}");
+        ensure!(
+            (opened.sequence, opened.flags) == (isn, segment::SYN),
+            "{opened:?}"
+        );
+        ensure!(
+            opened.payload.is_empty() && opened.acknowledgment == 0,
+            "{opened:?}"
+        );
         ensure!(
             u64::from(opened.window) == bytes(window, client_scale).min(0xffff),
             "{opened:?}"
@@ -333,11 +350,20 @@ pub fn converse<W: Walker>(choices: &Choices, walker: &mut W) -> Result<()> {
         let wanted = known.into_iter().rfind(|known| *known <= size).unwrap_or(216);
         // A SYN towards a tunnel says less; there is none here, and no MTU.
         ensure!(told == wanted, "{told} of {size}");
-        ensure!((scale, is_selective) == (client_scale, choices.is_selective), "{opened:?}");
+        ensure!(
+            (scale, is_selective) == (client_scale, choices.is_selective),
+            "{opened:?}"
+        );
     }
     // What cannot be sent on is not, and changes nothing.
-    talk.lose(&CLIENT_SIDE, &talk.of_client(segment::ACK, next.wrapping_add(9), ours, 1))?;
-    talk.lose(&CLIENT_SIDE, &talk.of_client(segment::ACK, next, ours.wrapping_add(1), 1))?;
+    talk.lose(
+        &CLIENT_SIDE,
+        &talk.of_client(segment::ACK, next.wrapping_add(9), ours, 1),
+    )?;
+    talk.lose(
+        &CLIENT_SIDE,
+        &talk.of_client(segment::ACK, next, ours.wrapping_add(1), 1),
+    )?;
     talk.lose(&CLIENT_SIDE, &talk.of_client(segment::SYN, isn, 0, 1))?;
     talk.lose(&SERVER_SIDE, &talk.of_server(segment::ACK, 5, 6, 7))?;
 
@@ -364,16 +390,28 @@ pub fn converse<W: Walker>(choices: &Choices, walker: &mut W) -> Result<()> {
         let is_probe = repetition % 2 == 0;
         ensure!(told.flags == segment::ACK && told.options.is_empty(), "{told:?}");
         ensure!(told.acknowledgment == next, "{told:?}");
-        let (sequence, payload) = if is_probe { (cookie, vec![0]) } else { (ours, Vec::new()) };
+        let (sequence, payload) = if is_probe {
+            (cookie, vec![0])
+        } else {
+            (ours, Vec::new())
+        };
         ensure!((told.sequence, &told.payload) == (sequence, &payload), "{told:?}");
-        let field = if our_scale == NO_SCALE { server_window } else { server_window >> 7 };
+        let field = if our_scale == NO_SCALE {
+            server_window
+        } else {
+            server_window >> 7
+        };
         ensure!(told.window == field, "{told:?}");
     }
 
     // 4. From then on each sees its own numbers.
     let difference = first.wrapping_sub(cookie);
     for word in &choices.talk {
-        let (mine, theirs) = if word.is_request { (isn, cookie) } else { (first, isn) };
+        let (mine, theirs) = if word.is_request {
+            (isn, cookie)
+        } else {
+            (first, isn)
+        };
         let sequence = mine.wrapping_add(word.offset);
         let acknowledgment = theirs.wrapping_add(word.acknowledged);
         let mut blocks = Vec::new();
@@ -396,7 +434,11 @@ pub fn converse<W: Walker>(choices: &Choices, walker: &mut W) -> Result<()> {
             talk.of_server(word.flags, sequence, acknowledgment, word.window)
         };
         let said = said.tcp_options(header(&blocks)).payload(word.payload_len);
-        let heard = if word.is_request { talk.up(&said)? } else { talk.down(&said)? };
+        let heard = if word.is_request {
+            talk.up(&said)?
+        } else {
+            talk.down(&said)?
+        };
         ensure!(heard.flags == word.flags, "{heard:?}");
         ensure!(heard.payload.len() == word.payload_len, "{heard:?}");
         if word.is_request {
@@ -408,7 +450,11 @@ pub fn converse<W: Walker>(choices: &Choices, walker: &mut W) -> Result<()> {
             ensure!(heard.options == header(&raised), "{heard:?}");
             // The server never takes the client's window for larger than it is.
             let real = bytes(word.window, choices.client_scale.unwrap_or(NO_SCALE));
-            let scale = if server_scale == NO_SCALE { NO_SCALE } else { client_scale };
+            let scale = if server_scale == NO_SCALE {
+                NO_SCALE
+            } else {
+                client_scale
+            };
             ensure!(bytes(heard.window, scale) <= real, "{heard:?} of {real}");
             if choices.client_scale.is_none() || held(choices.client_scale) == real_scale(choices) {
                 ensure!(
@@ -423,12 +469,17 @@ pub fn converse<W: Walker>(choices: &Choices, walker: &mut W) -> Result<()> {
             let real = bytes(word.window, server_scale);
             let seen = bytes(heard.window, our_scale);
             let unit = bytes(1, our_scale);
-            ensure!(seen <= real && (real - seen < unit || heard.window == 0xffff), "{seen} of {real}");
+            ensure!(
+                seen <= real && (real - seen < unit || heard.window == 0xffff),
+                "{seen} of {real}"
+            );
         }
     }
 
     // 5. A router before the client that carries less finds the server's own numbers in what it quotes.
-    let reply = talk.of_server(segment::ACK, first.wrapping_add(77), next, 512).payload(600);
+    let reply = talk
+        .of_server(segment::ACK, first.wrapping_add(77), next, 512)
+        .payload(600);
     let seen = talk.down(&reply)?;
     let lost = Builder::tcp(segment::ACK, VIP, CLIENT)
         .link(CLIENT_SIDE.mac, mac_of(*CLIENT.ip()))

@@ -34,7 +34,10 @@ fn an_everyday_connection_is_led_through() {
     let counters = library.0.listener_counters[0];
     assert_eq!((counters.cookies_sent, counters.cookies_accepted), (1, 1));
     assert_eq!((counters.flows_opened, counters.flows_answered), (1, 1));
-    assert_eq!(library.0.reason_counters[Reason::SYN_COOKIE_SENT.0 as usize].packets, 1);
+    assert_eq!(
+        library.0.reason_counters[Reason::SYN_COOKIE_SENT.0 as usize].packets,
+        1
+    );
     assert_eq!(library.0.unsound(), Vec::<String>::new());
 }
 

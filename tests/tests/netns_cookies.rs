@@ -47,7 +47,11 @@ fn configuration(site: &Site, greeter: &str, keys: &str) -> Result<Configuration
 /// With these keys in every listener.
 fn with_keys(configuration: &Configuration, keys: &str) -> Configuration {
     let last = "idle_timeout = \"10s\"";
-    Configuration::from_text(configuration.to_string().replace(last, &format!("{last}\n{keys}")))
+    Configuration::from_text(
+        configuration
+            .to_string()
+            .replace(last, &format!("{last}\n{keys}")),
+    )
 }
 
 fn play(
@@ -116,9 +120,13 @@ fn greeted(site: &Site, server: &Namespace, meanwhile: impl FnOnce() -> Result<(
         stream.read_exact(&mut greeting).context("no greeting")?;
         ensure!(greeting == GREETING, "{greeting:?}");
         stream.set_read_timeout(Some(TRANSFER_DEADLINE))?;
-        stream.write_all(&up[..TRANSFER_BYTES / 10]).context("the client writes")?;
+        stream
+            .write_all(&up[..TRANSFER_BYTES / 10])
+            .context("the client writes")?;
         meanwhile()?;
-        stream.write_all(&up[TRANSFER_BYTES / 10..]).context("the client writes")?;
+        stream
+            .write_all(&up[TRANSFER_BYTES / 10..])
+            .context("the client writes")?;
         let mut got = vec![0; down.len()];
         stream.read_exact(&mut got).context("the client reads")?;
         ensure!(got == down, "other bytes arrived at the client");
@@ -144,7 +152,10 @@ fn is_by_cookie(agent: &Agent, listener: &str) -> Result<()> {
         counted(agent, listener, "cookies_sent")?,
         counted(agent, listener, "cookies_accepted")?,
     );
-    ensure!(sent >= accepted && accepted > 0, "{sent} cookies, {accepted} accepted");
+    ensure!(
+        sent >= accepted && accepted > 0,
+        "{sent} cookies, {accepted} accepted"
+    );
     Ok(())
 }
 
@@ -275,9 +286,15 @@ fn new_clients_get_in_through_a_flood() -> Result<()> {
             stop.store(true, Ordering::Relaxed);
             flooding.join().map_err(|_| anyhow!("the flood panicked"))??;
             asked?;
-            let (sent, cookies) = (sent.load(Ordering::Relaxed), counted(agent, "web", "cookies_sent")?);
+            let (sent, cookies) = (
+                sent.load(Ordering::Relaxed),
+                counted(agent, "web", "cookies_sent")?,
+            );
             println!("{sent} SYNs, {cookies} cookies, {pages} pages");
-            ensure!(sent > 5_000 && cookies > sent / 2, "{sent} SYNs, {cookies} cookies");
+            ensure!(
+                sent > 5_000 && cookies > sent / 2,
+                "{sent} SYNs, {cookies} cookies"
+            );
             ensure!(pages >= 10, "{pages} pages");
             is_by_cookie(agent, "web")
         })

@@ -112,10 +112,15 @@ pub struct FlowBinding {
     pub backend_port: Be16,
     /// IP protocol number.
     pub protocol: u32,
-    pub reserved: u32,
+    /// [`Self::BOTH_V4`], or zero.
+    pub families: u32,
 }
 
 impl FlowBinding {
+    /// In `families`: client and backend are of IPv4, and nothing but addresses and ports differs between them, as it
+    /// does where a SYN cookie opened the flow (`datapath::handshake`).
+    pub const BOTH_V4: u32 = 4;
+
     /// A copy, field by field; see [`IpAddress::copied`].
     #[inline(always)]
     pub const fn copied(&self) -> Self {
@@ -146,6 +151,30 @@ impl FlowBinding {
         FlowKey {
             source: self.backend,
             destination: self.snat,
+            source_port: self.backend_port,
+            destination_port: self.snat_port,
+            protocol: self.protocol,
+        }
+    }
+
+    /// The short form of [`Self::request_key`], where that is of IPv4.
+    #[inline(always)]
+    pub const fn request_key_v4(&self) -> FlowKeyV4 {
+        FlowKeyV4 {
+            source: self.client.low(),
+            destination: self.vip.low(),
+            source_port: self.client_port,
+            destination_port: self.vip_port,
+            protocol: self.protocol,
+        }
+    }
+
+    /// The short form of [`Self::reply_key`], where that is of IPv4.
+    #[inline(always)]
+    pub const fn reply_key_v4(&self) -> FlowKeyV4 {
+        FlowKeyV4 {
+            source: self.backend.low(),
+            destination: self.snat.low(),
             source_port: self.backend_port,
             destination_port: self.snat_port,
             protocol: self.protocol,

@@ -57,7 +57,11 @@ const PACKED_SCALES: u32 = {
 /// One of [`SEGMENT_SIZES`]; `index` below 8.
 #[inline(always)]
 const fn segment_size(index: u32) -> u32 {
-    let half = if index < 4 { PACKED_SIZES[0] } else { PACKED_SIZES[1] };
+    let half = if index < 4 {
+        PACKED_SIZES[0]
+    } else {
+        PACKED_SIZES[1]
+    };
     (half >> ((index & 3) * 16)) as u32 & 0xffff
 }
 
@@ -212,7 +216,13 @@ mod tests {
 
     #[test]
     fn it_holds_what_common_systems_announce() {
-        for (size, scale, selective) in [(1460, 7, 1), (1440, 8, 1), (1460, 6, 1), (8940, 10, 1), (536, 15, 0)] {
+        for (size, scale, selective) in [
+            (1460, 7, 1),
+            (1440, 8, 1),
+            (1460, 6, 1),
+            (8940, 10, 1),
+            (536, 15, 0),
+        ] {
             let cookie = make(KEY, &v4(), 77, &announced(size, scale, selective), 1000);
             let found = read_at(&v4(), 77, cookie, 1000).expect("it was just made");
             assert_eq!((found.segment_size, found.scale), (size, scale));

@@ -110,8 +110,7 @@ struct Becomes {
 /// May this be the packet that brings a cookie back? It may carry data, which the client then sends again.
 #[inline(always)]
 pub const fn may_have_cookie(frame: &Frame) -> bool {
-    frame.fragment == part::WHOLE
-        && frame.tcp_flags & (FLAG_SYN | FLAG_ACK | FLAG_RST | FLAG_FIN) == FLAG_ACK
+    frame.fragment == part::WHOLE && frame.tcp_flags & (FLAG_SYN | FLAG_ACK | FLAG_RST | FLAG_FIN) == FLAG_ACK
 }
 
 /// Does the packet, which opens a flow, bring a cookie back? Nothing else that is no SYN is admitted.
@@ -236,7 +235,12 @@ fn try_answer<P: Packet, T: Tables>(
     let now_secs = tables.now_secs();
     read_options(packet, walk)?;
     let Walk { frame, room, .. } = walk;
-    let client_first = { packet.header::<TcpHeader>(frame.transport_offset as usize)?.sequence }.get();
+    let client_first = {
+        packet
+            .header::<TcpHeader>(frame.transport_offset as usize)?
+            .sequence
+    }
+    .get();
     let cookie = cookie::make(
         settings.cookie_key,
         &frame.key,
@@ -277,7 +281,11 @@ const fn our_segment_size(settings: &Settings, is_v4: bool) -> u32 {
     };
     let ip = if is_v4 { Ipv4Header::LEN } else { Ipv6Header::LEN };
     let size = mtu.saturating_sub((ip + TcpHeader::LEN) as u32);
-    if size > u16::MAX as u32 { u16::MAX as u32 } else { size }
+    if size > u16::MAX as u32 {
+        u16::MAX as u32
+    } else {
+        size
+    }
 }
 
 impl Becomes {
@@ -587,12 +595,7 @@ const fn raised(number: Be32, by: u32) -> Be32 {
 
 /// A packet of the backend, once it has answered.
 #[inline(always)]
-fn reply<P: Packet>(
-    packet: &mut P,
-    settings: &Settings,
-    walk: &Walk,
-    known: &Handshake,
-) -> Result<(), Stop> {
+fn reply<P: Packet>(packet: &mut P, settings: &Settings, walk: &Walk, known: &Handshake) -> Result<(), Stop> {
     let frame = &walk.frame;
     let state = transport_checksum::state(packet, frame, settings)?;
     let tcp = packet.header::<TcpHeader>(frame.transport_offset as usize)?;

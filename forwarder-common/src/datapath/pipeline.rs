@@ -2,6 +2,7 @@
 
 use super::{
     Action, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
+    express,
     flow::{self, Found, Hit},
     fragment::{self, part},
     handshake,
@@ -23,6 +24,21 @@ use crate::{
 /// What becomes of a packet; counts exactly one reason. `walk` is room to work in, of any content.
 #[inline(always)]
 pub fn forward<P: Packet, T: Tables, E: Env>(
+    packet: &mut P,
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+    walk: &mut Walk,
+) -> Outcome {
+    match express::forward(packet, tables, env, settings) {
+        Some(outcome) => outcome,
+        None => the_walk(packet, tables, env, settings, walk),
+    }
+}
+
+/// The way that every packet could take.
+#[inline(always)]
+pub fn the_walk<P: Packet, T: Tables, E: Env>(
     packet: &mut P,
     tables: &mut T,
     env: &mut E,

@@ -1,10 +1,10 @@
 //! The binding of a new flow: its number, and the addresses both sides will see.
 
-use super::{Stop, Tables, Walk};
+use super::{Stop, Tables, Walk, handshake};
 use crate::{
     abi::{
         backend::{Backend, NatMode},
-        flow::FlowId,
+        flow::{FlowBinding, FlowId},
         reason::Reason,
         settings::{Settings, flag},
     },
@@ -54,7 +54,11 @@ pub fn bind<T: Tables>(
         backend.port
     };
     binding.protocol = key.protocol;
-    binding.reserved = 0;
+    binding.families = if is_v4 && key.is_v4() && !handshake::is_opening(frame) {
+        FlowBinding::BOTH_V4
+    } else {
+        0
+    };
     Ok(id)
 }
 

@@ -97,9 +97,15 @@ mod tests {
     fn the_vectors_of_its_authors() {
         let key = [0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908];
         let none = SipHash::new(key);
-        assert_eq!(none.finish().to_le_bytes(), [0x31, 0x0e, 0x0e, 0xdd, 0x47, 0xdb, 0x6f, 0x72]);
+        assert_eq!(
+            none.finish().to_le_bytes(),
+            [0x31, 0x0e, 0x0e, 0xdd, 0x47, 0xdb, 0x6f, 0x72]
+        );
         let one = none.with(key[0]);
-        assert_eq!(one.finish().to_le_bytes(), [0x62, 0x24, 0x93, 0x9a, 0x79, 0xf5, 0xf5, 0x93]);
+        assert_eq!(
+            one.finish().to_le_bytes(),
+            [0x62, 0x24, 0x93, 0x9a, 0x79, 0xf5, 0xf5, 0x93]
+        );
     }
 
     proptest! {

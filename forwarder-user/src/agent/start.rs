@@ -140,6 +140,7 @@ impl Agent {
                 key => key,
             },
             cpus: online_cpus(),
+            own: before.desired.settings.own,
         };
         let ebpf = Arc::new(Mutex::new(ebpf));
         let (names, names_seen) = watch::channel(Arc::new(Names::of(&config, &applied.ids, &attachments)));

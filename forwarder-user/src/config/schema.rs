@@ -18,7 +18,8 @@ use ipnet::IpNet;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    MadeKind, NatMode, OnStop, OnUnhealthy, Ports, Protocol, Redirect, Selection, SynCookies, TunnelMode, XdpMode,
+    MadeKind, NatMode, OnStop, OnUnhealthy, Ports, Protocol, Redirect, Selection, SynCookies, TunnelMode,
+    XdpMode,
     health::read::{HEALTH, Health, TUNNEL_HEALTH, TunnelHealth},
     reader::{At, Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, one_of},
 };

@@ -1242,7 +1242,9 @@ impl<'d> Check<'d> {
             {
                 return Err(self.error(
                     *at,
-                    format!("{place}: source_burst is {value}, less than the {flows_per_second} of source_rate"),
+                    format!(
+                        "{place}: source_burst is {value}, less than the {flows_per_second} of source_rate"
+                    ),
                     "what a second brings must fit: raise source_burst, or take it out",
                 ));
             }
@@ -1255,7 +1257,8 @@ impl<'d> Check<'d> {
                 prefix_bits_v6,
             }));
         }
-        let place_of = |field: &OptionalField<u8>| field.as_ref().ok().and_then(|field| Some(field.as_ref()?.at));
+        let place_of =
+            |field: &OptionalField<u8>| field.as_ref().ok().and_then(|field| Some(field.as_ref()?.at));
         for (key, at) in [
             ("source_burst", burst.as_ref().map(|burst| burst.at)),
             ("source_prefix", place_of(&listener.source_prefix)),

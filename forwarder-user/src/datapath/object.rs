@@ -49,7 +49,10 @@ impl Sizes {
     /// Each size with the maps that have it.
     fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 14] {
         [
-            (&mut self.flows, &[map_name::FLOWS, map_name::FREE_FLOWS, map_name::HANDSHAKES]),
+            (
+                &mut self.flows,
+                &[map_name::FLOWS, map_name::FREE_FLOWS, map_name::HANDSHAKES],
+            ),
             (&mut self.flow_keys, &[map_name::FLOW_INDEX]),
             (&mut self.flow_keys_v6, &[map_name::FLOW_INDEX_V6]),
             (&mut self.slots, &[map_name::SLOTS]),

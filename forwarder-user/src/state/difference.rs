@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, fmt::Debug};
 use crate::{
     change::{Action, Change},
     config::{
-        Backend, Config, Group, Listener, NatMode, OnUnhealthy, Persistence, Selection, SynCookies, TunnelCheck,
-        TunnelMode,
+        Backend, Config, Group, Listener, NatMode, OnUnhealthy, Persistence, Selection, SynCookies,
+        TunnelCheck, TunnelMode,
         address::{all_at_port, at_port},
     },
     error::Error,

@@ -129,17 +129,27 @@ pub(super) fn all() -> Vec<Case> {
         .ttl(64);
     let reset = numbered(reset, cookie().wrapping_add(1), FIRST.wrapping_add(1), 0);
     vec![
-        timed("A SYN beyond what a listener takes is answered with a cookie", guarded(0)).then(sent()),
-        timed("The SYNs below that open flows, and of each second anew", guarded(1))
-            .then(Step::request(&syn(WEB), &to_server(&syn(WEB), binding(0), SERVER)).counts(WEB.opened()))
-            .change(|world| {
-                let other = world.syn_budgets[WEB.listener.0 as usize];
-                assert_eq!((other.second, other.opened), (NOW_SECS, 1));
-                world.clock_secs = Some(NOW_SECS + 1);
-            })
-            .then(Step::request(&other, &to_server(&other, binding(1), SERVER)).counts(WEB.opened())),
-        timed("A cookie that comes back opens the flow with the SYN that there was", guarded(0))
-            .all([sent(), accepted()]),
+        timed(
+            "A SYN beyond what a listener takes is answered with a cookie",
+            guarded(0),
+        )
+        .then(sent()),
+        timed(
+            "The SYNs below that open flows, and of each second anew",
+            guarded(1),
+        )
+        .then(Step::request(&syn(WEB), &to_server(&syn(WEB), binding(0), SERVER)).counts(WEB.opened()))
+        .change(|world| {
+            let other = world.syn_budgets[WEB.listener.0 as usize];
+            assert_eq!((other.second, other.opened), (NOW_SECS, 1));
+            world.clock_secs = Some(NOW_SECS + 1);
+        })
+        .then(Step::request(&other, &to_server(&other, binding(1), SERVER)).counts(WEB.opened())),
+        timed(
+            "A cookie that comes back opens the flow with the SYN that there was",
+            guarded(0),
+        )
+        .all([sent(), accepted()]),
         timed("A cookie is good for two minutes and no longer", guarded(0))
             .then(sent())
             .change(|world| world.clock_secs = Some(NOW_SECS + 128))
@@ -147,12 +157,19 @@ pub(super) fn all() -> Vec<Case> {
                 Step::dropped(acknowledgment(cookie()).build(), Reason::SYN_COOKIE_INVALID)
                     .counts(Traffic::CookieInvalid(WEB.listener)),
             ),
-        timed("An acknowledgment is no cookie of ours while some are under way", lately).then(
+        timed(
+            "An acknowledgment is no cookie of ours while some are under way",
+            lately,
+        )
+        .then(
             Step::dropped(wrong.build(), Reason::SYN_COOKIE_INVALID)
                 .counts(Traffic::CookieInvalid(WEB.listener)),
         ),
-        timed("An acknowledgment long after the last cookie is what it always was", long_ago)
-            .then(Step::dropped(wrong.build(), Reason::NOT_A_SYN)),
+        timed(
+            "An acknowledgment long after the last cookie is what it always was",
+            long_ago,
+        )
+        .then(Step::dropped(wrong.build(), Reason::NOT_A_SYN)),
         timed("Before a backend has answered, only that is sent on", guarded(0)).all([
             sent(),
             accepted(),

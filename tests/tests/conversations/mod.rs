@@ -12,7 +12,12 @@ use proptest::prelude::*;
 pub(crate) fn choices() -> impl Strategy<Value = Choices> {
     let word = (
         any::<bool>(),
-        prop::sample::select(vec![segment::ACK, segment::FIN, segment::ACK | 8, segment::RST | segment::ACK]),
+        prop::sample::select(vec![
+            segment::ACK,
+            segment::FIN,
+            segment::ACK | 8,
+            segment::RST | segment::ACK,
+        ]),
         any::<u32>(),
         any::<u32>(),
         any::<u16>(),
