@@ -15,7 +15,7 @@ use forwarder_tests::{
         self, Lifetime, Namespace,
         agent::{self, Agent, ShowLog},
         configuration::{Check, Configuration},
-        dual_stack::{self, LOCAL_V6, REMOTE_V6, VIP_V6},
+        dual_stack::{self, CLIENT_V6, LOCAL_V6, REMOTE_V6, VIP_V6},
         load::curl,
         topology::{Extras, PORT, Site},
     },
@@ -237,7 +237,16 @@ fn pages_come_from_servers_of_both_families_and_sides() -> Result<()> {
             ensure!(sides.iter().all(|count| *count > 0), "{sides:?}");
         }
         is_by_cookie(agent, "web")?;
-        is_by_cookie(agent, "translated")
+        is_by_cookie(agent, "translated")?;
+        let client = SocketAddr::from((CLIENT_V6, 41_000)).to_string();
+        let vip = SocketAddr::from((VIP_V6, PORT)).to_string();
+        let explained = agent.ask("explain", &["tcp", &client, &vip])?;
+        let explained = String::from_utf8_lossy(&explained.stdout).into_owned();
+        ensure!(
+            explained.contains("would answer it") && explained.contains("syn_cookie_sent"),
+            "{explained}"
+        );
+        Ok(())
     })
 }
 

@@ -62,6 +62,21 @@ pub struct FlowKeyV4 {
 }
 
 impl FlowKeyV4 {
+    /// From the bytes as they stand in a packet: source and destination; both ports.
+    ///
+    /// In two stores: what hashes and compares a key reads more at a time than a field, and waits where that was
+    /// written in pieces (Intel 64 Optimization Manual, "Store Forwarding").
+    #[inline(always)]
+    pub fn new(addresses: [u8; 8], ports: [u8; 4], protocol: u8) -> Self {
+        let (ports, protocol) = (u64::from(u32::from_ne_bytes(ports)), u64::from(protocol));
+        let second = if cfg!(target_endian = "little") {
+            ports | protocol << 32
+        } else {
+            ports << 32 | protocol
+        };
+        bytemuck::cast([u64::from_ne_bytes(addresses), second])
+    }
+
     /// The long form.
     #[inline(always)]
     pub const fn long(&self) -> FlowKey {
@@ -255,6 +270,13 @@ pub struct NextHop {
 }
 
 impl NextHop {
+    /// Do frames leave without tags and outer headers?
+    #[inline(always)]
+    pub const fn is_plain(&self) -> bool {
+        let [outer, inner] = self.vlans;
+        self.peer | outer as u32 | inner as u32 == 0
+    }
+
     /// A copy, field by field; see [`IpAddress::copied`].
     #[inline(always)]
     pub const fn copied(&self) -> Self {

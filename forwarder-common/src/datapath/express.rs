@@ -20,8 +20,7 @@ use crate::{
         settings::{Settings, flag},
     },
     wire::{
-        Be16, IpAddress, WireHeader,
-        checksum::{self, Delta},
+        Be16, IpAddress, WireHeader, checksum,
         ethernet::{ETHERTYPE_IPV4, EthernetHeader},
         ipv4::{Ipv4Header, PROTOCOL_TCP, PROTOCOL_UDP},
         tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, TcpHeader},
@@ -40,6 +39,16 @@ struct Headers {
 }
 
 impl WireHeader for Headers {}
+
+/// The same, with what makes a key in one piece each.
+#[repr(C, packed)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Key {
+    before: [u8; EthernetHeader::LEN + Ipv4Header::LEN - 8],
+    addresses: [u8; 8],
+    ports: [u8; 4],
+    behind: [u8; TcpHeader::LEN - 4],
+}
 
 impl Headers {
     /// The headers as those of a datagram.
@@ -76,9 +85,6 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
         return None;
     }
     let (source_port, destination_port) = (headers.tcp.source_port, headers.tcp.destination_port);
-    if source_port == Be16::ZERO || destination_port == Be16::ZERO {
-        return None;
-    }
     let is_tcp = ip.protocol == PROTOCOL_TCP;
     if is_tcp {
         if (total_len as usize) < Ipv4Header::LEN + TcpHeader::LEN {
@@ -96,27 +102,25 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
         }
     }
 
-    let pool = settings.pool.flow_v4(ip.destination, destination_port);
-    if pool.is_none() && !settings.own.may_have(IpAddress::from_v4(ip.destination)) {
-        let outcome = Stop::pass(Reason::NOT_OURS).0;
-        tables.count_reason(outcome.reason, frame_bytes);
-        return Some(outcome);
-    }
-    if is_tcp && headers.tcp.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) != 0 || ip.ttl <= 1 {
-        return None;
-    }
-    let key = FlowKeyV4 {
-        source: ip.source,
-        destination: ip.destination,
-        source_port,
-        destination_port,
-        protocol: u32::from(ip.protocol),
-    };
-    let (id, direction) = match pool {
-        Some(id) => (id?, Direction::REPLY),
-        None => {
-            let reference = tables.flow_reference_v4(&key)?;
-            (reference.id, reference.direction)
+    let is_opening_or_closing = is_tcp && headers.tcp.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) != 0;
+    let is_seldom = is_opening_or_closing || ip.ttl <= 1;
+    let Key { addresses, ports, .. } = *bytemuck::cast_ref::<Headers, Key>(headers);
+    let key = FlowKeyV4::new(addresses, ports, ip.protocol);
+    let is_known = settings.own.may_have(IpAddress::from_v4(ip.destination));
+    let (id, direction) = if is_known
+        && !is_seldom
+        && let Some(reference) = tables.flow_reference_v4(&key)
+    {
+        (reference.id, reference.direction)
+    } else {
+        match settings.pool.flow_v4(ip.destination, destination_port) {
+            Some(id) if !is_seldom => (id?, Direction::REPLY),
+            None if !is_known && source_port != Be16::ZERO && destination_port != Be16::ZERO => {
+                let outcome = Stop::pass(Reason::NOT_OURS).0;
+                tables.count_reason(outcome.reason, frame_bytes);
+                return Some(outcome);
+            }
+            _ => return None,
         }
     };
     let arrival = Arrival {
@@ -176,22 +180,36 @@ fn carry<const REQUEST: bool, T: Tables, E: Env>(
     if hop.kind != HopKind::DIRECT
         || hop.generation != settings.route_generation
         || hop.hook != env.hook() as u8
-        || hop.peer != 0
-        || hop.vlans != [0; 2]
+        || !hop.is_plain()
         || (hop.mtu_bytes != 0 && *total_len > u32::from(hop.mtu_bytes))
     {
         return None;
     }
-    let direction = if REQUEST {
-        Direction::REQUEST
+    let (direction, event, reason) = if REQUEST {
+        (
+            Direction::REQUEST,
+            TrafficEvent::Request {
+                bytes: *total_len,
+                reset: false,
+            },
+            Reason::REQUEST_FORWARDED,
+        )
     } else {
-        Direction::REPLY
+        (
+            Direction::REPLY,
+            TrafficEvent::Reply {
+                bytes: *total_len,
+                reset: false,
+                first: false,
+            },
+            Reason::REPLY_FORWARDED,
+        )
     };
-    let tcp_flags = if *is_tcp { headers.tcp.flags } else { 0 };
+    // No other flag comes this way, which spares what the others would mean.
+    let has_ack = *is_tcp && headers.tcp.flags & FLAG_ACK != 0;
+    let flags = if has_ack { FLAG_ACK } else { 0 };
     // What a backend answers first is counted, and the walk knows how.
-    if (!REQUEST && entry.reply_packets == 0)
-        || (*is_tcp && entry.tcp.after(direction, tcp_flags) != entry.tcp)
-    {
+    if (!REQUEST && entry.reply_packets == 0) || (*is_tcp && entry.tcp.after(direction, flags) != entry.tcp) {
         return None;
     }
     let checksum = if *is_tcp {
@@ -203,50 +221,29 @@ fn carry<const REQUEST: bool, T: Tables, E: Env>(
         return None;
     }
 
-    // From here on it goes.
-    let bytes = u64::from(*total_len);
+    // From here on it goes. What is read of the entry is read before the packet is written: the compiler does not know
+    // that these are different places.
+    let (listener, backend, verdict) = (entry.listener, entry.backend, next_hop::verdict(env, hop));
+    let link = hop.link.copied();
     if entry.seen == 0 {
         entry.seen = 1;
     }
+    let bytes = u64::from(*total_len);
     if REQUEST {
-        if tcp_flags & FLAG_ACK != 0 {
+        if has_ack {
             entry.client_expects = headers.tcp.acknowledgment;
         }
         entry.request_packets = entry.request_packets.wrapping_add(1);
         entry.request_bytes = entry.request_bytes.wrapping_add(bytes);
     } else {
-        if tcp_flags & FLAG_ACK != 0 {
+        if has_ack {
             entry.backend_expects = headers.tcp.acknowledgment;
         }
         entry.reply_packets = entry.reply_packets.wrapping_add(1);
         entry.reply_bytes = entry.reply_bytes.wrapping_add(bytes);
     }
-    let hop = if REQUEST {
-        &entry.request_hop
-    } else {
-        &entry.reply_hop
-    };
-    headers.ethernet.link = hop.link.copied();
     rewrite::<REQUEST>(headers, entry, *is_tcp, checksum);
-    let (listener, backend, verdict) = (entry.listener, entry.backend, next_hop::verdict(env, hop));
-    let (event, reason) = if REQUEST {
-        (
-            TrafficEvent::Request {
-                bytes: *total_len,
-                reset: false,
-            },
-            Reason::REQUEST_FORWARDED,
-        )
-    } else {
-        (
-            TrafficEvent::Reply {
-                bytes: *total_len,
-                reset: false,
-                first: false,
-            },
-            Reason::REPLY_FORWARDED,
-        )
-    };
+    headers.ethernet.link = link;
     tables.count_listener(listener, event);
     tables.count_backend(backend, event);
     tables.count_reason(reason, *frame_bytes);
@@ -264,34 +261,51 @@ fn pseudo_header(arrival: &Arrival) -> u16 {
     ))
 }
 
+/// What a TTL that is one less changes in the sum of the IP header, whatever it was: `~m + m'` (RFC 1624 §3).
+const HOP_LESS: u32 = 0xffff - u16::from_ne_bytes([1, 0]) as u32;
+
 /// New addresses, ports and checksums, and a hop less.
 #[inline(always)]
 fn rewrite<const REQUEST: bool>(headers: &mut Headers, entry: &FlowEntry, is_tcp: bool, checksum: Be16) {
-    let (mut addresses, mut ports) = (
-        Delta::from_folded(entry.address_delta),
-        Delta::from_folded(entry.port_delta),
-    );
     let binding = &entry.binding;
-    let ip = &mut headers.ip;
-    if REQUEST {
-        ip.source = binding.snat.low();
-        ip.destination = binding.backend.low();
-        headers.tcp.source_port = binding.snat_port;
-        headers.tcp.destination_port = binding.backend_port;
+    let (source, destination, source_port, destination_port, addresses, ports) = if REQUEST {
+        (
+            binding.snat.low(),
+            binding.backend.low(),
+            binding.snat_port,
+            binding.backend_port,
+            entry.address_delta,
+            entry.port_delta,
+        )
     } else {
-        (addresses, ports) = (addresses.reversed(), ports.reversed());
-        ip.source = binding.vip.low();
-        ip.destination = binding.client.low();
-        headers.tcp.source_port = binding.vip_port;
-        headers.tcp.destination_port = binding.client_port;
-    }
-    let before = ip.ttl_word();
+        (
+            binding.vip.low(),
+            binding.client.low(),
+            binding.vip_port,
+            binding.client_port,
+            !entry.address_delta,
+            !entry.port_delta,
+        )
+    };
+    let (addresses, ports) = (u32::from(addresses), u32::from(ports));
+    let ip = &mut headers.ip;
+    ip.source = source;
+    ip.destination = destination;
     ip.ttl -= 1;
-    ip.checksum = addresses.replace_raw(before, ip.ttl_word()).apply(ip.checksum);
-    let new = sent(is_tcp, addresses.and(ports).apply(checksum));
+    ip.checksum = updated(ip.checksum, addresses + HOP_LESS);
+    headers.tcp.source_port = source_port;
+    headers.tcp.destination_port = destination_port;
+    let new = sent(is_tcp, updated(checksum, addresses + ports));
     if is_tcp {
         headers.tcp.checksum = new;
     } else if checksum != CHECKSUM_NONE {
         headers.udp().checksum = new;
     }
+}
+
+/// A checksum after a change: `~(~HC + ~m + m')` (RFC 1624 §3). Of the change few enough words for 32 bits: the walk's
+/// [`Delta`](checksum::Delta) folds it before.
+#[inline(always)]
+const fn updated(checksum: Be16, change: u32) -> Be16 {
+    Be16::from_raw(checksum::finish(!checksum.raw() as u32 + change))
 }

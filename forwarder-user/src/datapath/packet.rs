@@ -39,7 +39,8 @@ fn forward_as<K: Kind, T: Tables, E: Env>(
     settings: &Settings,
 ) -> (Outcome, Vec<u8>) {
     let mut packet = MemoryPacket::<K>::new(frame.to_vec());
-    let outcome = pipeline::forward(&mut packet, tables, env, settings, &mut left_over());
+    let mut walk = left_over();
+    let outcome = pipeline::forward(&mut packet, tables, env, settings, || Some(&mut walk));
     (outcome, packet.bytes)
 }
 
