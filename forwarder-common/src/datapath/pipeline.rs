@@ -209,7 +209,7 @@ fn admit<P: Packet, T: Tables>(
     walk: &mut Walk,
     ended: Option<FlowId>,
 ) -> Result<(), Stop> {
-    walk.listener = listener::lookup(tables, &walk.frame.key)?;
+    walk.listener = listener::lookup(tables, settings, &walk.frame.key)?;
     let has_cookies = walk.listener.flags & listener_flag::COOKIES != 0 && walk.frame.is_tcp();
     if !has_cookies || !handshake::may_have_cookie(&walk.frame) {
         admission::admit(&walk.frame)?;

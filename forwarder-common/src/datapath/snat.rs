@@ -54,10 +54,11 @@ pub fn bind<T: Tables>(
         backend.port
     };
     binding.protocol = key.protocol;
-    binding.families = if is_v4 && key.is_v4() && !handshake::is_opening(frame) {
-        FlowBinding::BOTH_V4
-    } else {
-        0
+    binding.families = match (key.is_v4(), is_v4) {
+        _ if handshake::is_opening(frame) => 0,
+        (true, true) => FlowBinding::BOTH_V4,
+        (false, false) => FlowBinding::BOTH_V6,
+        _ => 0,
     };
     Ok(id)
 }
