@@ -47,7 +47,7 @@ impl SipHash {
     /// The hash of the words so far.
     #[inline(always)]
     pub const fn finish(self) -> u64 {
-        let mut last = self.mixed(self.count * 8 << 56);
+        let mut last = self.mixed((self.count * 8) << 56);
         last.c ^= 0xff;
         let last = last.round().round().round().round();
         last.a ^ last.b ^ last.c ^ last.d
