@@ -165,6 +165,18 @@ impl Env for KernelEnv {
     }
 
     #[inline(always)]
+    fn answer_syn<P: Packet, T: Tables>(
+        &mut self,
+        _: &mut P,
+        _: &mut T,
+        _: &Settings,
+        walk: &mut Walk,
+    ) -> Outcome {
+        maps::lend(walk);
+        functions::answer_syn(self)
+    }
+
+    #[inline(always)]
     fn refuse<P: Packet, T: Tables>(
         &mut self,
         _: &mut P,

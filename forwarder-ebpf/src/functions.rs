@@ -9,9 +9,9 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use forwarder_common::{
-    abi::reason::Reason,
+    abi::{flow::FlowId, reason::Reason},
     datapath::{
-        Action, Hook, Outcome, Stop, Verdict, icmp, next_hop, overlay, refuse, rewrite, translate,
+        Action, Hook, Outcome, Stop, Verdict, handshake, icmp, next_hop, overlay, refuse, rewrite, translate,
         translate_error,
     },
 };
@@ -73,7 +73,22 @@ pub(crate) fn icmp(env: &KernelEnv) -> Result<(), Stop> {
 /// Functions for which native and generic XDP are the same: their names, the context's type, and how a packet is made
 /// of it.
 macro_rules! of_context {
-    ($icmp:ident $equal:ident $translate:ident $context:ty, $packet:expr) => {
+    ($icmp:ident $equal:ident $translate:ident $admit:ident $context:ty, $packet:expr) => {
+        /// `ended`: the number of the flow to take over, or a negative one.
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        extern "C" fn $admit(ctx: *mut $context, ended: i64) -> i64 {
+            let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+                return i64::from(Reason::INTERNAL.0);
+            };
+            let ended = if ended < 0 {
+                None
+            } else {
+                Some(FlowId(ended as u32))
+            };
+            handshake::admit(&mut $packet(ctx), &mut KernelTables, settings, walk, ended)
+        }
+
         #[inline(never)]
         #[unsafe(no_mangle)]
         extern "C" fn $icmp(ctx: *mut $context) -> u64 {
@@ -106,8 +121,8 @@ macro_rules! of_context {
     };
 }
 
-of_context!(forwarder_icmp_xdp forwarder_equal_xdp forwarder_translate_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
-of_context!(forwarder_icmp_tcx forwarder_equal_tcx forwarder_translate_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
+of_context!(forwarder_icmp_xdp forwarder_equal_xdp forwarder_translate_xdp forwarder_admit_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
+of_context!(forwarder_icmp_tcx forwarder_equal_tcx forwarder_translate_tcx forwarder_admit_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
 
 /// `datapath::rewrite::apply_seldom` for a frame in XDP.
 #[inline(always)]
@@ -123,6 +138,44 @@ pub(crate) fn seldom_xdp(ctx: *mut xdp_md, is_generic: bool) -> Result<(), Stop>
 #[inline(always)]
 pub(crate) fn seldom_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
     outcome(forwarder_seldom_tcx(ctx))
+}
+
+/// `datapath::handshake::admit` for a frame in XDP.
+#[inline(always)]
+pub(crate) fn admit_xdp(ctx: *mut xdp_md, ended: Option<FlowId>) -> handshake::Admitted {
+    forwarder_admit_xdp(ctx, ended.map_or(-1, |id| i64::from(id.0)))
+}
+
+/// `datapath::handshake::admit` for a packet in tcx.
+#[inline(always)]
+pub(crate) fn admit_tcx(ctx: *mut __sk_buff, ended: Option<FlowId>) -> handshake::Admitted {
+    forwarder_admit_tcx(ctx, ended.map_or(-1, |id| i64::from(id.0)))
+}
+
+/// `datapath::handshake::pass` for a frame in XDP.
+#[inline(always)]
+pub(crate) fn pass_xdp(ctx: *mut xdp_md, is_generic: bool) -> Result<(), Stop> {
+    outcome(if is_generic {
+        forwarder_pass_skb(ctx)
+    } else {
+        forwarder_pass_xdp(ctx)
+    })
+}
+
+/// `datapath::handshake::pass` for a packet in tcx.
+#[inline(always)]
+pub(crate) fn pass_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
+    outcome(forwarder_pass_tcx(ctx))
+}
+
+/// `datapath::handshake::answer` for the packet under way.
+#[inline(always)]
+pub(crate) fn answer_syn(env: &KernelEnv) -> Outcome {
+    unpack(match env.hook {
+        Hook::Xdp => forwarder_syn_xdp(env.ctx.cast()),
+        Hook::XdpGeneric => forwarder_syn_skb(env.ctx.cast()),
+        Hook::Tcx => forwarder_syn_tcx(env.ctx.cast()),
+    })
 }
 
 /// `datapath::refuse` for the packet under way.
@@ -247,7 +300,35 @@ pub(crate) fn translate_tcx(ctx: *mut __sk_buff) -> Result<(), Stop> {
 
 /// Functions of a hook: their names, the context's type, and how a packet is made of it.
 macro_rules! of_hook {
-    ($refuse:ident $seldom:ident $context:ty, $packet:expr) => {
+    ($refuse:ident $seldom:ident $syn:ident $pass:ident $context:ty, $packet:expr) => {
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        extern "C" fn $syn(ctx: *mut $context) -> u64 {
+            let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+                return pack(Stop::drop(Reason::INTERNAL).0);
+            };
+            pack(handshake::answer(
+                &mut $packet(ctx),
+                &mut KernelTables,
+                settings,
+                walk,
+            ))
+        }
+
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        extern "C" fn $pass(ctx: *mut $context) -> i64 {
+            let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+                return i64::from(Reason::INTERNAL.0);
+            };
+            number(handshake::pass(
+                &mut $packet(ctx),
+                &mut KernelTables,
+                settings,
+                walk,
+            ))
+        }
+
         #[inline(never)]
         #[unsafe(no_mangle)]
         extern "C" fn $refuse(ctx: *mut $context, reason: u32) -> u64 {
@@ -275,6 +356,6 @@ macro_rules! of_hook {
     };
 }
 
-of_hook!(forwarder_refuse_xdp forwarder_seldom_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
-of_hook!(forwarder_refuse_skb forwarder_seldom_skb xdp_md, |ctx| XdpPacket::<true> { ctx: XdpContext::new(ctx) });
-of_hook!(forwarder_refuse_tcx forwarder_seldom_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });
+of_hook!(forwarder_refuse_xdp forwarder_seldom_xdp forwarder_syn_xdp forwarder_pass_xdp xdp_md, |ctx| XdpPacket::<false> { ctx: XdpContext::new(ctx) });
+of_hook!(forwarder_refuse_skb forwarder_seldom_skb forwarder_syn_skb forwarder_pass_skb xdp_md, |ctx| XdpPacket::<true> { ctx: XdpContext::new(ctx) });
+of_hook!(forwarder_refuse_tcx forwarder_seldom_tcx forwarder_syn_tcx forwarder_pass_tcx __sk_buff, |ctx| SkbPacket { ctx: TcContext::new(ctx) });

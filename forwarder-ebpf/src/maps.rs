@@ -16,16 +16,18 @@ use forwarder_common::{
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         fragment::{FragmentFlow, FragmentKey, HeldPacket},
+        handshake::{Handshake, SynBudget},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
+        rate::{SourceRate, SourceRateKey},
         reason::Reason,
         settings::Settings,
         tunnel::{
             PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
         },
     },
-    datapath::{Gauge, Tables, TrafficEvent, Walk, backend, fragment, open},
+    datapath::{Gauge, Tables, TrafficEvent, Walk, backend, fragment, handshake, open, rate},
 };
 
 use crate::packet::SCRATCH_WORDS;
@@ -79,6 +81,12 @@ static FREE_FLOWS: Queue<FlowId, 1> = Queue::new();
 static LISTENER_LIVE: Array<Live, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
 static BACKEND_LIVE: Array<Live, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+#[btf_map]
+static SYN_BUDGETS: PerCpuArray<SynBudget, 1> = PerCpuArray::new();
+#[btf_map]
+static HANDSHAKES: Array<Handshake, 1> = Array::new();
+#[btf_map]
+static SOURCE_RATES: LruHashMap<SourceRateKey, SourceRate, 1> = LruHashMap::new();
 #[btf_map]
 static LISTENER_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
 #[btf_map]
@@ -210,6 +218,31 @@ extern "C" fn forwarder_follow() -> i64 {
     fragment::follow(&mut KernelTables, settings, walk)
 }
 
+/// The step of a loop, whose rounds the verifier would else multiply.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_option(place: u32, len: u32) -> u32 {
+    let Some(walk) = KernelTables::walk() else {
+        return len;
+    };
+    handshake::next_option(&mut walk.room, place, len)
+}
+
+/// `handshake::next_option` for the packet under way.
+#[inline(always)]
+pub(crate) fn next_option(place: u32, len: u32) -> u32 {
+    forwarder_option(place, len)
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_charge() -> i64 {
+    let Some(walk) = KernelTables::walk() else {
+        return i64::from(Reason::INTERNAL.0);
+    };
+    rate::charge(&mut KernelTables, walk)
+}
+
 /// `ended`: the number of the flow to take over, or a negative one.
 #[inline(never)]
 #[unsafe(no_mangle)]
@@ -334,6 +367,12 @@ impl Tables for KernelTables {
     fn choose(&mut self, walk: &Walk, hash: u32, now_secs: u32) -> backend::Found {
         lend(walk);
         forwarder_choose(hash, now_secs)
+    }
+
+    #[inline(always)]
+    fn charge(&mut self, walk: &Walk) -> rate::Charged {
+        lend(walk);
+        forwarder_charge()
     }
 
     #[inline(always)]
@@ -482,6 +521,33 @@ impl Tables for KernelTables {
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
         // SAFETY: this CPU's own element, as for `count_listener`.
         ICMP_BUDGET.get_ptr_mut(0).map(|budget| unsafe { &mut *budget })
+    }
+
+    #[inline(always)]
+    fn syn_budget(&mut self, id: ListenerId) -> Option<&mut SynBudget> {
+        // SAFETY: this CPU's own element, as for `count_listener`.
+        SYN_BUDGETS
+            .get_ptr_mut(id.0)
+            .map(|budget| unsafe { &mut *budget })
+    }
+
+    #[inline(always)]
+    fn handshake(&mut self, id: FlowId) -> Option<&mut Handshake> {
+        // SAFETY: array elements live as long as the program. Another CPU may write the same one: fields are plain
+        // integers, and none is trusted for memory safety.
+        HANDSHAKES.get_ptr_mut(id.0).map(|kept| unsafe { &mut *kept })
+    }
+
+    #[inline(always)]
+    fn source_rate(&mut self, key: &SourceRateKey) -> Option<&mut SourceRate> {
+        // SAFETY: as for `persistence`.
+        SOURCE_RATES.get_ptr_mut(key).map(|rate| unsafe { &mut *rate })
+    }
+
+    #[inline(always)]
+    fn keep_source_rate(&mut self, key: &SourceRateKey, value: SourceRate) {
+        // Without memory for it, this flow is not counted.
+        let _ = SOURCE_RATES.insert(key, value, u64::from(BPF_ANY));
     }
 
     #[inline(always)]

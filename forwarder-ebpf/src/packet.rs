@@ -21,10 +21,10 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use forwarder_common::{
-    abi::{reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, translate},
+    abi::{flow::FlowId, reason::Reason, settings::Settings},
+    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, handshake, translate},
     wire::{
-        LinkPair, WireHeader,
+        Field16, LinkPair, WireHeader,
         checksum::{Delta, fold},
         crc32c,
         ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
@@ -196,6 +196,34 @@ extern "C" fn forwarder_crc_block(mut register: u32, len: u32) -> i64 {
     i64::from(register)
 }
 
+/// Moves `len` bytes of a frame to its start, from `from` bytes behind it; negative when there are fewer. A function of
+/// its own as well: what follows would be looked at once for each round.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_shift(ctx: *mut xdp_md, len: u32, from: u32) -> i64 {
+    let mut packet = XdpPacket::<false> {
+        ctx: XdpContext::new(ctx),
+    };
+    for word in 0..SHIFTED_WORDS {
+        let place = word * size_of::<Field16>();
+        if place >= len as usize {
+            return 0;
+        }
+        let Ok(field) = packet.header::<Field16>(place + from as usize) else {
+            return -1;
+        };
+        let value = field.value;
+        match packet.header::<Field16>(place) {
+            Ok(field) => field.value = value,
+            Err(_) => return -1,
+        }
+    }
+    -1
+}
+
+/// Enough 16-bit words for all headers of a packet inside of a tunnel.
+const SHIFTED_WORDS: usize = 128;
+
 /// A frame in XDP; `GENERIC`: the program runs in generic mode, on a socket buffer in disguise.
 pub(crate) struct XdpPacket<const GENERIC: bool> {
     pub(crate) ctx: XdpContext,
@@ -321,6 +349,44 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, kept: usize, len: usize) -> Result<(), Stop> {
+        let more = len as i32 - self.frame_len() as i32;
+        if more <= 0 {
+            return self.cut(len);
+        }
+        // At its front: behind packets of local sockets (veth) there is no room.
+        self.move_start(-more)?;
+        if forwarder_shift(self.ctx.ctx, kept as u32, more as u32) < 0 {
+            return Err(Stop::drop(Reason::INTERNAL));
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn admit_handshake<T: Tables>(
+        &mut self,
+        _: &mut T,
+        _: &Settings,
+        walk: &mut Walk,
+        ended: Option<FlowId>,
+    ) -> handshake::Admitted {
+        maps::lend(walk);
+        functions::admit_xdp(self.ctx.ctx, ended)
+    }
+
+    #[inline(always)]
+    fn pass_handshake<T: Tables>(&mut self, _: &mut T, _: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::pass_xdp(self.ctx.ctx, GENERIC)
+    }
+
+    #[inline(always)]
+    fn next_option(&mut self, walk: &mut Walk, place: u32, len: u32) -> u32 {
+        maps::lend(walk);
+        maps::next_option(place, len)
     }
 
     #[inline(always)]
@@ -523,6 +589,38 @@ impl Packet for SkbPacket {
             return Err(Stop::drop(Reason::INTERNAL));
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, _kept: usize, len: usize) -> Result<(), Stop> {
+        self.cut(len)?;
+        // SAFETY: the context is the one the kernel passed in. Failure shows when headers are read.
+        unsafe { bpf_skb_pull_data(self.ctx.skb.skb, len as u32) };
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn admit_handshake<T: Tables>(
+        &mut self,
+        _: &mut T,
+        _: &Settings,
+        walk: &mut Walk,
+        ended: Option<FlowId>,
+    ) -> handshake::Admitted {
+        maps::lend(walk);
+        functions::admit_tcx(self.ctx.skb.skb, ended)
+    }
+
+    #[inline(always)]
+    fn pass_handshake<T: Tables>(&mut self, _: &mut T, _: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+        maps::lend(walk);
+        functions::pass_tcx(self.ctx.skb.skb)
+    }
+
+    #[inline(always)]
+    fn next_option(&mut self, walk: &mut Walk, place: u32, len: u32) -> u32 {
+        maps::lend(walk);
+        maps::next_option(place, len)
     }
 
     #[inline(always)]

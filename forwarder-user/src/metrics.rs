@@ -395,7 +395,7 @@ impl Measure {
 /// All of [`BackendStatus::health`](crate::status::BackendStatus::health).
 const HEALTH: [&str; 4] = ["healthy", "unhealthy", "unknown", "ejected"];
 
-fn backends() -> [Family; 12] {
+fn backends() -> [Family; 16] {
     let of_backends = |read: fn(&crate::status::BackendStatus) -> Value| {
         move |status: &Status| {
             let mut samples = Vec::new();
@@ -450,6 +450,63 @@ fn backends() -> [Family; 12] {
                     Some(Sample::whole([&listener.name], u64::from(listener.max_flows?)))
                 });
                 limited.collect()
+            },
+        ),
+        Family::new(
+            Kind::Counter,
+            "listener_syn_cookies_sent",
+            "SYNs that were answered with a cookie; of listeners of TCP.",
+            &["listener"],
+            |status| {
+                let listeners = status
+                    .listeners
+                    .iter()
+                    .filter(|listener| listener.protocol == "tcp");
+                listeners
+                    .map(|listener| Sample::whole([&listener.name], listener.cookies_sent))
+                    .collect()
+            },
+        ),
+        Family::new(
+            Kind::Counter,
+            "listener_syn_cookies_accepted",
+            "Connections that were opened by a SYN cookie that came back; of listeners of TCP.",
+            &["listener"],
+            |status| {
+                let listeners = status
+                    .listeners
+                    .iter()
+                    .filter(|listener| listener.protocol == "tcp");
+                listeners
+                    .map(|listener| Sample::whole([&listener.name], listener.cookies_accepted))
+                    .collect()
+            },
+        ),
+        Family::new(
+            Kind::Counter,
+            "listener_syn_cookies_invalid",
+            "Acknowledgments without a connection, and without a cookie of ours, while cookies were sent; of listeners of TCP.",
+            &["listener"],
+            |status| {
+                let listeners = status
+                    .listeners
+                    .iter()
+                    .filter(|listener| listener.protocol == "tcp");
+                listeners
+                    .map(|listener| Sample::whole([&listener.name], listener.cookies_invalid))
+                    .collect()
+            },
+        ),
+        Family::new(
+            Kind::Counter,
+            "listener_flows_limited",
+            "New flows dropped, as they came faster from one prefix of clients than source_rate lets them.",
+            &["listener"],
+            |status| {
+                let listeners = status.listeners.iter();
+                listeners
+                    .map(|listener| Sample::whole([&listener.name], listener.flows_limited))
+                    .collect()
             },
         ),
         Family::new(

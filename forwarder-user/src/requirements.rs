@@ -485,6 +485,7 @@ mod tests {
             interfaces: 2,
             tunnel_peers: 8,
             persistence: 65_536,
+            source_rates: 65_536,
         };
         let layout = crate::datapath::object::layout().unwrap();
         let addresses = BTreeMap::from([("cen".to_owned(), vec!["169.254.42.1/30".parse().unwrap()])]);

@@ -11,7 +11,7 @@
 use std::net::SocketAddr;
 
 use forwarder_common::{
-    abi::flow::{FlowBinding, FlowEntry},
+    abi::flow::{FlowBinding, FlowEntry, TcpEvents},
     datapath::tcp_state::{Phase, has_connections},
     wire::{
         Be16, Be32, IpAddress, WireHeader as _,
@@ -47,10 +47,13 @@ impl ResetSender {
     /// Tells both ends of an established connection; how many resets left. An end that is still in the handshake takes
     /// no such reset, and tries again by itself.
     pub fn end(&self, entry: &FlowEntry) -> u64 {
-        if !is_open(entry) {
-            return 0;
-        }
-        let sent = resets(entry).into_iter().filter(|(to, packet)| {
+        // The first one is the client's.
+        let ends = match (is_open(entry), is_unanswered(entry)) {
+            (true, _) => 2,
+            (false, true) => 1,
+            (false, false) => return 0,
+        };
+        let sent = resets(entry).into_iter().take(ends).filter(|(to, packet)| {
             match self.sockets.send(packet, *to) {
                 Ok(_) => true,
                 // The other end finds out by itself when it sends next.
@@ -68,6 +71,11 @@ impl ResetSender {
 pub fn is_open(entry: &FlowEntry) -> bool {
     has_connections(entry.binding.protocol)
         && matches!(entry.tcp.phase(), Phase::Established | Phase::Closing)
+}
+
+/// Has a SYN cookie opened the connection, so that its client takes it for established, and no backend has answered?
+pub fn is_unanswered(entry: &FlowEntry) -> bool {
+    entry.tcp.has(TcpEvents::BY_COOKIE) && entry.tcp.phase() == Phase::HalfOpen
 }
 
 /// The resets of a connection with where to send them: to the client, and to the backend.
@@ -202,6 +210,17 @@ mod tests {
             packet[28..32].fill(0);
             assert_eq!(u32::from_le_bytes(checksum), crc32c::of(&packet[20..]));
         }
+    }
+
+    #[test]
+    fn a_client_that_takes_its_connection_for_established_is_told_before_a_backend_has_answered() {
+        let mut entry = entry(PROTOCOL_TCP);
+        entry.tcp = TcpEvents::OPENED;
+        assert!(!is_unanswered(&entry));
+        entry.tcp = TcpEvents::OPENED.with(TcpEvents::BY_COOKIE);
+        assert!(is_unanswered(&entry) && !is_open(&entry));
+        entry.tcp = entry.tcp.with(TcpEvents::ANSWERED.with(TcpEvents::ESTABLISHED));
+        assert!(!is_unanswered(&entry) && is_open(&entry));
     }
 
     #[test]

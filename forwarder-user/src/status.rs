@@ -186,6 +186,18 @@ pub struct ListenerStatus {
     /// Flows that it may have at a time; none: as many as the table has room for.
     #[serde(default)]
     pub max_flows: Option<u32>,
+    /// SYNs that were answered with a cookie.
+    #[serde(default)]
+    pub cookies_sent: u64,
+    /// Connections that were opened by a cookie that came back.
+    #[serde(default)]
+    pub cookies_accepted: u64,
+    /// Acknowledgments without a connection, and without a cookie of ours, while cookies were sent.
+    #[serde(default)]
+    pub cookies_invalid: u64,
+    /// New flows dropped, as they came faster from one prefix than `source_rate` lets them.
+    #[serde(default)]
+    pub flows_limited: u64,
     #[serde(flatten)]
     pub traffic: Traffic,
 }

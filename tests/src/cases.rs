@@ -34,6 +34,7 @@ mod families;
 mod family_errors;
 mod family_fragments;
 mod fragments;
+mod handshake;
 mod icmp_errors;
 mod ipv6;
 pub mod measured;
@@ -89,6 +90,25 @@ impl Step {
         let frame = self.inside.as_ref().unwrap_or(&self.frame);
         let (listener, backend) = match self.traffic {
             Traffic::Nothing => return,
+            Traffic::CookieSent(listener) => {
+                tables.listener_counters[listener.0 as usize].cookies_sent += 1;
+                return;
+            }
+            Traffic::CookieInvalid(listener) => {
+                tables.listener_counters[listener.0 as usize].cookies_invalid += 1;
+                return;
+            }
+            Traffic::Limited(listener) => {
+                tables.listener_counters[listener.0 as usize].flows_limited += 1;
+                return;
+            }
+            Traffic::AcceptedAndRefused(listener) => {
+                let counters = &mut tables.listener_counters[listener.0 as usize];
+                counters.cookies_accepted += 1;
+                counters.flows_refused += 1;
+                counters.gateway_resets += 1;
+                return;
+            }
             Traffic::Refused(listener) | Traffic::NotBound(listener, _) => {
                 let counters = &mut tables.listener_counters[listener.0 as usize];
                 counters.flows_refused += 1;
@@ -97,6 +117,10 @@ impl Step {
                     tables.backend_counters[backend.0 as usize].flows_refused += 1;
                 }
                 return;
+            }
+            Traffic::Accepted(listener, backend) => {
+                tables.listener_counters[listener.0 as usize].cookies_accepted += 1;
+                (listener, backend)
             }
             Traffic::Opened(listener, backend)
             | Traffic::OpenedOnly(listener, backend)
@@ -109,10 +133,16 @@ impl Step {
             &mut tables.backend_counters[backend.0 as usize],
         ];
         for counters in counters {
-            if matches!(self.traffic, Traffic::Opened(..) | Traffic::OpenedOnly(..)) {
+            if matches!(
+                self.traffic,
+                Traffic::Opened(..) | Traffic::OpenedOnly(..) | Traffic::Accepted(..)
+            ) {
                 counters.flows_opened += 1;
             }
-            if matches!(self.traffic, Traffic::Opened(..) | Traffic::Request(..)) {
+            if matches!(
+                self.traffic,
+                Traffic::Opened(..) | Traffic::Request(..) | Traffic::Accepted(..)
+            ) {
                 counters.request_packets += 1;
                 counters.request_bytes += ip_len(frame);
                 counters.client_resets += u64::from(is_reset(frame));
@@ -143,6 +173,15 @@ pub enum Traffic {
     /// Refused after a backend was chosen.
     NotBound(ListenerId, BackendId),
     Request(ListenerId, BackendId),
+    /// A SYN was answered with a cookie.
+    CookieSent(ListenerId),
+    /// A cookie opened a flow.
+    Accepted(ListenerId, BackendId),
+    /// A cookie came back, and there is nobody to serve.
+    AcceptedAndRefused(ListenerId),
+    CookieInvalid(ListenerId),
+    /// Its source is too fast.
+    Limited(ListenerId),
     /// The backend's answer to what opened the flow.
     FirstAnswer(ListenerId, BackendId),
     Reply(ListenerId, BackendId),
@@ -538,6 +577,7 @@ pub fn all() -> Vec<Case> {
         family_errors::all(),
         family_fragments::all(),
         fragments::all(),
+        handshake::all(),
         icmp_errors::all(),
         ipv6::all(),
         vlan::all(),

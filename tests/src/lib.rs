@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod cases;
+pub mod handshake;
 pub mod lab;
 pub mod packet;
 pub mod program;

@@ -273,6 +273,16 @@ impl Builder {
         self
     }
 
+    /// Numbers of a TCP segment.
+    #[must_use]
+    pub fn numbers(mut self, new: TcpNumbers) -> Self {
+        match &mut self.transport {
+            Transport::Tcp { numbers, .. } => *numbers = new,
+            other => panic!("{other:?} has no sequence numbers"),
+        }
+        self
+    }
+
     /// TCP options: a multiple of 4 bytes, at most 40.
     #[must_use]
     pub fn tcp_options(mut self, new: Vec<u8>) -> Self {

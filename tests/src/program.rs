@@ -30,6 +30,7 @@ use forwarder_common::{
     abi::{
         counter::{ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
+        handshake::Handshake,
         map_name,
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
@@ -253,6 +254,9 @@ impl Kernel {
         self.set_array(map_name::GROUP_TURNS, &tables.group_turns)?;
         self.set_hash(map_name::PERSISTENCE, &tables.persistence)?;
         self.set_hash(map_name::FRAGMENTS, &tables.fragments)?;
+        self.set_counters(map_name::SYN_BUDGETS, &tables.syn_budgets)?;
+        self.set_array(map_name::HANDSHAKES, &tables.handshakes)?;
+        self.set_hash(map_name::SOURCE_RATES, &tables.source_rates)?;
         self.set_array(map_name::SLOTS, &tables.slots)?;
         self.set_array(map_name::BACKENDS, &tables.backends)?;
         self.set_array(map_name::FLOWS, &tables.flows)?;
@@ -279,14 +283,15 @@ impl Kernel {
             free_flows: self.drain_free_flows()?,
             group_turns: self.array::<Live>(map_name::GROUP_TURNS)?,
             persistence: self.hash::<PersistenceKey, Persistence>(map_name::PERSISTENCE)?,
+            handshakes: self.array::<Handshake>(map_name::HANDSHAKES)?,
             listeners_live: self.array::<Live>(map_name::LISTENER_LIVE)?,
             backends_live: self.array::<Live>(map_name::BACKEND_LIVE)?,
-            listener_counters: self.counters::<TrafficCounters, 11>(
+            listener_counters: self.counters::<TrafficCounters, 15>(
                 map_name::LISTENER_COUNTERS,
                 tables.listener_counters.len(),
             )?,
             backend_counters: self
-                .counters::<TrafficCounters, 11>(map_name::BACKEND_COUNTERS, tables.backend_counters.len())?,
+                .counters::<TrafficCounters, 15>(map_name::BACKEND_COUNTERS, tables.backend_counters.len())?,
             reason_counters: self.reason_counters()?,
             ..tables.clone()
         })

@@ -18,12 +18,14 @@ use forwarder_common::{
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         fragment::{FragmentFlow, FragmentKey, HELD_BYTES, HeldKind},
+        handshake::{Handshake, SynBudget},
         interface::{Interface, InterfaceKey, flag},
         listener::{
             Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey,
             listener_flag,
         },
         persistence::{Persistence, PersistenceKey},
+        rate::{SourceRate, SourceRateKey},
         reason::Reason,
         settings::Settings,
         snat::SnatRange,
@@ -60,6 +62,7 @@ pub const SIZES: Sizes = Sizes {
     interfaces: 8,
     tunnel_peers: 8,
     persistence: 64,
+    source_rates: 64,
 };
 
 /// All tables with their counters.
@@ -92,6 +95,11 @@ pub struct MemoryTables {
     pub reason_counters: Vec<ReasonCounters>,
     pub fragments: HashMap<FragmentKey, FragmentFlow>,
     pub icmp_budget: IcmpBudget,
+    pub syn_budgets: Vec<SynBudget>,
+    pub handshakes: Vec<Handshake>,
+    pub source_rates: HashMap<SourceRateKey, SourceRate>,
+    /// The clock stands still at this second of CLOCK_MONOTONIC: what is in a cookie depends on it.
+    pub clock_secs: Option<u32>,
 }
 
 impl Default for MemoryTables {
@@ -128,6 +136,10 @@ impl Default for MemoryTables {
             reason_counters: vec![ReasonCounters::default(); Reason::COUNT],
             fragments: HashMap::new(),
             icmp_budget: IcmpBudget::default(),
+            syn_budgets: vec![SynBudget::default(); SIZES.listeners as usize],
+            handshakes: vec![Handshake::default(); SIZES.flows as usize],
+            source_rates: HashMap::new(),
+            clock_secs: None,
         }
     }
 }
@@ -258,6 +270,11 @@ impl MemoryTables {
             group: GroupId(id),
             max_flows: 0,
             flags: 0,
+            syns_per_cpu: 0,
+            source_flows_per_second: 0,
+            source_burst: 0,
+            source_bits_v4: 0,
+            source_bits_v6: 0,
         }
     }
 
@@ -381,6 +398,7 @@ impl MemoryTables {
             &other.group_turns,
         );
         compare(&mut found, "flow", &self.flows, &other.flows);
+        compare(&mut found, "handshake", &self.handshakes, &other.handshakes);
         compare(
             &mut found,
             "live flows of listener",
@@ -606,8 +624,24 @@ impl Tables for MemoryTables {
         Some(&mut self.icmp_budget)
     }
 
+    fn syn_budget(&mut self, id: ListenerId) -> Option<&mut SynBudget> {
+        self.syn_budgets.get_mut(id.0 as usize)
+    }
+
+    fn handshake(&mut self, id: FlowId) -> Option<&mut Handshake> {
+        self.handshakes.get_mut(id.0 as usize)
+    }
+
+    fn source_rate(&mut self, key: &SourceRateKey) -> Option<&mut SourceRate> {
+        self.source_rates.get_mut(key)
+    }
+
+    fn keep_source_rate(&mut self, key: &SourceRateKey, value: SourceRate) {
+        self.source_rates.insert(*key, value);
+    }
+
     fn now_secs(&mut self) -> u32 {
-        monotonic_secs()
+        self.clock_secs.unwrap_or_else(monotonic_secs)
     }
 
     fn count_listener(&mut self, id: ListenerId, event: TrafficEvent) {

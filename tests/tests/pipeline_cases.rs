@@ -53,6 +53,7 @@ fn faults(case: &Case) -> Vec<String> {
         expected.persistence.clone_from(&world.persistence);
         expected.flow_index.clone_from(&world.flow_index);
         expected.flows.clone_from(&world.flows);
+        expected.handshakes.clone_from(&world.handshakes);
         expected.free_flows.clone_from(&world.free_flows);
         // What counts against limits is what says so in the flow table.
         let counted = world.counted_flows();

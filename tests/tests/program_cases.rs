@@ -39,6 +39,7 @@ fn faults(kernel: &mut Kernel, case: &Case) -> anyhow::Result<Vec<String>> {
         expected.persistence.clone_from(&world.persistence);
         expected.flow_index.clone_from(&world.flow_index);
         expected.flows.clone_from(&world.flows);
+        expected.handshakes.clone_from(&world.handshakes);
         expected.free_flows.clone_from(&world.free_flows);
         expected.listeners_live.clone_from(&world.listeners_live);
         expected.backends_live.clone_from(&world.backends_live);

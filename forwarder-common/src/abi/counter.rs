@@ -24,6 +24,14 @@ pub struct TrafficCounters {
     /// Flows that their backend rejected: it answered with a TCP reset. Those that are opened and neither answered nor
     /// rejected have had no answer.
     pub flows_rejected: u64,
+    /// SYNs that were answered with a cookie. Of listeners only, as what follows.
+    pub cookies_sent: u64,
+    /// Flows that were opened by a cookie that came back.
+    pub cookies_accepted: u64,
+    /// Acknowledgments without a flow, and without a cookie of ours, while cookies were sent.
+    pub cookies_invalid: u64,
+    /// New flows that came too fast from one prefix of clients.
+    pub flows_limited: u64,
 }
 
 /// ICMP messages of our own in the current second, per CPU.

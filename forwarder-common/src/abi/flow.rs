@@ -132,9 +132,10 @@ pub struct FlowBinding {
 }
 
 impl FlowBinding {
-    /// In `families`: client and backend are of IPv4.
+    /// In `families`: client and backend are of IPv4, and nothing but addresses and ports differs between them. Where a
+    /// SYN cookie opened the flow, more does (`datapath::handshake`).
     pub const BOTH_V4: u32 = 4;
-    /// In `families`: client and backend are of IPv6.
+    /// The same of IPv6.
     pub const BOTH_V6: u32 = 6;
 
     /// A copy, field by field; see [`IpAddress::copied`].

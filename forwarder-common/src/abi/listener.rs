@@ -42,12 +42,36 @@ pub struct Listener {
     pub max_flows: u32,
     /// Bits of [`listener_flag`].
     pub flags: u32,
+    /// SYNs in a second that open flows, of each CPU; those beyond are answered with a cookie. Has a meaning with
+    /// [`listener_flag::COOKIES`].
+    pub syns_per_cpu: u32,
+    /// Flows that the clients of one prefix may open per second. Has a meaning with [`listener_flag::RATE`], as what
+    /// follows.
+    pub source_flows_per_second: u32,
+    /// Flows that they may open at once after a while without any.
+    pub source_burst: u32,
+    /// Leading bits, of 128, of the addresses of such a prefix in IPv4, mapped.
+    pub source_bits_v4: u16,
+    /// The same of IPv6.
+    pub source_bits_v6: u16,
+}
+
+impl Listener {
+    /// A copy, field by field; see [`IpAddress::copied`].
+    #[inline(always)]
+    pub const fn copied(&self) -> Self {
+        Self { ..*self }
+    }
 }
 
 /// Bits of [`Listener::flags`].
 pub mod listener_flag {
     /// Only clients that the source table names for this listener may open flows.
     pub const SOURCES: u32 = 1;
+    /// SYNs may be answered with cookies.
+    pub const COOKIES: u32 = 2;
+    /// The clients of a prefix may open so many flows per second.
+    pub const RATE: u32 = 4;
 }
 
 /// Key of the table of listeners with more than one port: a trie over VIP, protocol and port, so that a range of

@@ -60,6 +60,12 @@ pub const CAPTURE_ROOM: &str = "CAPTURE_ROOM";
 pub const CAPTURED: &str = "CAPTURED";
 /// Per-CPU array of one `IcmpBudget`.
 pub const ICMP_BUDGET: &str = "ICMP_BUDGET";
+/// Per-CPU array of `SynBudget` by `ListenerId`.
+pub const SYN_BUDGETS: &str = "SYN_BUDGETS";
+/// Array of `Handshake` by `FlowId`.
+pub const HANDSHAKES: &str = "HANDSHAKES";
+/// LRU hash from `SourceRateKey` to `SourceRate`.
+pub const SOURCE_RATES: &str = "SOURCE_RATES";
 /// Per-CPU array of `ReasonCounters` by `Reason`.
 pub const REASON_COUNTERS: &str = "REASON_COUNT";
 

@@ -11,14 +11,16 @@ pub mod capture;
 pub mod counter;
 pub mod flow;
 pub mod fragment;
+pub mod handshake;
 pub mod interface;
 pub mod listener;
 pub mod map_name;
 pub mod persistence;
+pub mod rate;
 pub mod reason;
 pub mod settings;
 pub mod snat;
 pub mod tunnel;
 
 /// Number of the layout of everything in this module; it changes whenever a type here does.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;

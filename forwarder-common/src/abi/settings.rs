@@ -33,6 +33,13 @@ pub struct Settings {
     /// Of the flow hash; the same on all gateways of a fleet, so that they pick the same backends.
     pub hash_seed: u32,
     pub flags: u32,
+    /// Under which SYN cookies are made: random, and the same for as long as the tables live, as cookies of an agent
+    /// before this one may still come back.
+    pub cookie_key: [u64; 2],
+    /// The smallest MTU of all interfaces and tunnels, in bytes: the segment size that a cookie announces fits it. Zero:
+    /// unknown.
+    pub least_mtu_bytes: u32,
+    pub reserved: u32,
     pub pool: SnatPool,
     /// Destinations that may be of a VIP or of a DNAT flow.
     pub own: AddressFilter,

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Stop, Tables, Walk, admission, parse::Frame, rewrite::Rewrite, tcp_state::Phase};
+use super::{Stop, Tables, Walk, admission, handshake, parse::Frame, rewrite::Rewrite, tcp_state::Phase};
 use crate::{
     abi::{
         backend::{BackendId, BackendState},
@@ -33,6 +33,10 @@ pub struct Hit {
     pub is_first_answer: u32,
     /// The flow's, which is not the packet's where that is an ICMP error.
     pub protocol: u32,
+    /// Non-zero: a SYN cookie opened the flow, see `handshake`.
+    pub by_cookie: u32,
+    /// By how much the sequence numbers that an ICMP error quotes are raised: by `icmp::find`.
+    pub difference: u32,
     pub rewrite: Rewrite,
     pub hop: NextHop,
 }
@@ -47,6 +51,8 @@ impl Hit {
         self.backend = entry.backend;
         self.is_first_answer = 0;
         self.protocol = entry.binding.protocol;
+        self.by_cookie = u32::from(handshake::is_of(entry));
+        self.difference = 0;
         self.rewrite.set(entry, direction);
         self.hop = if direction == Direction::REQUEST {
             entry.request_hop.copied()
@@ -250,7 +256,12 @@ pub fn open<T: Tables>(
     entry.binding = binding.copied();
     entry.state = FlowState::LIVE;
     entry.seen = 1;
-    entry.tcp = TcpEvents::default().after(Direction::REQUEST, frame.tcp_flags);
+    let is_by_cookie = handshake::is_opening(frame);
+    entry.tcp = if is_by_cookie {
+        TcpEvents::OPENED.with(TcpEvents::BY_COOKIE)
+    } else {
+        TcpEvents::default().after(Direction::REQUEST, frame.tcp_flags)
+    };
     entry.counted = 1;
     entry.listener = listener.id;
     entry.backend = backend;
@@ -258,7 +269,11 @@ pub fn open<T: Tables>(
     entry.port_delta = port_delta.folded();
     entry.request_hop.kind = HopKind::UNKNOWN;
     entry.reply_hop.kind = HopKind::UNKNOWN;
-    entry.client_expects = Be32::new(0);
+    entry.client_expects = if is_by_cookie {
+        frame.acknowledgment
+    } else {
+        Be32::new(0)
+    };
     entry.backend_expects = Be32::new(0);
     entry.request_bytes = u64::from(frame.total_len);
     entry.reply_bytes = 0;
@@ -339,6 +354,21 @@ fn unlink<T: Tables>(
     } else {
         Reason::FLOW_TABLE_FULL
     })
+}
+
+/// Takes the keys of a flow out of the flow index, whose next connection gets an entry of its own; the agent frees it
+/// in its time. `walk` is room to work in; its frame is a request of the flow.
+#[inline(always)]
+pub fn forget<T: Tables>(tables: &mut T, id: FlowId, walk: &mut Walk) {
+    let Walk { frame, key, .. } = walk;
+    let Some(entry) = tables.flow(id) else { return };
+    entry.state = FlowState::UNLINKED;
+    let is_dnat = entry.binding.is_dnat();
+    *key = entry.binding.reply_key();
+    tables.remove_flow_reference(&frame.key);
+    if is_dnat && tables.flow_reference(key).is_some_and(|found| found.id == id) {
+        tables.remove_flow_reference(key);
+    }
 }
 
 /// Is there a flow whose packets have this 5-tuple, or might there be one, as its destination is of the pool?

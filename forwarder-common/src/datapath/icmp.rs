@@ -14,18 +14,19 @@ use super::{
     Packet, Stop, Tables, Walk,
     echo::{self, Kind},
     flow::{self, Hit},
+    handshake,
     parse::Frame,
     rewrite::{self, Ports, Rewrite},
     translate, transport_checksum,
 };
 use crate::{
     abi::{
-        flow::{FlowKey, HopKind},
+        flow::{Direction, FlowKey, HopKind},
         reason::Reason,
         settings::Settings,
     },
     wire::{
-        Be32, Field16, IpAddress, WireHeader,
+        Be32, Field16, Field32, IpAddress, WireHeader,
         checksum::Delta,
         icmp::{
             IcmpHeader, TYPE_PARAMETER_PROBLEM, TYPE_TIME_EXCEEDED, TYPE_UNREACHABLE,
@@ -34,6 +35,7 @@ use crate::{
         ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP},
         ipv6::{FragmentHeader, Ipv6Header, NEXT_FRAGMENT, PROTOCOL_ICMPV6},
         sctp::{SctpChecksum, SctpHeader},
+        tcp::TcpHeader,
         udp::CHECKSUM_NONE,
     },
 };
@@ -88,6 +90,9 @@ pub fn find<P: Packet, T: Tables>(
     }
     walk.quote.transport_offset = read_quote(packet, &walk.frame, &mut walk.key)? as u32;
     flow::find(tables, settings, walk)?;
+    if walk.hit.by_cookie != 0 && walk.hit.direction == Direction::REQUEST {
+        walk.hit.difference = handshake::difference(tables, walk.hit.id);
+    }
     // In DNAT mode the backend knows the client, and so may know who reports.
     walk.quote.keeps_sender = u32::from(walk.hit.rewrite.source == walk.key.source);
     Ok(())
@@ -233,6 +238,7 @@ fn rewrite_quote<P: Packet>(
         offset: transport_offset,
         len,
         end: (frame.transport_offset + frame.transport_len) as usize,
+        difference: hit.difference,
     };
     Ok(change.and(rewrite_transport(packet, frame, rewrite, quoted)?))
 }
@@ -249,6 +255,8 @@ pub(super) struct Quoted {
     pub len: u32,
     /// Where the quote ends.
     pub end: usize,
+    /// By how much the sequence number of TCP is raised, see `Hit::difference`.
+    pub difference: u32,
 }
 
 /// Gives a quoted transport header the ports that the error's receiver knows, or the identifier, and the checksum that
@@ -271,6 +279,14 @@ pub(super) fn rewrite_transport<P: Packet>(
     ports.source = rewrite.destination_port;
     ports.destination = rewrite.source_port;
     let is_tcp = quoted.protocol == PROTOCOL_TCP;
+    let mut change = change;
+    if is_tcp && quoted.difference != 0 {
+        // It is within the bytes that every error quotes.
+        let field = packet.header::<Field32>(quoted.offset + TcpHeader::SEQUENCE_OFFSET)?;
+        let before = field.value;
+        field.value = Be32::new(before.get().wrapping_add(quoted.difference));
+        change = change.and(Delta::ZERO.replace32(before, field.value));
+    }
     let checksum_offset = quoted.offset + transport_checksum::offset(is_tcp);
     // Of TCP the quote may end before the checksum.
     if checksum_offset + Field16::LEN > quoted.end {
@@ -279,7 +295,7 @@ pub(super) fn rewrite_transport<P: Packet>(
     let field = packet.header::<Field16>(checksum_offset)?;
     let before = field.value;
     if is_tcp || before != CHECKSUM_NONE {
-        let after = rewrite.addresses.and(rewrite.ports).apply(before);
+        let after = rewrite.addresses.and(change).apply(before);
         field.value = transport_checksum::sent(is_tcp, after);
         return Ok(change.replace16(before, field.value));
     }

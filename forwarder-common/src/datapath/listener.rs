@@ -18,7 +18,7 @@ pub fn lookup<T: Tables>(tables: &T, settings: &Settings, key: &FlowKey) -> Resu
     }
     let (protocol, port) = (key.protocol as u8, key.destination_port);
     if let Some(listener) = tables.listener(&ListenerKey::new(address, port, protocol)) {
-        return Ok(*listener);
+        return Ok(listener.copied());
     }
     let Some(vip) = tables.vip(&VipKey { address }) else {
         return Err(Stop::pass(Reason::NOT_OURS));
@@ -26,7 +26,7 @@ pub fn lookup<T: Tables>(tables: &T, settings: &Settings, key: &FlowKey) -> Resu
     if vip.range_listeners != 0
         && let Some(listener) = tables.listener_range(&ListenerRangeKey::new(address, protocol, port, 16))
     {
-        return Ok(*listener);
+        return Ok(listener.copied());
     }
     Err(Stop::pass(Reason::NO_LISTENER))
 }

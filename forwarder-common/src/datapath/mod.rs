@@ -22,9 +22,11 @@ use crate::{
         counter::IcmpBudget,
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         fragment::{FragmentFlow, FragmentKey, HeldKind},
+        handshake::{Handshake, SynBudget},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
+        rate::{SourceRate, SourceRateKey},
         reason::Reason,
         settings::Settings,
         tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
@@ -36,10 +38,12 @@ pub mod admission;
 pub mod arp;
 pub mod backend;
 pub mod capture;
+pub mod cookie;
 pub mod echo;
 pub mod express;
 pub mod flow;
 pub mod fragment;
+pub mod handshake;
 pub mod hash;
 pub mod icmp;
 pub mod icmp_error;
@@ -54,6 +58,7 @@ pub mod parse;
 pub mod persistence;
 pub mod pipeline;
 pub mod quota;
+pub mod rate;
 pub mod refuse;
 pub mod rewrite;
 pub mod sctp;
@@ -163,6 +168,8 @@ pub struct Walk {
     pub quote: icmp::Quote,
     /// Room for the one key that a stage builds.
     pub key: FlowKey,
+    /// Of a handshake that the gateway makes: by `handshake`.
+    pub room: handshake::Room,
 }
 
 /// Where the state "this transport checksum is not computed yet" lives; see `transport_checksum`.
@@ -248,6 +255,13 @@ pub trait Packet {
     /// [`Reason::INTERNAL`] when it is shorter.
     fn cut(&mut self, len: usize) -> Result<(), Stop>;
 
+    /// Cuts the frame to `len` bytes, or makes it as long; what is behind the first `kept` bytes has any content then.
+    /// `kept` is even, as all headers are.
+    ///
+    /// # Errors
+    /// [`Reason::INTERNAL`] when there is no room.
+    fn resize(&mut self, kept: usize, len: usize) -> Result<(), Stop>;
+
     /// Makes room for `front` bytes before the IP header, at `network_offset`; these, and the link header, have any
     /// content then.
     ///
@@ -296,6 +310,41 @@ pub trait Packet {
         Self: Sized,
     {
         translate::apply(self, walk)
+    }
+
+    /// [`handshake::admit`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn admit_handshake<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+        ended: Option<FlowId>,
+    ) -> handshake::Admitted
+    where
+        Self: Sized,
+    {
+        handshake::admit(self, tables, settings, walk, ended)
+    }
+
+    /// [`handshake::pass`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn pass_handshake<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        handshake::pass(self, tables, settings, walk)
+    }
+
+    /// [`handshake::next_option`], wherever it runs.
+    #[inline(always)]
+    fn next_option(&mut self, walk: &mut Walk, place: u32, len: u32) -> u32 {
+        handshake::next_option(&mut walk.room, place, len)
     }
 
     /// [`rewrite::leave`], wherever it runs.
@@ -370,6 +419,15 @@ pub trait Tables {
         backend::choose(self, walk, hash, now_secs)
     }
 
+    /// [`rate::charge`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn charge(&mut self, walk: &Walk) -> rate::Charged
+    where
+        Self: Sized,
+    {
+        rate::charge(self, walk)
+    }
+
     /// [`backend::search`], wherever it runs.
     #[inline(always)]
     fn search(&mut self, first_slot: u32, slot_count: u32, slot: u32) -> backend::Found
@@ -423,6 +481,15 @@ pub trait Tables {
     /// Live flows of a backend that count against its limit.
     fn backend_live(&mut self, id: BackendId) -> Option<&mut Self::Gauge>;
 
+    /// This CPU's budget of SYNs for a listener.
+    fn syn_budget(&mut self, id: ListenerId) -> Option<&mut SynBudget>;
+    /// The handshake of a flow that a cookie opened; of others without a meaning.
+    fn handshake(&mut self, id: FlowId) -> Option<&mut Handshake>;
+    /// How fast clients of a prefix open flows.
+    fn source_rate(&mut self, key: &SourceRateKey) -> Option<&mut SourceRate>;
+    /// Keeps that of a prefix which has none yet; of a full table, what was not used for longest makes room.
+    fn keep_source_rate(&mut self, key: &SourceRateKey, value: SourceRate);
+
     /// Seconds of CLOCK_MONOTONIC, by which entries age.
     fn now_secs(&mut self) -> u32;
 
@@ -452,6 +519,12 @@ pub enum TrafficEvent {
     FlowRefused,
     /// A refused flow's client was told.
     RefusalSent,
+    /// Of SYN cookies.
+    CookieSent,
+    CookieAccepted,
+    CookieInvalid,
+    /// A flow that came too fast from its source.
+    RateLimited,
     /// A request or reply of so many IP bytes.
     Request {
         bytes: u32,
@@ -472,6 +545,10 @@ impl crate::abi::counter::TrafficCounters {
         match event {
             TrafficEvent::FlowOpened => self.flows_opened = self.flows_opened.wrapping_add(1),
             TrafficEvent::RefusalSent => self.gateway_resets = self.gateway_resets.wrapping_add(1),
+            TrafficEvent::CookieSent => self.cookies_sent = self.cookies_sent.wrapping_add(1),
+            TrafficEvent::CookieAccepted => self.cookies_accepted = self.cookies_accepted.wrapping_add(1),
+            TrafficEvent::CookieInvalid => self.cookies_invalid = self.cookies_invalid.wrapping_add(1),
+            TrafficEvent::RateLimited => self.flows_limited = self.flows_limited.wrapping_add(1),
             TrafficEvent::FlowRefused => self.flows_refused = self.flows_refused.wrapping_add(1),
             TrafficEvent::Request { bytes, reset } => {
                 self.request_packets = self.request_packets.wrapping_add(1);
@@ -559,6 +636,21 @@ pub trait Env {
         Self: Sized,
     {
         icmp::find(packet, tables, settings, walk)
+    }
+
+    /// [`handshake::answer`], wherever it runs; `walk` is the one of this packet.
+    #[inline(always)]
+    fn answer_syn<P: Packet, T: Tables>(
+        &mut self,
+        packet: &mut P,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &mut Walk,
+    ) -> Outcome
+    where
+        Self: Sized,
+    {
+        handshake::answer(packet, tables, settings, walk)
     }
 
     /// [`refuse::answer`], wherever it runs; `walk` is the one of this packet.

@@ -3,7 +3,7 @@
 //! Everything it reads and writes stands in the walk and in the tables, and its answer is a number: so the kernel can
 //! run it as a function of its own, with a stack of its own frame only and verified once.
 
-use super::{Stop, Tables, TrafficEvent, Walk, flow, quota, snat};
+use super::{Stop, Tables, TrafficEvent, Walk, flow, handshake, quota, snat};
 use crate::abi::{
     backend::{Backend, BackendId, NatMode},
     flow::FlowId,
@@ -67,5 +67,8 @@ fn bind<T: Tables>(
     ended: Option<FlowId>,
 ) -> Result<(), Stop> {
     let flow = snat::bind(tables, settings, nat, backend, ended, walk)?;
+    if handshake::is_opening(&walk.frame) {
+        handshake::keep(tables, walk, flow);
+    }
     flow::open(tables, flow, ended.is_some(), id, walk)
 }

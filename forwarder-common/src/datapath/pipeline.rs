@@ -5,14 +5,16 @@ use super::{
     express,
     flow::{self, Found, Hit},
     fragment::{self, part},
+    handshake,
     icmp::Quote,
     listener, mss, neighbour, next_hop, open, overlay,
     parse::{self, Frame, Kind},
-    quota, rewrite, translate,
+    quota, rate, rewrite, translate,
 };
 use crate::{
     abi::{
         flow::{Direction, FlowId, HopKind},
+        listener::listener_flag,
         reason::Reason,
         settings::{Settings, flag},
     },
@@ -57,6 +59,9 @@ pub fn the_walk<P: Packet, T: Tables, E: Env>(
         Err(Stop(refusal)) if refusal.reason.is_refusal() && walk.inside.is_tunnel() => {
             Stop::pass(Reason::TUNNEL_TO_STACK).0
         }
+        Err(Stop(refusal)) if refusal.reason == Reason::SYN_COOKIE_SENT => {
+            env.answer_syn(packet, tables, settings, walk)
+        }
         Err(Stop(refusal)) if refusal.reason.is_refusal() => {
             refuse(packet, tables, env, settings, walk, refusal.reason)
         }
@@ -88,7 +93,7 @@ fn stages<P: Packet, T: Tables, E: Env>(
         }
     }
     match kind {
-        Kind::Flow => find_or_open(tables, settings, walk)?,
+        Kind::Flow => find_or_open(packet, tables, settings, walk)?,
         Kind::Fragment => match tables.follow(settings, walk) {
             fragment::FOUND => {}
             _ if walk.inside.is_tunnel() => return Err(Stop::pass(Reason::TUNNEL_TO_STACK)),
@@ -114,14 +119,17 @@ fn stages<P: Packet, T: Tables, E: Env>(
     translate::check(packet, walk)?;
     next_hop::resolve(tables, env, settings, walk)?;
     next_hop::fit(packet, env, walk)?;
+
+    // No byte was changed above this line; below it no policy decides.
+    let received_bytes = walk.frame.total_len;
+    if walk.hit.by_cookie != 0 && !walk.quote.is_some() {
+        packet.pass_handshake(tables, settings, walk)?;
+    }
     let mtu_bytes = if mss::is_announced(&walk.frame) && settings.flags & flag::KEEP_SEGMENT_SIZE == 0 {
         next_hop::path_mtu(tables, env, walk)
     } else {
         0
     };
-
-    // No byte was changed above this line; below it no policy decides.
-    let received_bytes = walk.frame.total_len;
     if walk.frame.is_usual() {
         rewrite::apply(packet, walk, settings, mtu_bytes)?;
     } else {
@@ -175,7 +183,12 @@ fn sent(verdict: Verdict, forwarded: Reason, to_stack: Reason) -> Outcome {
 
 /// The flow of a packet, which it may open.
 #[inline(always)]
-fn find_or_open<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+fn find_or_open<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &mut T,
+    settings: &Settings,
+    walk: &mut Walk,
+) -> Result<(), Stop> {
     let found = flow::lookup(tables, settings, walk)?;
     if found == Found::Hit {
         return Ok(());
@@ -183,18 +196,34 @@ fn find_or_open<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk)
     if walk.inside.is_tunnel() {
         return Err(Stop::pass(Reason::TUNNEL_TO_STACK));
     }
-    admit(tables, settings, walk)?;
+    admit(packet, tables, settings, walk, found.ended())?;
     open_flow(tables, settings, walk, found.ended())
 }
 
 /// May a packet without a flow open one of a listener?
 #[inline(always)]
-fn admit<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
+fn admit<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &mut T,
+    settings: &Settings,
+    walk: &mut Walk,
+    ended: Option<FlowId>,
+) -> Result<(), Stop> {
     walk.listener = listener::lookup(tables, settings, &walk.frame.key)?;
-    admission::admit(&walk.frame)?;
+    let has_cookies = walk.listener.flags & listener_flag::COOKIES != 0 && walk.frame.is_tcp();
+    if !has_cookies || !handshake::may_have_cookie(&walk.frame) {
+        admission::admit(&walk.frame)?;
+    }
     admission::refuse_own_source(tables, settings, &walk.frame)?;
     admission::admit_source(tables, &walk.listener, &walk.frame)?;
-    rewrite::check_ttl(&walk.frame)
+    rewrite::check_ttl(&walk.frame)?;
+    if has_cookies {
+        handshake::outcome(packet.admit_handshake(tables, settings, walk, ended))?;
+    }
+    if walk.listener.flags & listener_flag::RATE != 0 {
+        rate::outcome(tables.charge(walk))?;
+    }
+    Ok(())
 }
 
 /// The slow path, once per flow.

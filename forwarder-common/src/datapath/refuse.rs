@@ -11,6 +11,7 @@
 use super::{
     ANSWER_TTL, Outcome, Packet, Stop, Tables, Verdict, Walk, echo,
     fragment::part,
+    handshake,
     icmp_error::{self, Message},
     parse::Frame,
     sctp, translate,
@@ -22,7 +23,7 @@ use crate::{
         Be16, Be32, WireHeader,
         checksum::Delta,
         ipv4::{Ipv4Header, PROTOCOL_ICMP},
-        tcp::{FLAG_ACK, FLAG_RST, TcpHeader},
+        tcp::{FLAG_ACK, FLAG_RST, FLAG_SYN, TcpHeader},
     },
 };
 
@@ -72,16 +73,22 @@ fn fitting(walk: &Walk) -> u16 {
     }
 }
 
-/// A SYN becomes the reset that answers it.
+/// A SYN becomes the reset that answers it; so does what brings a SYN cookie back (RFC 9293 §3.10.7.4: with the number
+/// that it acknowledges).
 #[inline(always)]
 fn reset<P: Packet>(packet: &mut P, frame: &Frame, settings: &Settings) -> Result<(), Stop> {
     let state = transport_checksum::state(packet, frame, settings)?;
     let tcp = packet.header::<TcpHeader>(frame.transport_offset as usize)?;
     let before = *tcp;
     (tcp.source_port, tcp.destination_port) = (before.destination_port, before.source_port);
-    tcp.sequence = Be32::new(0);
+    tcp.sequence = if handshake::is_opening(frame) {
+        before.acknowledgment
+    } else {
+        Be32::new(0)
+    };
     // The SYN takes one number; data behind it (RFC 7413) need not be acknowledged to reset the connection.
-    tcp.acknowledgment = Be32::new({ before.sequence }.get().wrapping_add(1));
+    let taken = u32::from(before.flags & FLAG_SYN != 0);
+    tcp.acknowledgment = Be32::new({ before.sequence }.get().wrapping_add(taken));
     tcp.flags = FLAG_RST | FLAG_ACK;
     tcp.window = Be16::new(0);
     // Swapped ports and addresses leave the sum as it is.

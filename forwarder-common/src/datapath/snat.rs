@@ -1,6 +1,6 @@
 //! The binding of a new flow: its number, and the addresses both sides will see.
 
-use super::{Stop, Tables, Walk};
+use super::{Stop, Tables, Walk, handshake};
 use crate::{
     abi::{
         backend::{Backend, NatMode},
@@ -55,6 +55,7 @@ pub fn bind<T: Tables>(
     };
     binding.protocol = key.protocol;
     binding.families = match (key.is_v4(), is_v4) {
+        _ if handshake::is_opening(frame) => 0,
         (true, true) => FlowBinding::BOTH_V4,
         (false, false) => FlowBinding::BOTH_V6,
         _ => 0,

@@ -33,6 +33,8 @@ impl TcpEvents {
     pub const BACKEND_FIN: Self = Self(0x10);
     /// Either side sent RST.
     pub const RESET: Self = Self(0x20);
+    /// A SYN cookie opened the flow: see `datapath::handshake`.
+    pub const BY_COOKIE: Self = Self(0x40);
 
     /// Have all of these happened?
     #[inline(always)]

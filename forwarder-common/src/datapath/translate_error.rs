@@ -85,6 +85,7 @@ pub fn rewrite<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
         offset: quote.transport_offset as usize,
         len: u32::from(header.payload_len),
         end: (quote.transport_offset + quote.kept_len) as usize,
+        difference: hit.difference,
     };
     quote.change = icmp::rewrite_transport(packet, frame, &hit.rewrite, quoted)?;
     Ok(())

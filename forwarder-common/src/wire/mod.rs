@@ -22,6 +22,7 @@ pub mod icmp;
 pub mod ipv4;
 pub mod ipv6;
 pub mod sctp;
+pub mod siphash;
 pub mod tcp;
 pub mod tunnel;
 pub mod udp;
@@ -40,6 +41,15 @@ pub struct Field16 {
 }
 
 impl WireHeader for Field16 {}
+
+/// A 32-bit field on its own, such as a word of options.
+#[repr(C, packed)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct Field32 {
+    pub value: Be32,
+}
+
+impl WireHeader for Field32 {}
 
 /// A 16-bit number in network byte order.
 #[repr(transparent)]

@@ -44,6 +44,8 @@ impl TcpHeader {
         (self.data_offset >> 4) as usize * 4
     }
 
+    /// Where the sequence number stands, in bytes from the header's start.
+    pub const SEQUENCE_OFFSET: usize = 4;
     /// Where the checksum stands, in bytes from the header's start.
     pub const CHECKSUM_OFFSET: usize = 16;
 }

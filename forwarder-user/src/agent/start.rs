@@ -2,6 +2,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    fs::File,
+    io::Read as _,
     path::PathBuf,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -15,6 +17,7 @@ use forwarder_common::abi::{
     interface::Interface,
     snat::{PORTS_PER_ADDRESS, SnatPool},
 };
+use nix::unistd::{SysconfVar, sysconf};
 use tokio::sync::watch;
 use tracing::{debug, info};
 
@@ -132,6 +135,11 @@ impl Agent {
             flags: attachments
                 .iter()
                 .fold(0, |flags, one| flags | one.settings_flags),
+            cookie_key: match before.desired.settings.cookie_key {
+                [0, 0] => random_key()?,
+                key => key,
+            },
+            cpus: online_cpus(),
             own: before.desired.settings.own,
         };
         let ebpf = Arc::new(Mutex::new(ebpf));
@@ -368,7 +376,34 @@ pub(crate) fn sizes(config: &Config) -> Sizes {
         // How many neighbours there are on a tunnel's device is found out later.
         tunnel_peers: at_least_one(config.tunnels.len()),
         persistence: config.agent.max_persistent_clients,
+        source_rates: RATED_PREFIXES,
     }
+}
+
+/// Prefixes of clients whose rate is known: 8 MB. More than that at once are as good as forged, and of those one is
+/// forgotten for another.
+const RATED_PREFIXES: u32 = 65_536;
+
+/// CPUs that packets may come to now.
+fn online_cpus() -> u32 {
+    sysconf(SysconfVar::_NPROCESSORS_ONLN)
+        .ok()
+        .flatten()
+        .and_then(|cpus| u32::try_from(cpus).ok())
+        .unwrap_or(1)
+}
+
+/// A key that nobody can guess.
+fn random_key() -> Result<[u64; 2], Error> {
+    let mut bytes = [0; 16];
+    File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut bytes))
+        .map_err(|error| {
+            Error::host(format!("cannot read /dev/urandom, for a key: {error}"))
+                .hint("every Linux has it; in a container, mount /dev")
+        })?;
+    let [low, high]: [[u8; 8]; 2] = bytemuck::cast(bytes);
+    Ok([low, high].map(u64::from_le_bytes))
 }
 
 /// The kernel makes no map without entries.

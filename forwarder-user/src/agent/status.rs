@@ -53,7 +53,8 @@ impl Agent {
             let id = self.applied.ids.listeners[name];
             let count = census.listeners.get(&id).copied().unwrap_or_default();
             let rates = self.listener_rates.get(&id).copied().unwrap_or_default();
-            let mut traffic = traffic(&self.counters.listener(id)?, count, rates);
+            let counters = self.counters.listener(id)?;
+            let mut traffic = traffic(&counters, count, rates);
             traffic.gateway_resets += ended.listener_resets.get(&id).copied().unwrap_or(0);
             status.listeners.push(ListenerStatus {
                 name: name.clone(),
@@ -63,6 +64,10 @@ impl Agent {
                 protocol: listener.protocol.name().to_owned(),
                 group: listener.group.clone(),
                 max_flows: listener.max_flows,
+                cookies_sent: counters.cookies_sent,
+                cookies_accepted: counters.cookies_accepted,
+                cookies_invalid: counters.cookies_invalid,
+                flows_limited: counters.flows_limited,
                 traffic,
             });
         }

@@ -462,6 +462,30 @@ pub struct Listener {
     pub half_open_timeout: Duration,
     /// Are both ends of a connection reset when it is removed for being idle?
     pub reset_on_idle: bool,
+    /// When SYNs are answered with cookies; `None`: never, the default.
+    pub syn_cookies: Option<SynCookies>,
+    /// How fast clients open flows; `None`: as fast as they like.
+    pub source_rate: Option<SourceRate>,
+}
+
+/// When SYNs of a listener are answered with cookies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SynCookies {
+    Always,
+    /// Those beyond so many in a second.
+    Above(u32),
+}
+
+/// How fast the clients of one prefix may open flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceRate {
+    pub flows_per_second: u32,
+    /// Most flows at once, after a while without any; no less than a second's.
+    pub burst: u32,
+    /// 1 to 32.
+    pub prefix_bits_v4: u8,
+    /// 1 to 128.
+    pub prefix_bits_v6: u8,
 }
 
 /// The ports of a listener.

@@ -18,7 +18,8 @@ use ipnet::IpNet;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    MadeKind, NatMode, OnStop, OnUnhealthy, Ports, Protocol, Redirect, Selection, TunnelMode, XdpMode,
+    MadeKind, NatMode, OnStop, OnUnhealthy, Ports, Protocol, Redirect, Selection, SynCookies, TunnelMode,
+    XdpMode,
     health::read::{HEALTH, Health, TUNNEL_HEALTH, TunnelHealth},
     reader::{At, Field, Named, OptionalField, Report, Reported, Shape, Table, Wrong, integer, one_of},
 };
@@ -71,6 +72,10 @@ pub const VIPS: RangeInclusive<usize> = 1..=16;
 pub const SOURCES: RangeInclusive<usize> = 1..=100_000;
 /// Range of `max_flows` of a listener or backend.
 pub const FLOW_LIMIT: RangeInclusive<u32> = 1..=*MAX_FLOWS.end();
+/// Range of a listener's `syn_cookies` as a number, in flows per second.
+pub const SYN_THRESHOLD: RangeInclusive<u32> = 1..=100_000_000;
+/// Range of a listener's `source_rate` and `source_burst`, in flows (per second).
+pub const SOURCE_RATE: RangeInclusive<u32> = 1..=1_000_000;
 /// Range of the number of a routing table; 253 to 255 are the kernel's default, main and local ones.
 pub const TABLE: RangeInclusive<u32> = 1..=u32::MAX;
 
@@ -180,6 +185,11 @@ const LISTENER: Shape = Shape {
         "closing_timeout",
         "half_open_timeout",
         "reset_on_idle",
+        "syn_cookies",
+        "source_rate",
+        "source_burst",
+        "source_prefix",
+        "source_prefix_v6",
     ],
 };
 
@@ -334,6 +344,11 @@ pub struct Listener {
     pub closing_timeout: OptionalField<Duration>,
     pub half_open_timeout: OptionalField<Duration>,
     pub reset_on_idle: OptionalField<bool>,
+    pub syn_cookies: OptionalField<Option<SynCookies>>,
+    pub source_rate: OptionalField<u32>,
+    pub source_burst: OptionalField<u32>,
+    pub source_prefix: OptionalField<u8>,
+    pub source_prefix_v6: OptionalField<u8>,
 }
 
 impl Document {
@@ -477,6 +492,11 @@ impl Listener {
             closing_timeout: table.optional("closing_timeout", duration(IDLE_TIMEOUT_MS)),
             half_open_timeout: table.optional("half_open_timeout", duration(HALF_OPEN_TIMEOUT_MS)),
             reset_on_idle: table.optional("reset_on_idle", boolean),
+            syn_cookies: table.optional("syn_cookies", syn_cookies),
+            source_rate: table.optional("source_rate", integer(SOURCE_RATE)),
+            source_burst: table.optional("source_burst", integer(SOURCE_RATE)),
+            source_prefix: table.optional("source_prefix", integer(PERSISTENCE_PREFIX)),
+            source_prefix_v6: table.optional("source_prefix_v6", integer(PERSISTENCE_PREFIX_V6)),
         }
     }
 }
@@ -492,6 +512,20 @@ impl Passive {
             ejection_time: table.optional("ejection_time", duration(EJECTION_TIME_MS)),
             max_ejection_time: table.optional("max_ejection_time", duration(EJECTION_TIME_MS)),
         }
+    }
+}
+
+/// `"off"`, `"always"`, or how many flows per second are opened without.
+fn syn_cookies(value: &DeValue<'_>) -> Result<Option<SynCookies>, Wrong> {
+    match value {
+        DeValue::Integer(_) => integer(SYN_THRESHOLD)(value).map(|above| Some(SynCookies::Above(above))),
+        DeValue::String(text) if &**text == "off" => Ok(None),
+        DeValue::String(text) if &**text == "always" => Ok(Some(SynCookies::Always)),
+        _ => Err(Wrong::must_be(format!(
+            "\"off\", \"always\", or an integer from {} to {}",
+            SYN_THRESHOLD.start(),
+            SYN_THRESHOLD.end()
+        ))),
     }
 }
 
@@ -876,6 +910,11 @@ mod tests {
             ("listener.NAME", "port", port),
             ("listener.NAME", "sources", counts(SOURCES)),
             ("listener.NAME", "max_flows", numbers(FLOW_LIMIT)),
+            ("listener.NAME", "syn_cookies", numbers(SYN_THRESHOLD)),
+            ("listener.NAME", "source_rate", numbers(SOURCE_RATE)),
+            ("listener.NAME", "source_burst", numbers(SOURCE_RATE)),
+            ("listener.NAME", "source_prefix", "1 to 32".to_owned()),
+            ("listener.NAME", "source_prefix_v6", "1 to 128".to_owned()),
             ("listener.NAME", "closing_timeout", durations(IDLE_TIMEOUT_MS)),
             (
                 "listener.NAME",

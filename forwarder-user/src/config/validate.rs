@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use super::{
     Agent, Backend, Config, Group, HealthCheck, Interface, Listener, MadeKind, MadeTunnel, NatMode, Network,
     OnStop, OnUnhealthy, Passive, PerFamily, Persistence, Ports, Protocol, Redirect, RemoteApi, RemoteTls,
-    RoutingTable, Selection, SnatPool, TableSizes, Tunnel, TunnelMode, XdpMode,
+    RoutingTable, Selection, SnatPool, SourceRate, SynCookies, TableSizes, Tunnel, TunnelMode, XdpMode,
     address::{DEFAULT_BACKEND_RANGES, count, family_name, hosts, not_for_hosts, plus, without_mapped},
     health::{
         read::HealthKind,
@@ -51,6 +51,8 @@ const DEFAULT_ICMP_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 pub const DEFAULT_HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(75);
 /// A host has as many addresses out of its link's /64 as it likes, and changes them (RFC 8981).
 const DEFAULT_PERSISTENCE_PREFIX_V6: u8 = 64;
+/// As for persistence: whoever has one address of IPv6 has all of its /64.
+const DEFAULT_SOURCE_PREFIX_V6: u8 = 64;
 const DEFAULT_REJECTED: u32 = 5;
 const DEFAULT_SILENT: u32 = 5;
 const DEFAULT_SILENT_AFTER: Duration = Duration::from_millis(500);
@@ -1206,7 +1208,71 @@ impl<'d> Check<'d> {
             closing_timeout: or(&listener.closing_timeout, idle_timeout)?,
             half_open_timeout: or(&listener.half_open_timeout, DEFAULT_HALF_OPEN_TIMEOUT)?,
             reset_on_idle: or(&listener.reset_on_idle, false)?,
+            syn_cookies: self.syn_cookies(&place, protocol, listener)?,
+            source_rate: self.source_rate(&place, listener)?,
         })
+    }
+
+    fn syn_cookies(
+        &self,
+        place: &str,
+        protocol: Protocol,
+        listener: &schema::Listener,
+    ) -> Result<Option<SynCookies>, Reported> {
+        let Some(At { value, at }) = listener.syn_cookies.as_ref().map_err(|reported| *reported)? else {
+            return Ok(None);
+        };
+        if value.is_some() && protocol != Protocol::Tcp {
+            return Err(self.error(
+                *at,
+                format!("{place}: syn_cookies is for protocol = \"tcp\" only"),
+                "the others have no SYN: remove it",
+            ));
+        }
+        Ok(*value)
+    }
+
+    fn source_rate(&self, place: &str, listener: &schema::Listener) -> Result<Option<SourceRate>, Reported> {
+        let burst = listener.source_burst.as_ref().map_err(|reported| *reported)?;
+        let prefix_bits_v4 = or(&listener.source_prefix, *schema::PERSISTENCE_PREFIX.end())?;
+        let prefix_bits_v6 = or(&listener.source_prefix_v6, DEFAULT_SOURCE_PREFIX_V6)?;
+        if let Some(flows_per_second) = option(&listener.source_rate)? {
+            if let Some(At { value, at }) = burst
+                && *value < flows_per_second
+            {
+                return Err(self.error(
+                    *at,
+                    format!(
+                        "{place}: source_burst is {value}, less than the {flows_per_second} of source_rate"
+                    ),
+                    "what a second brings must fit: raise source_burst, or take it out",
+                ));
+            }
+            return Ok(Some(SourceRate {
+                flows_per_second,
+                burst: burst
+                    .as_ref()
+                    .map_or(flows_per_second.saturating_mul(2), |burst| burst.value),
+                prefix_bits_v4,
+                prefix_bits_v6,
+            }));
+        }
+        let place_of =
+            |field: &OptionalField<u8>| field.as_ref().ok().and_then(|field| Some(field.as_ref()?.at));
+        for (key, at) in [
+            ("source_burst", burst.as_ref().map(|burst| burst.at)),
+            ("source_prefix", place_of(&listener.source_prefix)),
+            ("source_prefix_v6", place_of(&listener.source_prefix_v6)),
+        ] {
+            if let Some(at) = at {
+                return Err(self.error(
+                    at,
+                    format!("{place}: {key} is about the rate of a source, but there is none"),
+                    "write source_rate = 100, or take it out",
+                ));
+            }
+        }
+        Ok(None)
     }
 
     fn listener_ports(

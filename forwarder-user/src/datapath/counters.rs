@@ -88,4 +88,8 @@ pub(super) fn add(sum: &mut TrafficCounters, one: &TrafficCounters) {
     sum.gateway_resets += one.gateway_resets;
     sum.flows_answered += one.flows_answered;
     sum.flows_rejected += one.flows_rejected;
+    sum.cookies_sent += one.cookies_sent;
+    sum.cookies_accepted += one.cookies_accepted;
+    sum.cookies_invalid += one.cookies_invalid;
+    sum.flows_limited += one.flows_limited;
 }

@@ -21,7 +21,7 @@ use forwarder_common::{
 };
 
 use super::{maps::FlowMaps, object::kernel_error, pod::AsPod, times::FlowTimes};
-use crate::error::Error;
+use crate::{error::Error, reset::is_unanswered};
 
 /// Flows of a listener or backend at the time of a sweep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -287,7 +287,9 @@ impl<S: FlowStore> Sweeper<S> {
                 let is_unlinked = self.unlink(id, &entry);
                 let is_open =
                     is_connection(&entry) && matches!(entry.tcp.phase(), Phase::Established | Phase::Closing);
-                if is_unlinked && is_open && timeouts.reset_on_idle {
+                // A client whose connection a SYN cookie opened takes it for established.
+                let is_due = (is_open && timeouts.reset_on_idle) || is_unanswered(&entry);
+                if is_unlinked && is_due {
                     census.ended_idle.push(entry);
                 }
                 continue;

@@ -41,13 +41,18 @@ pub struct Sizes {
     pub tunnel_peers: u32,
     /// Clients whose backend is kept, of all groups with persistence.
     pub persistence: u32,
+    /// Prefixes of clients whose rate is known, of all listeners with `source_rate`.
+    pub source_rates: u32,
 }
 
 impl Sizes {
     /// Each size with the maps that have it.
-    fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 13] {
+    fn maps(&mut self) -> [(&mut u32, &'static [&'static str]); 14] {
         [
-            (&mut self.flows, &[map_name::FLOWS, map_name::FREE_FLOWS]),
+            (
+                &mut self.flows,
+                &[map_name::FLOWS, map_name::FREE_FLOWS, map_name::HANDSHAKES],
+            ),
             (&mut self.flow_keys, &[map_name::FLOW_INDEX]),
             (&mut self.flow_keys_v6, &[map_name::FLOW_INDEX_V6]),
             (&mut self.slots, &[map_name::SLOTS]),
@@ -66,6 +71,7 @@ impl Sizes {
                     map_name::LISTENERS,
                     map_name::LISTENER_COUNTERS,
                     map_name::LISTENER_LIVE,
+                    map_name::SYN_BUDGETS,
                 ],
             ),
             (&mut self.listener_ranges, &[map_name::LISTENER_RANGES]),
@@ -81,6 +87,7 @@ impl Sizes {
                 ],
             ),
             (&mut self.persistence, &[map_name::PERSISTENCE]),
+            (&mut self.source_rates, &[map_name::SOURCE_RATES]),
         ]
     }
 

@@ -217,6 +217,11 @@ impl<K: Kind> Packet for MemoryPacket<K> {
         Ok(())
     }
 
+    fn resize(&mut self, _kept: usize, len: usize) -> Result<(), Stop> {
+        self.bytes.resize(len, 0);
+        Ok(())
+    }
+
     fn grow(&mut self, network_offset: usize, front: usize) -> Result<(), Stop> {
         if network_offset > self.bytes.len() {
             return Err(Stop::drop(Reason::INTERNAL));

@@ -29,10 +29,12 @@ use forwarder_common::{
         counter::IcmpBudget,
         flow::{FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         fragment::{FragmentFlow, FragmentKey, HELD_BYTES, HeldKind},
+        handshake::{Handshake, SynBudget},
         interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, Source, SourceKey, Vip, VipKey},
         map_name,
         persistence::{Persistence, PersistenceKey},
+        rate::{SourceRate, SourceRateKey},
         reason::Reason,
         settings::Settings,
         tunnel::{
@@ -65,6 +67,8 @@ pub struct LiveMaps {
     backends: Table<Backend>,
     group_turns: Table<u64>,
     persistence: Hash<PersistenceKey, Persistence>,
+    handshakes: Table<Handshake>,
+    source_rates: Hash<SourceRateKey, SourceRate>,
     interfaces: Hash<InterfaceKey, Interface>,
     tunnel_ports: Table<TunnelPort>,
     tunnel_endpoints: Hash<TunnelEndpointKey, TunnelEndpoint>,
@@ -98,6 +102,8 @@ impl LiveMaps {
             backends: again(ebpf, map_name::BACKENDS)?,
             group_turns: again(ebpf, map_name::GROUP_TURNS)?,
             persistence: again(ebpf, map_name::PERSISTENCE)?,
+            handshakes: again(ebpf, map_name::HANDSHAKES)?,
+            source_rates: again(ebpf, map_name::SOURCE_RATES)?,
             fragments: again(ebpf, map_name::FRAGMENTS)?,
             interfaces: again(ebpf, map_name::INTERFACES)?,
             tunnel_ports: again(ebpf, map_name::TUNNEL_PORTS)?,
@@ -319,6 +325,9 @@ struct Changes {
     backends_live: HashMap<BackendId, LiveCount>,
     group_turns: HashMap<GroupId, LiveCount>,
     persistence: HashMap<PersistenceKey, Persistence>,
+    syn_budgets: HashMap<ListenerId, SynBudget>,
+    handshakes: HashMap<FlowId, Handshake>,
+    source_rates: HashMap<SourceRateKey, SourceRate>,
     icmp_budget: IcmpBudget,
 }
 
@@ -577,6 +586,33 @@ impl Tables for LiveView<'_> {
 
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
         Some(&mut self.changes.icmp_budget)
+    }
+
+    // The kernel's is another for each CPU, and nobody knows on which one a packet would come: it is taken as unused in
+    // this second, so that what passes the limit of a listener is what passes it with any packets.
+    fn syn_budget(&mut self, id: ListenerId) -> Option<&mut SynBudget> {
+        Some(self.changes.syn_budgets.entry(id).or_default())
+    }
+
+    fn handshake(&mut self, id: FlowId) -> Option<&mut Handshake> {
+        if !self.changes.handshakes.contains_key(&id) {
+            let found = self.found(map_name::HANDSHAKES, self.maps.handshakes.get(&id.0, 0))?;
+            self.changes.handshakes.insert(id, found);
+        }
+        self.changes.handshakes.get_mut(&id)
+    }
+
+    fn source_rate(&mut self, key: &SourceRateKey) -> Option<&mut SourceRate> {
+        if !self.changes.source_rates.contains_key(key) {
+            let found = self.maps.source_rates.get(&AsPod(*key), 0);
+            let found = self.found(map_name::SOURCE_RATES, found)?;
+            self.changes.source_rates.insert(*key, found);
+        }
+        self.changes.source_rates.get_mut(key)
+    }
+
+    fn keep_source_rate(&mut self, key: &SourceRateKey, value: SourceRate) {
+        self.changes.source_rates.insert(*key, value);
     }
 
     fn now_secs(&mut self) -> u32 {

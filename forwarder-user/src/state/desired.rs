@@ -28,7 +28,7 @@ use super::{
     tunnels::TunnelTables,
 };
 use crate::{
-    config::{self, Config, TableSizes},
+    config::{self, Config, SynCookies, TableSizes},
     health::Health,
 };
 
@@ -55,6 +55,10 @@ pub struct Observations {
     pub route_generation: u32,
     /// Bits of `settings::flag`.
     pub flags: u32,
+    /// For SYN cookies; see `abi::settings`.
+    pub cookie_key: [u64; 2],
+    /// CPUs that packets come to; zero is one.
+    pub cpus: u32,
     /// Addresses that were ours before: there may be flows of them.
     pub own: AddressFilter,
 }
@@ -78,6 +82,39 @@ impl Observations {
         }
         if healthy.is_empty() { ejected } else { healthy }
     }
+}
+
+/// What the table of listeners says of one.
+fn entry(id: ListenerId, group: GroupId, listener: &config::Listener, cpus: u32) -> Listener {
+    let has = |condition: bool, flag: u32| if condition { flag } else { 0 };
+    let rate = listener.source_rate;
+    Listener {
+        id,
+        group,
+        max_flows: listener.max_flows.unwrap_or(0),
+        flags: has(listener.sources.is_some(), listener_flag::SOURCES)
+            | has(listener.syn_cookies.is_some(), listener_flag::COOKIES)
+            | has(rate.is_some(), listener_flag::RATE),
+        syns_per_cpu: match listener.syn_cookies {
+            // At least one, or it would be "always".
+            Some(SynCookies::Above(above)) => above.div_ceil(cpus.max(1)),
+            Some(SynCookies::Always) | None => 0,
+        },
+        source_flows_per_second: rate.map_or(0, |rate| rate.flows_per_second),
+        source_burst: rate.map_or(0, |rate| rate.burst),
+        source_bits_v4: rate.map_or(0, |rate| {
+            IpAddress::V4_PREFIX_BITS as u16 + u16::from(rate.prefix_bits_v4)
+        }),
+        source_bits_v6: rate.map_or(0, |rate| u16::from(rate.prefix_bits_v6)),
+    }
+}
+
+/// The smallest MTU that there is, in bytes; zero: none is known.
+fn least_mtu(observed: &Observations) -> u32 {
+    let interfaces = observed.interfaces.values().map(|interface| interface.mtu_bytes);
+    let peers = observed.tunnels.peers.values().map(|peer| peer.mtu_bytes);
+    let known = interfaces.chain(peers).filter(|mtu_bytes| *mtu_bytes != 0);
+    known.min().unwrap_or(0)
 }
 
 /// A group with its Maglev table.
@@ -162,6 +199,9 @@ impl Desired {
             route_generation: observed.route_generation,
             hash_seed: HASH_SEED,
             flags: observed.flags | configured_flags(config) | tunnels_flag(&observed.tunnels),
+            cookie_key: observed.cookie_key,
+            least_mtu_bytes: least_mtu(observed),
+            reserved: 0,
             pool: pool(&config.snat),
             own: own_addresses(config, &observed.own),
         };
@@ -173,16 +213,7 @@ impl Desired {
         for (name, listener) in &config.listeners {
             let protocol = listener.protocol.number();
             let id = ids.listeners[name];
-            let value = Listener {
-                id,
-                group: ids.groups[&listener.group],
-                max_flows: listener.max_flows.unwrap_or(0),
-                flags: if listener.sources.is_some() {
-                    listener_flag::SOURCES
-                } else {
-                    0
-                },
-            };
+            let value = entry(id, ids.groups[&listener.group], listener, observed.cpus);
             for address in listener.vips.iter().copied().map(IpAddress::from) {
                 let vip = address.octets();
                 let entry = desired.vips.entry(vip).or_insert(Vip {

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, fmt::Debug};
 use crate::{
     change::{Action, Change},
     config::{
-        Backend, Config, Group, Listener, NatMode, OnUnhealthy, Persistence, Selection, TunnelCheck,
-        TunnelMode,
+        Backend, Config, Group, Listener, NatMode, OnUnhealthy, Persistence, Selection, SynCookies,
+        TunnelCheck, TunnelMode,
         address::{all_at_port, at_port},
     },
     error::Error,
@@ -227,6 +227,19 @@ fn describe_listener(listener: &Listener) -> String {
     }
     if let Some(max_flows) = listener.max_flows {
         text.push_str(&format!(", at most {max_flows} flows"));
+    }
+    match listener.syn_cookies {
+        Some(SynCookies::Always) => text.push_str(", SYN cookies"),
+        Some(SynCookies::Above(above)) => {
+            text.push_str(&format!(", SYN cookies above {above} flows per second"));
+        }
+        None => {}
+    }
+    if let Some(rate) = listener.source_rate {
+        text.push_str(&format!(
+            ", {} flows per second of a /{} or /{}, {} at once",
+            rate.flows_per_second, rate.prefix_bits_v4, rate.prefix_bits_v6, rate.burst
+        ));
     }
     text
 }
