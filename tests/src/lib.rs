@@ -1,9 +1,13 @@
 //! What the test rings share; see the crate's modules. Nothing here is part of the product.
 
 pub mod cases;
+pub mod fuzz;
+pub mod invariants;
 pub mod lab;
+pub mod layers;
 pub mod packet;
 pub mod program;
+pub mod script;
 pub mod tables;
 pub mod terminal;
 pub mod tunnel;
