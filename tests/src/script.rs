@@ -124,14 +124,6 @@ pub struct Script {
     steps: Vec<Step>,
 }
 
-/// What a script does next.
-#[derive(Clone, Debug)]
-pub enum Next {
-    Packet(Arrival),
-    /// What somebody else does to the tables.
-    Change(fn(&mut MemoryTables)),
-}
-
 impl Script {
     /// The script that any bytes are.
     pub fn read(bytes: &[u8], kinds: Kinds) -> Self {

@@ -113,7 +113,9 @@ fn build() -> Result<PathBuf> {
         .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\u{1f}"))
         // That of the release binary: it is loaded by none of the targets, and takes long to build.
         .env("FORWARDER_BPF_OBJECT", workspace::bpf_object()?);
-    workspace::run(&mut command)?;
+    workspace::run(&mut command).context(
+        "the fuzz targets did not build\n  hint: after a change of dependencies, `cargo update --workspace --manifest-path tests/fuzz/Cargo.toml`",
+    )?;
     Ok(folder().join(host).join("debug"))
 }
 

@@ -89,11 +89,14 @@ pub(crate) fn build_release(names: &[&str]) -> Result<BTreeMap<String, PathBuf>>
     Ok(binaries)
 }
 
-/// The BPF object that the release binary `forwarder` embeds.
+/// The BPF object that the release binary `forwarder` embeds, or the one that is to be embedded everywhere.
 ///
 /// # Errors
 /// The build fails.
 pub(crate) fn bpf_object() -> Result<PathBuf> {
+    if let Some(given) = env::var_os("FORWARDER_BPF_OBJECT") {
+        return Ok(given.into());
+    }
     let mut object = None;
     let command = release(&["forwarder"], |message| {
         let is_ours = message["reason"] == "build-script-executed"
