@@ -3,9 +3,13 @@
 pub mod bench;
 pub mod cases;
 pub mod handshake;
+pub mod fuzz;
+pub mod invariants;
 pub mod lab;
+pub mod layers;
 pub mod packet;
 pub mod program;
+pub mod script;
 pub mod tables;
 pub mod terminal;
 pub mod tunnel;

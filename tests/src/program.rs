@@ -31,6 +31,7 @@ use forwarder_common::{
         counter::{ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         handshake::Handshake,
+        fragment::{FragmentFlow, FragmentKey},
         map_name,
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
@@ -55,6 +56,9 @@ use crate::tables::{
 
 /// Set to 1 where a test that cannot run has to fail.
 const STRICT_VARIABLE: &str = "FORWARDER_TESTS_STRICT";
+
+/// Packets that the buffer for the agent has room for at least.
+const MOST_HELD: usize = 64;
 
 /// Room for what a program makes of a frame.
 const OUTPUT_LEN: usize = 16 * 1024;
@@ -195,6 +199,12 @@ pub struct Kernel {
     ebpf: Ebpf,
     /// UDP ports that mean a tunnel.
     ports: Vec<u16>,
+    /// What the tables that only the agent writes were filled with.
+    filled: Option<MemoryTables>,
+    /// Packets that a program may have handed to the agent since somebody took them.
+    held: usize,
+    /// Room for what a program makes of a frame.
+    output: Vec<u8>,
 }
 
 impl Kernel {
@@ -202,6 +212,9 @@ impl Kernel {
         Self {
             ebpf,
             ports: Vec::new(),
+            filled: None,
+            held: 1,
+            output: vec![0; OUTPUT_LEN],
         }
     }
 
@@ -227,17 +240,42 @@ impl Kernel {
         Ok(counts)
     }
 
-    /// Gives all maps the content of these tables, and nothing else.
+    /// Gives all maps the content of these tables, and nothing else. What only the agent writes is left as it is where it
+    /// was written so before.
     pub fn fill(&mut self, tables: &MemoryTables) -> Result<()> {
-        self.set_array(map_name::SETTINGS, &[tables.settings])?;
-        self.set_hash(map_name::VIPS, &tables.vips)?;
-        self.set_hash(map_name::LISTENERS, &tables.listeners)?;
-        self.set_trie(map_name::LISTENER_RANGES, &tables.listener_ranges)?;
-        self.set_trie(map_name::SOURCES, &tables.sources)?;
-        self.set_array(map_name::LISTENER_LIVE, &tables.listeners_live)?;
-        self.set_array(map_name::BACKEND_LIVE, &tables.backends_live)?;
-        self.set_hash(map_name::INTERFACES, &tables.interfaces)?;
-        self.set_tunnels(tables)?;
+        let before = self.filled.take();
+        let is_as_before = |is_same: fn(&MemoryTables, &MemoryTables) -> bool| {
+            before.as_ref().is_some_and(|before| is_same(before, tables))
+        };
+        if !is_as_before(|a, b| a.settings == b.settings) {
+            self.set_array(map_name::SETTINGS, &[tables.settings])?;
+        }
+        if !is_as_before(|a, b| (&a.vips, &a.listeners) == (&b.vips, &b.listeners)) {
+            self.set_hash(map_name::VIPS, &tables.vips)?;
+            self.set_hash(map_name::LISTENERS, &tables.listeners)?;
+        }
+        if !is_as_before(|a, b| (&a.listener_ranges, &a.sources) == (&b.listener_ranges, &b.sources)) {
+            self.set_trie(map_name::LISTENER_RANGES, &tables.listener_ranges)?;
+            self.set_trie(map_name::SOURCES, &tables.sources)?;
+        }
+        if !is_as_before(|a, b| a.interfaces == b.interfaces) {
+            self.set_hash(map_name::INTERFACES, &tables.interfaces)?;
+        }
+        if !is_as_before(|a, b| {
+            (&a.tunnel_ports, &a.tunnel_endpoints) == (&b.tunnel_ports, &b.tunnel_endpoints)
+                && (&a.tunnel_hops, &a.tunnel_peers) == (&b.tunnel_hops, &b.tunnel_peers)
+        }) {
+            self.set_tunnels(tables)?;
+        }
+        if !is_as_before(|a, b| (&a.groups, &a.slots) == (&b.groups, &b.slots)) {
+            self.set_array(map_name::GROUPS, &tables.groups)?;
+            self.set_array(map_name::SLOTS, &tables.slots)?;
+        }
+        if !is_as_before(|a, b| a.backends == b.backends) {
+            self.set_array(map_name::BACKENDS, &tables.backends)?;
+        }
+        self.filled = Some(tables.clone());
+
         let keys = || {
             tables
                 .flow_index
@@ -250,22 +288,24 @@ impl Kernel {
         self.set_hash(map_name::FLOW_INDEX, &v4.collect())?;
         let v6 = keys().filter(|(key, _)| !key.is_v4());
         self.set_hash(map_name::FLOW_INDEX_V6, &v6.collect())?;
-        self.set_array(map_name::GROUPS, &tables.groups)?;
+        self.set_array(map_name::LISTENER_LIVE, &tables.listeners_live)?;
+        self.set_array(map_name::BACKEND_LIVE, &tables.backends_live)?;
         self.set_array(map_name::GROUP_TURNS, &tables.group_turns)?;
         self.set_hash(map_name::PERSISTENCE, &tables.persistence)?;
         self.set_hash(map_name::FRAGMENTS, &tables.fragments)?;
         self.set_counters(map_name::SYN_BUDGETS, &tables.syn_budgets)?;
         self.set_array(map_name::HANDSHAKES, &tables.handshakes)?;
         self.set_hash(map_name::SOURCE_RATES, &tables.source_rates)?;
-        self.set_array(map_name::SLOTS, &tables.slots)?;
-        self.set_array(map_name::BACKENDS, &tables.backends)?;
         self.set_array(map_name::FLOWS, &tables.flows)?;
-        self.drain_held_fragments()?;
+        if self.held > 0 {
+            self.drain_held_fragments()?;
+        }
         self.drain_free_flows()?;
         let mut queue = self.free_flows()?;
         for id in &tables.free_flows {
             queue.push(AsPod(*id), 0)?;
         }
+        self.set_counters(map_name::ICMP_BUDGET, &[tables.icmp_budget])?;
         self.set_counters(map_name::LISTENER_COUNTERS, &tables.listener_counters)?;
         self.set_counters(map_name::BACKEND_COUNTERS, &tables.backend_counters)?;
         self.set_counters(map_name::REASON_COUNTERS, &tables.reason_counters)
@@ -284,6 +324,7 @@ impl Kernel {
             group_turns: self.array::<Live>(map_name::GROUP_TURNS)?,
             persistence: self.hash::<PersistenceKey, Persistence>(map_name::PERSISTENCE)?,
             handshakes: self.array::<Handshake>(map_name::HANDSHAKES)?,
+            fragments: self.hash::<FragmentKey, FragmentFlow>(map_name::FRAGMENTS)?,
             listeners_live: self.array::<Live>(map_name::LISTENER_LIVE)?,
             backends_live: self.array::<Live>(map_name::BACKEND_LIVE)?,
             listener_counters: self.counters::<TrafficCounters, 15>(
@@ -299,6 +340,7 @@ impl Kernel {
 
     /// Takes what the program has handed to the agent, which would not be able to hold any more.
     fn drain_held_fragments(&mut self) -> Result<()> {
+        self.held = 0;
         let mut held = RingBuf::try_from(self.map(map_name::HELD)?)?;
         while held.next().is_some() {}
         Ok(())
@@ -314,7 +356,7 @@ impl Kernel {
     /// # Errors
     /// When the kernel refuses the frame: it asks for an Ethernet header, and in tcx for the IP header as well.
     pub fn run(&mut self, program: Program, ifindex: u32, frame: &[u8]) -> Result<(Action, Vec<u8>)> {
-        let mut output = vec![0; OUTPUT_LEN];
+        let mut output = std::mem::take(&mut self.output);
         let context = match program {
             Program::Native | Program::Generic => {
                 // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
@@ -344,7 +386,8 @@ impl Kernel {
                 .test_run(options),
         }
         .with_context(|| format!("{program:?} on {} bytes", frame.len()))?;
-        output.truncate(result.data_size_out as usize);
+        let out = output[..result.data_size_out as usize].to_vec();
+        self.output = output;
         let action = match (program, result.return_value) {
             // linux/bpf.h, enum xdp_action
             (Program::Native | Program::Generic, 1) => Action::Drop,
@@ -357,7 +400,12 @@ impl Kernel {
             (Program::Tunnel, 7) => Action::Redirect,
             (program, value) => bail!("{program:?} returned {value}"),
         };
-        Ok((action, output))
+        // What goes no further may have been handed to the agent.
+        self.held += usize::from(action == Action::Drop);
+        if self.held > MOST_HELD {
+            self.drain_held_fragments()?;
+        }
+        Ok((action, out))
     }
 
     /// The maps' other handles, for [`Self::explain`].
@@ -461,9 +509,10 @@ impl Kernel {
 
     /// Puts the values on the first CPU and zeroes the others.
     fn set_counters<V: Pod>(&mut self, name: &str, values: &[V]) -> Result<()> {
+        let cpus = nr_cpus().map_err(|(_, error)| error)?;
         let mut array: PerCpuArray<_, AsPod<V>> = PerCpuArray::try_from(self.map(name)?)?;
         for (index, value) in (0..).zip(values) {
-            let mut per_cpu = vec![AsPod(V::zeroed()); nr_cpus().map_err(|(_, error)| error)?];
+            let mut per_cpu = vec![AsPod(V::zeroed()); cpus];
             per_cpu[0] = AsPod(*value);
             array.set(index, PerCpuValues::try_from(per_cpu)?, 0)?;
         }

@@ -6,7 +6,7 @@
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     fmt::Debug,
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use bytemuck::Zeroable;
@@ -391,6 +391,26 @@ impl MemoryTables {
                 self.persistence, other.persistence
             ));
         }
+        let timeless = |tables: &Self| -> HashMap<_, _> {
+            let entries = tables.fragments.iter();
+            entries
+                .map(|(key, kept)| {
+                    (
+                        *key,
+                        FragmentFlow {
+                            seen_secs: 0,
+                            ..*kept
+                        },
+                    )
+                })
+                .collect()
+        };
+        if timeless(self) != timeless(other) {
+            found.push(format!(
+                "fragments:\n  {:?}\n  {:?}",
+                self.fragments, other.fragments
+            ));
+        }
         compare(
             &mut found,
             "turns of group",
@@ -749,7 +769,7 @@ impl Env for MemoryEnv {
     }
 
     fn route(&mut self, key: &FlowKey) -> Route {
-        route(self.ingress_ifindex, key.destination)
+        route(self.ingress_ifindex, key.source, key.destination)
     }
 
     fn hold<P: Packet>(&mut self, _packet: &mut P, walk: &Walk, _why: HeldKind) -> bool {
@@ -846,15 +866,30 @@ fn network(address: Ipv4Addr) -> [u8; 3] {
     [a, b, c]
 }
 
+/// Is it an address of IPv6 that means something on one link only, and so is never forwarded: of a group, of the link or of
+/// the host itself?
+fn is_of_one_link(address: IpAddress) -> bool {
+    match address.to_std() {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => {
+            address.is_multicast() || address.is_unicast_link_local() || address.is_loopback()
+        }
+    }
+}
+
 /// What the kernel's forwarding table says in this network.
-fn route(ingress_ifindex: u32, destination: IpAddress) -> Route {
+fn route(ingress_ifindex: u32, source: IpAddress, destination: IpAddress) -> Route {
+    if is_of_one_link(source) || is_of_one_link(destination) {
+        return Route::None;
+    }
     let is_closed = LINKS
         .iter()
         .any(|link| link.ifindex == ingress_ifindex && !link.is_forwarding);
     if is_closed {
         return Route::ForwardingDisabled;
     }
-    let is_known = destination.is_v4() || destination.octets()[..12] == V6_PREFIX;
+    let is_v4 = destination.is_v4();
+    let is_known = is_v4 || destination.octets()[..12] == V6_PREFIX;
     let destination = Ipv4Addr::from(destination.low());
     if !is_known {
         return Route::None;
@@ -867,8 +902,10 @@ fn route(ingress_ifindex: u32, destination: IpAddress) -> Route {
     let Some(link) = LINKS.iter().find(|link| network(link.address) == network(next)) else {
         return Route::None;
     };
-    // The gateway's own address and the broadcast address are not forwarded to.
-    if next == link.address || next.octets()[3] == 255 || next.octets()[3] == 0 {
+    // Not forwarded to: the gateway's own address, and IPv4's broadcast address or IPv6's anycast address of routers. In
+    // IPv4 the first address of a network is a host's, to Linux since 5.14.
+    let last = if is_v4 { 255 } else { 0 };
+    if next == link.address || next.octets()[3] == last {
         return Route::None;
     }
     match NEIGHBOURS.iter().find(|(address, _)| *address == next) {

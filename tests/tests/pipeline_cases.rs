@@ -3,11 +3,7 @@
 use std::collections::HashSet;
 
 use forwarder_common::{
-    abi::{
-        listener::VipKey,
-        reason::{Reason, VerdictKind},
-        settings::flag,
-    },
+    abi::{listener::VipKey, reason::Reason, settings::flag},
     datapath::Action,
     wire::Ipv4Address,
 };
@@ -16,8 +12,9 @@ use forwarder_tests::{
         self, Case, Event,
         measured::{Gateway, Packets, Way},
     },
+    invariants::{self, Arrival},
     packet::wrong_checksums,
-    tables::{MemoryTables, Program},
+    tables::{CLIENT_SIDE, Program},
 };
 use proptest::prelude::*;
 
@@ -51,6 +48,7 @@ fn faults(case: &Case) -> Vec<String> {
         // Only counters are compared: what the flow table must hold shows in the packets that follow.
         expected.group_turns.clone_from(&world.group_turns);
         expected.persistence.clone_from(&world.persistence);
+        expected.fragments.clone_from(&world.fragments);
         expected.flow_index.clone_from(&world.flow_index);
         expected.flows.clone_from(&world.flows);
         expected.handshakes.clone_from(&world.handshakes);
@@ -134,34 +132,6 @@ fn expected_frames_have_valid_checksums_where_they_leave() {
     }
 }
 
-/// What a packet's tables and bytes must look like afterwards, whatever it was.
-fn check_invariants(world: &MemoryTables, action: Action, reason: Reason, frame: &[u8], out: &[u8]) {
-    let description = reason.description().expect("a reason of the list");
-    let kind = match action {
-        Action::Transmit | Action::Redirect => VerdictKind::Send,
-        Action::Pass => VerdictKind::Pass,
-        Action::Drop => VerdictKind::Drop,
-    };
-    let is_refusal = description.verdict == VerdictKind::Refuse;
-    if is_refusal {
-        assert_ne!(kind, VerdictKind::Pass, "{reason:?}");
-    } else {
-        assert_eq!(description.verdict, kind, "{reason:?}");
-    }
-    let is_rewritten =
-        kind == VerdictKind::Send || reason == Reason::REQUEST_TO_STACK || reason == Reason::REPLY_TO_STACK;
-    if !is_rewritten {
-        assert_eq!(frame, out, "{reason:?} leaves a packet as it is");
-    } else if reason != Reason::ARP_ANSWERED && wrong_checksums(frame).is_empty() {
-        assert_eq!(wrong_checksums(out), Vec::<&str>::new(), "{reason:?}");
-    }
-    if !is_refusal {
-        assert_eq!(frame.len(), out.len());
-    }
-
-    assert_eq!(world.unsound(), Vec::<String>::new());
-}
-
 /// Without this test the short way could be closed, and nothing but the benchmark would tell.
 #[test]
 fn established_flows_and_strangers_take_the_short_way() {
@@ -209,12 +179,7 @@ proptest! {
     fn whatever_comes_tables_and_packets_stay_sound(scenario in random::scenario()) {
         let mut world = scenario.world.clone();
         for packet in &scenario.packets {
-            let before = world.counted_reasons();
-            let (outcome, out) = world.forward(packet.program, packet.ifindex, &packet.frame);
-            let counted: u64 = world.counted_reasons().iter().map(|(_, counters)| counters.packets).sum();
-            let counted_before: u64 = before.iter().map(|(_, counters)| counters.packets).sum();
-            prop_assert_eq!(counted, counted_before + 1);
-            check_invariants(&world, outcome.verdict.action, outcome.reason, &packet.frame, &out);
+            invariants::forward(&mut world, packet);
         }
     }
 
@@ -224,20 +189,20 @@ proptest! {
         // Our own addresses open no flow; the cases say so.
         let source = Ipv4Address::from(*client.ip());
         prop_assume!(!world.settings.pool.contains(source.into()) && !world.vips.contains_key(&VipKey { address: source.into() }));
-        let request = service.request(client);
-        let (outcome, there) = world.forward(Program::Native, 11, &request);
+        let request = Arrival {
+            program: Program::Native,
+            ifindex: CLIENT_SIDE.ifindex,
+            frame: service.request(client),
+        };
+        let (outcome, there) = invariants::forward(&mut world, &request);
         prop_assert!(matches!(outcome.reason, Reason::REQUEST_FORWARDED | Reason::REQUEST_TO_STACK));
-        let reply = random::turned_back(&there);
-        let (outcome, back) = world.forward(Program::Native, 12, &reply);
-        prop_assert!(matches!(outcome.reason, Reason::REPLY_FORWARDED | Reason::REPLY_TO_STACK), "{:?}", outcome);
-        prop_assert_eq!(random::addresses(&random::turned_back(&back)), random::addresses(&request));
-        prop_assert_eq!(wrong_checksums(&back), Vec::<&str>::new());
+        let reason = invariants::check_reply(&world, &request, outcome, &there);
+        prop_assert!(matches!(reason, Some(Reason::REPLY_FORWARDED | Reason::REPLY_TO_STACK)), "{:?}", reason);
     }
 
     #[test]
-    fn random_bytes_are_never_forwarded_by_accident(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        let mut world = cases::world();
-        let (outcome, out) = world.forward(Program::Native, 11, &bytes);
-        check_invariants(&world, outcome.verdict.action, outcome.reason, &bytes, &out);
+    fn random_bytes_are_never_forwarded_by_accident(frame in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let arrival = Arrival { program: Program::Native, ifindex: CLIENT_SIDE.ifindex, frame };
+        invariants::forward(&mut cases::world(), &arrival);
     }
 }

@@ -37,6 +37,7 @@ fn faults(kernel: &mut Kernel, case: &Case) -> anyhow::Result<Vec<String>> {
         let found = kernel.read(&world)?;
         expected.group_turns.clone_from(&world.group_turns);
         expected.persistence.clone_from(&world.persistence);
+        expected.fragments.clone_from(&world.fragments);
         expected.flow_index.clone_from(&world.flow_index);
         expected.flows.clone_from(&world.flows);
         expected.handshakes.clone_from(&world.handshakes);

@@ -22,6 +22,7 @@ use forwarder_common::{
 };
 use forwarder_tests::{
     cases::{self, Case, Event},
+    invariants::Arrival as Packet,
     program::{Kernel, action_of, with_kernel},
     tables::SIZES,
 };
@@ -37,7 +38,7 @@ use forwarder_user::{
 };
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 
-use crate::random::{Packet, Scenario};
+use crate::random::Scenario;
 
 mod random;
 

@@ -16,6 +16,8 @@ use crate::{promtool, workspace};
 pub(crate) fn run() -> Result<()> {
     const STRICT: [&str; 3] = ["--", "-D", "warnings"];
     let format = workspace::cargo(&["fmt", "--all", "--check"]);
+    // A workspace of its own.
+    let format_fuzz = workspace::cargo(&["fmt", "--check", "--manifest-path", "tests/fuzz/Cargo.toml"]);
 
     let mut clippy = workspace::cargo(&["clippy", "--locked", "--all-targets"]);
     clippy.args(STRICT);
@@ -33,6 +35,7 @@ pub(crate) fn run() -> Result<()> {
         workspace::run(&mut command)
     };
     run(format)?;
+    run(format_fuzz)?;
     promtool::run()?;
     run(clippy)?;
     run(bpf)

@@ -9,6 +9,7 @@ mod bpf;
 mod build;
 mod clean_root;
 mod demo;
+mod fuzz;
 mod lint;
 mod package;
 mod promtool;

@@ -188,7 +188,7 @@ pub(crate) fn build_static(architecture: Architecture) -> Result<PathBuf> {
         );
     }
     workspace::run(&mut command)?;
-    let built = target_folder().join(target).join("release/forwarder");
+    let built = workspace::target().join(target).join("release/forwarder");
     let folder = folder(architecture);
     fs::create_dir_all(&folder)?;
     let binary = folder.join("forwarder");
@@ -199,10 +199,6 @@ pub(crate) fn build_static(architecture: Architecture) -> Result<PathBuf> {
             .arg(&built),
     )?;
     Ok(binary)
-}
-
-fn target_folder() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace::root().join("target"), PathBuf::from)
 }
 
 /// Has rustup fetch the standard library for `target`, unless it is there.

@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
-    bench, book, clean_root, lint,
+    bench, book, clean_root, fuzz, lint,
     package::{self, Architecture},
     setup, vm, workspace,
 };
@@ -31,7 +31,8 @@ pub(crate) struct Arguments {
     #[arg(value_enum)]
     ring: Option<Ring>,
     /// Passed to the test programs: a part of the tests' names, or options; for the vm ring, versions of kernels and
-    /// parts of the test programs' names, as in `6.12 tunnels:natively`
+    /// parts of the test programs' names, as in `6.12 tunnels:natively`; for the fuzz ring, targets and for how many
+    /// seconds, as in `walk 3600`
     #[arg(last = true, requires = "ring")]
     test_arguments: Vec<String>,
 }
@@ -42,6 +43,8 @@ enum Ring {
     Library,
     /// Ring 2: the same packets through the kernel's programs; needs the right to load BPF
     Program,
+    /// Ring 5: hostile input, found by libFuzzer in a minute; `-- walk 3600` has one target run for an hour
+    Fuzz,
     /// Ring 3: real sockets in network namespaces; needs root
     Netns,
     /// Ring 3, installed: the Debian package on a clean system with systemd. Named, with the static binary; else, as that
@@ -53,7 +56,13 @@ enum Ring {
 
 impl Ring {
     /// Those that run unless one is named.
-    const ALL: [Self; 4] = [Self::Library, Self::Program, Self::Netns, Self::Package];
+    const ALL: [Self; 5] = [
+        Self::Library,
+        Self::Program,
+        Self::Fuzz,
+        Self::Netns,
+        Self::Package,
+    ];
 
     /// The ring of the integration tests in `<stem>.rs`.
     fn of_file(stem: &str) -> Self {
@@ -74,6 +83,7 @@ impl Ring {
         match self {
             Self::Library => "library",
             Self::Program => "program",
+            Self::Fuzz => "fuzz",
             Self::Netns => "netns",
             Self::Package => "package",
             Self::Vm => "vm",
@@ -214,6 +224,9 @@ fn run_ring(
 ) -> Result<(String, bool)> {
     if ring == Ring::Vm {
         return vm::run(forwarder, test_arguments);
+    }
+    if ring == Ring::Fuzz {
+        return fuzz::run(test_arguments);
     }
     let files = test_files(ring)?;
     // All of a ring in one call, and always for the same packages: dependencies are then built once.

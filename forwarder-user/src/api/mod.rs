@@ -91,8 +91,9 @@ fn calls() -> OpenApiRouter<StatusSource> {
         .merge(inspect::calls())
 }
 
-/// The API as a service. `inspection` answers what does not need the agent's loop.
-fn api(source: StatusSource, inspection: Inspection) -> Router {
+/// The API as a service, of which [`serve_control`] makes a server. `inspection` answers what does not need the agent's
+/// loop.
+pub fn service(source: StatusSource, inspection: Inspection) -> Router {
     let (router, _) = calls().split_for_parts();
     router
         .layer(DefaultBodyLimit::max(MAX_REQUEST))
@@ -115,7 +116,7 @@ pub async fn serve_control(
     let ControlSocket { listener, file } = socket;
     let listener = UnixListener::from_std(listener)
         .map_err(|error| Error::failed(format!("cannot listen on the control socket: {error}")))?;
-    let outcome = serve(listener, api(source, inspection), stop).await;
+    let outcome = serve(listener, service(source, inspection), stop).await;
     drop(file);
     outcome
 }

@@ -45,9 +45,9 @@ use tokio_rustls::{
 use tracing::debug;
 
 use super::{
-    ErrorCode, Refusal, StatusSource, api,
+    ErrorCode, Refusal, StatusSource,
     public::{in_runtime, listen},
-    serve,
+    serve, service,
 };
 use crate::{
     config::{RemoteApi, RemoteTls},
@@ -204,7 +204,7 @@ pub async fn serve_remote(
     } = remote;
     let listener = in_runtime(listener)?;
     // The last layer is the first that a request meets.
-    let app = api(source, inspection)
+    let app = service(source, inspection)
         .layer(middleware::from_fn(only_reading))
         .layer(middleware::from_fn_with_state(
             credentials.clone(),

@@ -42,7 +42,7 @@ use crate::{
 mod pcapng;
 mod trace;
 
-use pcapng::Writer;
+pub use pcapng::Writer;
 pub use trace::TracedPacket;
 
 /// Bytes of what is sent at once, about.
@@ -76,7 +76,7 @@ impl CaptureRequest {
     ///
     /// # Errors
     /// What is not possible, with what is.
-    fn filter(&self) -> Result<CaptureFilter, Error> {
+    pub fn filter(&self) -> Result<CaptureFilter, Error> {
         let mut filter = CaptureFilter {
             reasons: self.reasons()?,
             ..CaptureFilter::zeroed()

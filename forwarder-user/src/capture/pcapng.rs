@@ -22,7 +22,8 @@ const OUTBOUND: u32 = 2;
 const NANOSECONDS: u8 = 9;
 
 /// Writes blocks; knows which interfaces the file has.
-pub(super) struct Writer {
+#[derive(Default)]
+pub struct Writer {
     /// By name and kind of link.
     interfaces: HashMap<(String, i32), u32>,
 }
@@ -36,14 +37,15 @@ struct Frame<'a> {
 }
 
 impl Writer {
-    pub(super) fn new() -> Self {
-        Self {
-            interfaces: HashMap::new(),
-        }
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// Writes what a file begins with.
-    pub(super) fn begin(&self, out: &mut Vec<u8>) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// A block cannot be made.
+    pub fn begin(&self, out: &mut Vec<u8>) -> Result<(), Error> {
         let application = concat!("forwarder ", env!("CARGO_PKG_VERSION"));
         let mut block = SectionHeaderBlock {
             block_type: SHB_MAGIC,
@@ -60,7 +62,10 @@ impl Writer {
     }
 
     /// Writes a packet: as it came, and as it left if it did.
-    pub(super) fn write(
+    ///
+    /// # Errors
+    /// A block cannot be made.
+    pub fn write(
         &mut self,
         packet: &CapturedPacket,
         time: Duration,

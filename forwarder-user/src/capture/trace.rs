@@ -37,7 +37,8 @@ pub struct TracedPacket {
 }
 
 impl TracedPacket {
-    pub(super) fn of(packet: &CapturedPacket, time: Duration, lost: u64, names: &Names) -> Self {
+    /// Of a packet that came at this time since 1970, after `lost` that are missing.
+    pub fn of(packet: &CapturedPacket, time: Duration, lost: u64, names: &Names) -> Self {
         let interface = |ifindex: u32| {
             let found = names.interfaces.iter().find(|one| one.ifindex == ifindex);
             found.map_or_else(|| format!("interface {ifindex}"), |one| one.name.clone())
@@ -77,7 +78,7 @@ impl TracedPacket {
     }
 
     /// Verdict and reason, with what goes with them: a comment on the packet.
-    pub(super) fn comment(&self, number: u32) -> String {
+    pub fn comment(&self, number: u32) -> String {
         let mut text = format!("{}: {}", self.verdict, self.reason);
         if let Some(egress) = &self.egress {
             text += &format!(" by {egress}");

@@ -1,6 +1,6 @@
 //! Frames from a capture file (pcap or pcapng).
 
-use std::{fs::File, path::Path};
+use std::{fs::File, io::Read, path::Path};
 
 use pcap_parser::{Block, Linktype, PcapBlockOwned, PcapError, create_reader};
 
@@ -8,26 +8,40 @@ use crate::error::Error;
 
 /// Frames that one request explains; beyond it the request would be too large.
 pub const MAX_FRAMES: usize = 10_000;
+/// Bytes of all of them: as hexadecimal digits, what the agent takes in one request. Little of that need be in the file, as
+/// what was cut off is zeros again.
+const MAX_BYTES: usize = 31 << 20;
 /// Longest block of a capture that is read, in bytes: tcpdump's default snapshot length is 262 144.
 const MAX_BLOCK: usize = 1 << 20;
 
 /// Reads all frames of a capture, in order.
 ///
 /// # Errors
-/// The file can't be read, is no capture, is damaged, holds more than [`MAX_FRAMES`], or frames of a link that is
-/// neither Ethernet nor plain IP.
+/// The file can't be read, is no capture, is damaged, holds more than [`MAX_FRAMES`] or too many bytes, or frames of a
+/// link that is neither Ethernet nor plain IP.
 pub fn read(path: &Path) -> Result<Vec<Vec<u8>>, Error> {
+    let opened =
+        File::open(path).map_err(|error| Error::usage(format!("cannot read {}: {error}", path.display())))?;
+    read_from(opened, path)
+}
+
+/// Reads all frames of a capture, in order; `path` is what errors call it.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_from(source: impl Read + Send, path: &Path) -> Result<Vec<Vec<u8>>, Error> {
     let file = path.display();
-    let opened = File::open(path).map_err(|error| Error::usage(format!("cannot read {file}: {error}")))?;
     let damaged = |error: &PcapError<&[u8]>| match error {
         PcapError::HeaderNotRecognized | PcapError::Eof => Error::usage(format!("{file} is no capture"))
             .hint("give a file that `tcpdump -w FILE` or Wireshark wrote"),
         other => Error::usage(format!("{file} is damaged: {other:?}")),
     };
-    let mut reader = create_reader(MAX_BLOCK, opened).map_err(|error| damaged(&error))?;
-    let mut frames = Vec::new();
+    let mut reader = create_reader(MAX_BLOCK, source).map_err(|error| damaged(&error))?;
+    let mut frames: Vec<Vec<u8>> = Vec::new();
     let mut links = Vec::new();
+    let mut bytes = 0;
     loop {
+        let known = frames.len();
         match reader.next() {
             Ok((offset, block)) => {
                 match block {
@@ -69,6 +83,13 @@ pub fn read(path: &Path) -> Result<Vec<Vec<u8>>, Error> {
             return Err(
                 Error::usage(format!("{file} holds more than {MAX_FRAMES} packets"))
                     .hint(format!("cut it: tcpdump -r {file} -c {MAX_FRAMES} -w FILE")),
+            );
+        }
+        bytes += frames[known..].iter().map(Vec::len).sum::<usize>();
+        if bytes > MAX_BYTES {
+            return Err(
+                Error::usage(format!("the packets of {file} are more than {MAX_BYTES} bytes"))
+                    .hint(format!("cut it: tcpdump -r {file} -c {known} -w FILE")),
             );
         }
     }
@@ -172,6 +193,15 @@ mod tests {
         assert_eq!((frames[0].len(), frames[0][53], frames[0][54]), (1514, 7, 0));
         let frames = read_bytes(&classic(101, &[(&[0x45; 20], 20)])).unwrap();
         assert_eq!((frames[0].len(), &frames[0][12..15]), (34, &[8, 0, 0x45][..]));
+    }
+
+    #[test]
+    fn few_bytes_of_many_long_packets_do_not_become_all_of_the_memory() {
+        let many = |count| classic(1, &vec![(&[7_u8; 54][..], 65_535); count]);
+        assert_eq!(read_bytes(&many(400)).unwrap().len(), 400);
+        let error = read_bytes(&many(600)).unwrap_err();
+        assert!(error.what.contains("more than 32505856 bytes"), "{error}");
+        assert!(error.hint.unwrap().contains("-c 496 "));
     }
 
     #[test]

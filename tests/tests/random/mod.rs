@@ -13,6 +13,7 @@ use forwarder_common::abi::{
 use forwarder_common::wire::Be16;
 use forwarder_tests::{
     cases,
+    invariants::Arrival,
     packet::{Arp, Builder, Checksum, ETHERNET_LEN, chunk, segment},
     tables::{CLIENT_SIDE, CLOSED_SIDE, MemoryTables, Program, SERVER_SIDE, TUNNEL_SIDE},
 };
@@ -22,15 +23,7 @@ use proptest::{prelude::*, sample::select};
 #[derive(Clone, Debug)]
 pub(crate) struct Scenario {
     pub(crate) world: MemoryTables,
-    pub(crate) packets: Vec<Packet>,
-}
-
-/// A frame on its way into a program.
-#[derive(Clone, Debug)]
-pub(crate) struct Packet {
-    pub(crate) program: Program,
-    pub(crate) ifindex: u32,
-    pub(crate) frame: Vec<u8>,
+    pub(crate) packets: Vec<Arrival>,
 }
 
 /// A listener of the cases' world.
@@ -103,27 +96,6 @@ const DNAT_SCTP_PORT: u16 = 3868;
 pub(crate) fn client() -> impl Strategy<Value = SocketAddrV4> {
     (select(vec![[172, 18, 0], [192, 0, 2]]), 2..255_u8, 1..=u16::MAX)
         .prop_map(|([a, b, c], d, port)| SocketAddrV4::new(Ipv4Addr::new(a, b, c, d), port))
-}
-
-/// Addresses and ports of an untagged frame of TCP or UDP without IP options.
-pub(crate) fn addresses(frame: &[u8]) -> [SocketAddrV4; 2] {
-    let ip = &frame[ETHERNET_LEN..];
-    let at = |address: usize, port: usize| {
-        let octets: [u8; 4] = ip[address..address + 4].try_into().expect("four bytes");
-        SocketAddrV4::new(octets.into(), u16::from_be_bytes([ip[port], ip[port + 1]]))
-    };
-    [at(12, 20), at(16, 22)]
-}
-
-/// The frame with source and destination exchanged, which leaves all checksums valid.
-pub(crate) fn turned_back(frame: &[u8]) -> Vec<u8> {
-    let mut back = frame.to_vec();
-    for (one, other, len) in [(12, 16, 4), (20, 22, 2)] {
-        for index in 0..len {
-            back.swap(ETHERNET_LEN + one + index, ETHERNET_LEN + other + index);
-        }
-    }
-    back
 }
 
 fn endpoint() -> impl Strategy<Value = SocketAddrV4> {
@@ -332,7 +304,7 @@ fn damaged() -> impl Strategy<Value = Vec<u8>> {
 /// Interfaces that forward.
 const OPEN: [u32; 3] = [CLIENT_SIDE.ifindex, SERVER_SIDE.ifindex, TUNNEL_SIDE.ifindex];
 
-fn packet() -> impl Strategy<Value = Packet> {
+fn packet() -> impl Strategy<Value = Arrival> {
     let program = prop_oneof![
         4 => Just(Program::Native),
         1 => Just(Program::Generic),
@@ -345,7 +317,7 @@ fn packet() -> impl Strategy<Value = Packet> {
     )
         .prop_map(|(program, ifindex, frame)| {
             let is_short = frame.len() < TCX_LEN;
-            Packet {
+            Arrival {
                 program: if is_short { Program::Native } else { program },
                 ifindex,
                 frame,

@@ -1,0 +1,5 @@
+//! See `forwarder_tests::fuzz`.
+
+#![no_main]
+
+forwarder_fuzz::program!("fragments");
