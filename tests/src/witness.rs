@@ -255,7 +255,7 @@ pub struct Failure {
     pub since_ns: u64,
     pub at_ns: u64,
     pub kind: Kind,
-    /// Nothing has been answered on this connection yet.
+    /// The connection did not come about; of datagrams, nothing has been answered yet.
     pub is_new: bool,
     pub is_udp: bool,
     pub client: u16,

@@ -3,8 +3,8 @@
 //! Faults of servers, links, tunnels, routes, the flow table, the agent, its clock and its disk come in an order that a seed
 //! decides, some at the same time. No byte may be wrong, none may reach another than it was meant for, and each request that
 //! fails has to be explained by a fault that was in force and can cause just that (`forwarder_tests::blame`). What is done
-//! to the agent explains nothing. Then the same with an agent that is left alive: what it takes stays flat; and when all
-//! clients have ended, its tables are as they were before the first came.
+//! to the agent explains nothing. First the agent is left alive, and what it takes stays flat; then it is killed as well, and
+//! its table filled. When all clients have ended, its tables are as they were before the first came.
 //!
 //! `FORWARDER_FAULTS_SECONDS` and `FORWARDER_SOAK_SECONDS` say how long, `FORWARDER_FAULTS_SEED` repeats an order. Time and
 //! load differ from run to run, so a seed repeats what is done, not what comes of it.
@@ -50,12 +50,18 @@ fn variable(name: &str, default: u64) -> Result<u64> {
     }
 }
 
-/// Plays faults for so long, while clients ask; returns what was seen of the agent.
-fn part(stage: &Stage<'_>, agent_cards: &[AgentCard], length: Duration, seed: u64) -> Result<Vec<Sample>> {
+/// Plays faults for so long, while clients ask; returns what was seen of the agent. `is_rough`: it is killed as well, and
+/// its table filled.
+fn part(stage: &Stage<'_>, is_rough: bool, length: Duration, seed: u64) -> Result<Vec<Sample>> {
     let name = |client: usize| format!("client{}-{seed}", client + 1);
     let clients = [stage.site.ask(0, &name(0))?, stage.site.ask(1, &name(1))?];
     let is_watched = AtomicBool::new(false);
-    let random = |player: u64| StdRng::seed_from_u64(seed.wrapping_mul(4).wrapping_add(player));
+    let random = |player: u64| StdRng::seed_from_u64(seed.wrapping_mul(5).wrapping_add(player));
+    let agent_cards: &[AgentCard] = if is_rough {
+        &AGENT_CARDS
+    } else {
+        &GENTLE_AGENT_CARDS
+    };
     let samples = thread::scope(|scope| {
         let watcher = scope.spawn(|| {
             let outcome = watch(stage, &is_watched);
@@ -64,11 +70,14 @@ fn part(stage: &Stage<'_>, agent_cards: &[AgentCard], length: Duration, seed: u6
             }
             outcome
         });
-        let players = [
+        let mut players = vec![
             scope.spawn(|| stage.play(&HOST_CARDS, random(1), Stage::play_host)),
             scope.spawn(|| stage.play(&NETWORK_CARDS, random(2), Stage::play_network)),
             scope.spawn(|| stage.play(agent_cards, random(3), Stage::play_agent)),
         ];
+        if is_rough {
+            players.push(scope.spawn(|| stage.fill_tables(length, random(4))));
+        }
         stage.last(length);
         stage.end();
         let mut outcomes: Vec<Result<()>> = Vec::new();
@@ -84,6 +93,10 @@ fn part(stage: &Stage<'_>, agent_cards: &[AgentCard], length: Duration, seed: u6
         let samples = watcher
             .join()
             .unwrap_or_else(|_| Err(anyhow!("the watcher panicked")));
+        // One may be the cause of the other.
+        for error in outcomes.iter().filter_map(|outcome| outcome.as_ref().err()) {
+            println!("a player gave up: {error:#}");
+        }
         outcomes.into_iter().collect::<Result<()>>()?;
         samples
     })?;
@@ -191,15 +204,15 @@ fn no_byte_is_wrong_and_every_failure_is_explained() -> Result<()> {
     stage.await_health()?;
     let before = tables(&site)?;
 
-    if !length.is_zero() {
-        part(&stage, &AGENT_CARDS, length, seed)?;
-        judge(&stage, seed)?;
-    }
     if !soak.is_zero() {
-        stage.begin_anew()?;
-        let samples = part(&stage, &GENTLE_AGENT_CARDS, soak, seed + 1)?;
+        let samples = part(&stage, false, soak, seed)?;
         judge(&stage, seed)?;
         ensure_flat(&samples)?;
+    }
+    if !length.is_zero() {
+        stage.go_on();
+        part(&stage, true, length, seed + 1)?;
+        judge(&stage, seed)?;
     }
 
     // Flows end, and nothing of them is left.

@@ -305,6 +305,11 @@ impl Agent {
         self.process.stop()
     }
 
+    /// How it ended, if it has.
+    pub fn ended(&self) -> Option<ExitStatus> {
+        self.process.ended()
+    }
+
     /// Its log so far.
     pub fn log(&self) -> &Path {
         &self.files.log

@@ -1,6 +1,6 @@
 //! The faults, and who plays them: three players at the same time, each with the cards of a deck in an order that the
-//! run's seed decides, shuffled anew when all were played. One plays with servers and links, one with the network and the
-//! gateway's table, one with the agent.
+//! run's seed decides, shuffled anew when all were played. One plays with servers and their links, one with the network, one
+//! with the agent. A fourth fills the gateway's table now and then.
 
 use std::{
     fs::{self, File},
@@ -24,15 +24,17 @@ use forwarder_tests::{
 use nix::sys::signal::Signal;
 use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
 
-use super::site::{
-    IDLE_TIMEOUT, LISTENERS, Listener, MAX_FLOWS, SINK, SPARE, Setting, Site, TUNNELS, VIP, Witness,
-};
+use super::site::{LISTENERS, Listener, MAX_FLOWS, SINK, SPARE, Setting, Site, TUNNELS, VIP, Witness};
 
 /// How long a fault lasts: less than half a client's patience, as TCP doubles its pauses.
 const LASTS_MS: std::ops::Range<u64> = 500..4000;
 /// Between two faults of one player.
 const REST_MS: std::ops::Range<u64> = 200..2500;
 const DEADLINE: Duration = Duration::from_secs(20);
+/// How old the agent's count of flows may be.
+const CENSUS: Duration = Duration::from_secs(5);
+/// A run in which the table is filled more than once; and how long it may take to become empty again.
+const LONG: Duration = Duration::from_secs(300);
 /// Flows that fill the table, and some.
 const BURST: u16 = MAX_FLOWS as u16 + 1000;
 const BURST_PORTS: u16 = 20_000;
@@ -47,7 +49,7 @@ pub(crate) enum HostCard {
     CutClient,
 }
 
-/// A fault of the network between the gateway and its servers, or of the gateway's table.
+/// A fault of the network between the gateway and its servers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NetworkCard {
     CutGatewaysUnderlay,
@@ -55,7 +57,6 @@ pub(crate) enum NetworkCard {
     DownTunnel,
     LosePeer,
     FlapRoute,
-    FillTable,
 }
 
 /// Something that is done to the agent. All but the last cost nobody anything.
@@ -80,13 +81,12 @@ pub(crate) const HOST_CARDS: [HostCard; 5] = [
     HostCard::BlackHoleServer,
     HostCard::CutClient,
 ];
-pub(crate) const NETWORK_CARDS: [NetworkCard; 6] = [
+pub(crate) const NETWORK_CARDS: [NetworkCard; 5] = [
     NetworkCard::CutGatewaysUnderlay,
     NetworkCard::CutRoutersUnderlay,
     NetworkCard::DownTunnel,
     NetworkCard::LosePeer,
     NetworkCard::FlapRoute,
-    NetworkCard::FillTable,
 ];
 pub(crate) const AGENT_CARDS: [AgentCard; 8] = [
     AgentCard::Kill,
@@ -196,18 +196,9 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Another agent with the first setting, for another part.
-    pub(crate) fn begin_anew(&self) -> Result<()> {
+    /// There is another part.
+    pub(crate) fn go_on(&self) {
         self.has_ended.store(false, Ordering::Relaxed);
-        let mut gateway = self.gateway();
-        if let Some(agent) = gateway.agent.take() {
-            agent.end(Signal::SIGUSR1)?;
-            agent.stop()?;
-        }
-        gateway.setting = Setting::default();
-        self.start(&mut gateway)?;
-        drop(gateway);
-        self.await_health()
     }
 
     /// Nobody plays another card.
@@ -257,7 +248,7 @@ impl<'a> Stage<'a> {
         lock(&self.faults)[fault].span.until_ns = Some(now_ns());
     }
 
-    /// Plays cards until the stage is told to end, `shortest` at least.
+    /// Plays cards until the stage is told to end.
     pub(crate) fn play<C: Copy + std::fmt::Debug>(
         &self,
         cards: &[C],
@@ -271,7 +262,12 @@ impl<'a> Stage<'a> {
                 deck.shuffle(&mut random);
             }
             if let Some(card) = deck.pop() {
-                let outcome = play(self, card, &mut random).with_context(|| format!("playing {card:?}"));
+                let outcome = play(self, card, &mut random).with_context(|| {
+                    // A card that cannot be played may have killed the agent.
+                    let gateway = self.gateway();
+                    let ended = gateway.agent.as_ref().and_then(Agent::ended);
+                    format!("playing {card:?}; the agent's end: {ended:?}")
+                });
                 if outcome.is_err() {
                     self.end();
                     return outcome;
@@ -406,14 +402,34 @@ impl<'a> Stage<'a> {
                 }
                 fault
             }
-            NetworkCard::FillTable => self.fill_table()?,
         };
         self.over(fault);
         Ok(())
     }
 
-    /// Opens more flows than there is room for, and waits until they are gone.
-    fn fill_table(&self) -> Result<usize> {
+    /// Fills the flow table now and then, until the stage is told to end.
+    pub(crate) fn fill_tables(&self, length: Duration, mut random: StdRng) -> Result<()> {
+        // Within a short run once, and towards its end: nobody gets in while the table is full.
+        let rests = if length < LONG {
+            length.as_millis() as u64 / 2..length.as_millis() as u64 * 2 / 3
+        } else {
+            60_000..180_000
+        };
+        loop {
+            self.last(Duration::from_millis(random.random_range(rests.clone())));
+            if self.has_ended.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            let outcome = self.fill_table().context("filling the table");
+            if outcome.is_err() {
+                self.end();
+                return outcome;
+            }
+        }
+    }
+
+    /// Opens more flows than there is room for, and waits until they are gone: a number is held back for a minute.
+    fn fill_table(&self) -> Result<()> {
         let fault = self.begin(
             "the flow table is full".to_owned(),
             Place::Gateway,
@@ -439,26 +455,36 @@ impl<'a> Stage<'a> {
             }
             Ok(())
         })??;
-        // Whether or not an agent is there at the moment.
-        let began = Instant::now();
-        loop {
-            thread::sleep(Duration::from_millis(500));
-            let used = self
+        let used = || -> Result<u64> {
+            Ok(self
                 .gateway()
                 .agent
                 .as_ref()
                 .context("no agent")?
                 .status()?
                 .pool
-                .used;
+                .used)
+        };
+        // The status is some seconds old at most. Where the client's link was down, the table is not full.
+        let is_full = wait_until("the status to show it", CENSUS, || {
+            ensure!(used()? > u64::from(MAX_FLOWS) / 2);
+            Ok(())
+        });
+        let began = Instant::now();
+        while is_full.is_ok() && !self.has_ended.load(Ordering::Relaxed) {
+            let used = used()?;
             if used < u64::from(MAX_FLOWS) / 2 {
-                return Ok(fault);
+                self.over(fault);
+                return Ok(());
             }
-            ensure!(
-                began.elapsed() < IDLE_TIMEOUT + 3 * DEADLINE,
-                "{used} bindings are still in use"
-            );
+            // Each restart of the agent lets the time begin anew.
+            ensure!(began.elapsed() < LONG, "{used} bindings are still in use");
+            thread::sleep(Duration::from_millis(500));
         }
+        if is_full.is_err() {
+            self.over(fault);
+        }
+        Ok(())
     }
 
     pub(crate) fn play_agent(&self, card: AgentCard, random: &mut StdRng) -> Result<()> {

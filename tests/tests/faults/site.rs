@@ -173,7 +173,8 @@ pub(crate) struct Site {
 
 impl Site {
     pub(crate) fn new() -> Result<Self> {
-        let lab = Lab::open(Lifetime::Process)?;
+        // Else a process would end with the thread that started it, and players end before the lab.
+        let lab = Lab::open(Lifetime::Keepable)?;
         lab.small_disk(&agent::directory(&lab), DISK_BYTES)?;
         let (gateway, carrier) = (lab.namespace("gateway")?, lab.namespace("carrier")?);
         let routers = [lab.namespace("router-a")?, lab.namespace("router-b")?];

@@ -35,7 +35,6 @@ pub(crate) struct Sample {
     pub(crate) resident_kib: u64,
     pub(crate) files: u64,
     pub(crate) threads: u64,
-    pub(crate) bindings: u64,
 }
 
 /// Looks until it is told to end.
@@ -56,10 +55,7 @@ pub(crate) fn watch(stage: &Stage<'_>, has_ended: &AtomicBool) -> Result<Vec<Sam
                     .collect();
                 ensure!(fallen.is_empty(), "counters fell: {fallen:#?}");
             }
-            samples.push(sample(
-                agent.pid(),
-                metrics.sum("forwarder_pool_bindings", &[("state", "used")]) as u64,
-            )?);
+            samples.push(sample(agent.pid())?);
             last = Some(metrics);
         }
         thread::sleep(PAUSE);
@@ -67,7 +63,7 @@ pub(crate) fn watch(stage: &Stage<'_>, has_ended: &AtomicBool) -> Result<Vec<Sam
     Ok(samples)
 }
 
-fn sample(pid: i32, bindings: u64) -> Result<Sample> {
+fn sample(pid: i32) -> Result<Sample> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let field = |name: &str| -> Result<u64> {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -81,7 +77,6 @@ fn sample(pid: i32, bindings: u64) -> Result<Sample> {
         resident_kib: field("VmRSS:")?,
         files: fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64,
         threads: field("Threads:")?,
-        bindings,
     })
 }
 

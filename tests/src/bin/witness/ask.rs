@@ -212,6 +212,7 @@ struct Connection<'a> {
     target: Target,
     manner: &'a Manner,
     number: u64,
+    is_open: bool,
     server: Option<u16>,
     /// Bytes so far.
     sent: u64,
@@ -226,6 +227,7 @@ fn connection(target: Target, manner: &Manner) -> Result<(), Record> {
         target,
         manner,
         number: target.connection(),
+        is_open: false,
         server: None,
         sent: 0,
         received: 0,
@@ -243,7 +245,7 @@ fn connection(target: Target, manner: &Manner) -> Result<(), Record> {
             since_ns: this.good_at_ns,
             at_ns: now_ns(),
             kind: kind(&error),
-            is_new: this.server.is_none(),
+            is_new: !this.is_open,
             is_udp: false,
             client: target.client,
             listener: target.listener(),
@@ -267,6 +269,8 @@ impl Connection<'_> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         self.totals.connections += 1;
+        self.is_open = true;
+        self.good_at_ns = now_ns();
         for number in 0..self.manner.requests {
             self.ask(&mut stream, number)?;
             if HAS_TO_END.load(Ordering::Relaxed) {
