@@ -216,6 +216,7 @@ fn no_byte_is_wrong_and_every_failure_is_explained() -> Result<()> {
     }
 
     // Flows end, and nothing of them is left.
+    stage.restore()?;
     let (_, after) = wait_until("all bindings to be free", HOLD, || {
         let used = stage
             .gateway()

@@ -59,8 +59,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Err(bench.exec()).context("can't start the benchmark")
 }
 
-/// Builds the benchmarks' own BPF programs: the object.
-fn build_programs() -> Result<PathBuf> {
+/// Builds the BPF programs of benchmarks and floods: the object.
+pub(crate) fn build_programs() -> Result<PathBuf> {
     const PACKAGE: &str = "forwarder-bench-ebpf";
     let survey = Survey::take(&workspace::tools());
     let (compiler, linker) = survey.choose().map_err(anyhow::Error::msg)?;

@@ -43,7 +43,7 @@ pub use process::Process;
 pub use wait::wait_until;
 
 /// Programs that labs use, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 12] = [
+const PROGRAMS: [(&str, &str); 13] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("ethtool", "ethtool"),
@@ -56,6 +56,7 @@ const PROGRAMS: [(&str, &str); 12] = [
     ("wrk", "wrk"),
     ("bpftool", "bpftool"),
     ("tcpdump", "tcpdump"),
+    ("faketime", "faketime"),
 ];
 
 /// Whether a lab ends with this process.

@@ -201,6 +201,19 @@ impl<'a> Stage<'a> {
         self.has_ended.store(false, Ordering::Relaxed);
     }
 
+    /// Another agent, with the setting of the beginning.
+    pub(crate) fn restore(&self) -> Result<()> {
+        let mut gateway = self.gateway();
+        if let Some(agent) = gateway.agent.take() {
+            agent.end(Signal::SIGUSR1)?;
+            agent.stop()?;
+        }
+        gateway.setting = Setting::default();
+        self.start(&mut gateway)?;
+        drop(gateway);
+        self.await_health()
+    }
+
     /// Nobody plays another card.
     pub(crate) fn end(&self) {
         self.has_ended.store(true, Ordering::Relaxed);

@@ -127,6 +127,9 @@ pub(crate) fn ensure_flat(samples: &[Sample]) -> Result<()> {
     Ok(())
 }
 
+/// What groups have counted with backends that have left: a group each.
+const SUMS: &str = "PAST";
+
 /// A table of the data path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Table {
@@ -145,12 +148,12 @@ pub(crate) fn tables(site: &Site) -> Result<Vec<Table>> {
     let mut tables = Vec::new();
     for entry in fs::read_dir(site.lab.pin_directory())? {
         let path = entry?.path();
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        if name.starts_with("link-") {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        // A new list of free flows has a new number.
+        let name = name
+            .trim_end_matches(|letter: char| letter.is_ascii_digit())
+            .to_owned();
+        if name.starts_with("link-") || name == SUMS {
             continue;
         }
         let Ok(shown) = ask(&format!("bpftool -j map show pinned {}", path.display())) else {
