@@ -45,7 +45,7 @@ pub(crate) fn forwarder_skb(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
-    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+    let Some(settings) = KernelTables::settings() else {
         return xdp_action::XDP_PASS;
     };
     let ingress_ifindex = ctx.ingress_ifindex() as u32;
@@ -55,7 +55,13 @@ fn ingress<const GENERIC: bool>(ctx: XdpContext) -> u32 {
         ingress_ifindex,
     };
     let mut packet = XdpPacket::<GENERIC> { ctx };
-    let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings, walk);
+    let outcome = pipeline::forward(
+        &mut packet,
+        &mut KernelTables,
+        &mut env,
+        settings,
+        KernelTables::walk,
+    );
     if outcome.reason == Reason::INTERNAL {
         debug!(
             &packet.ctx,
@@ -89,7 +95,9 @@ pub(crate) fn forwarder_tunnel(ctx: TcContext) -> i32 {
         ingress_ifindex,
     };
     let mut packet = SkbPacket::new(ctx);
-    let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings, walk);
+    let outcome = pipeline::forward(&mut packet, &mut KernelTables, &mut env, settings, || {
+        Some(&mut *walk)
+    });
     let Verdict { action, ifindex } = outcome.verdict;
     match action {
         // SAFETY: a helper without pointers.

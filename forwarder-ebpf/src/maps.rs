@@ -405,6 +405,12 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn flow_reference_v4(&self, key: &FlowKeyV4) -> Option<&FlowReference> {
+        // SAFETY: as for `vip`.
+        unsafe { FLOW_INDEX.get(key) }
+    }
+
+    #[inline(always)]
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry> {
         // SAFETY: array elements live as long as the program. Another CPU may write the same entry: fields
         // are plain integers written whole, and none is trusted for memory safety.

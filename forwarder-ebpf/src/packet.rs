@@ -238,6 +238,11 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     }
 
     #[inline(always)]
+    fn linear_len(&self) -> usize {
+        self.data_end() - self.data()
+    }
+
+    #[inline(always)]
     fn sum(&mut self, offset: usize, len: usize) -> Result<u32, Stop> {
         sum_of(forwarder_sum_xdp(self.ctx.ctx, offset as u32, len as u32))
     }

@@ -13,6 +13,7 @@ use bytemuck::Zeroable;
 use forwarder_common::{
     abi::{
         ABI_VERSION,
+        address_filter::AddressFilter,
         backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, NatMode},
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
@@ -245,6 +246,7 @@ impl MemoryTables {
             nat,
             ..BackendGroup::zeroed()
         };
+        self.note_own_addresses();
         Listener {
             id: ListenerId(id),
             group: GroupId(id),
@@ -406,6 +408,16 @@ impl MemoryTables {
         found
     }
 
+    /// Enters the VIPs into the filter of own addresses, as the agent does.
+    pub fn note_own_addresses(&mut self) {
+        if self.groups.iter().any(|group| group.nat == NatMode::DNAT) {
+            self.settings.own = AddressFilter::ALL;
+        }
+        for key in self.vips.keys() {
+            self.settings.own.add(key.address);
+        }
+    }
+
     /// Runs the library on a frame as one of the programs would: what becomes of it, and its bytes then.
     pub fn forward(&mut self, program: Program, ifindex: u32, frame: &[u8]) -> (Outcome, Vec<u8>) {
         let settings = self.settings;
@@ -413,7 +425,16 @@ impl MemoryTables {
             hook: program.kind().hook(),
             ingress_ifindex: ifindex,
         };
-        packet::forward(program.kind(), frame, self, &mut env, &settings)
+        let mut before = self.clone();
+        let done = packet::forward(program.kind(), frame, self, &mut env, &settings);
+        let long = packet::forward_the_long_way(program.kind(), frame, &mut before, &mut env, &settings);
+        assert_eq!(done, long, "the short way and the long way, of {frame:02x?}");
+        let differences = before.differences(self);
+        assert!(
+            differences.is_empty(),
+            "the short way and the long way: {differences:?}"
+        );
+        done
     }
 }
 

@@ -5,6 +5,7 @@
 //! integer newtype with constants, because a map may hold any bit pattern. Keys and values are aligned to at
 //! least 4: the verifier wants aligned accesses on the BPF stack, where keys are built.
 
+pub mod address_filter;
 pub mod backend;
 pub mod capture;
 pub mod counter;
@@ -20,4 +21,4 @@ pub mod snat;
 pub mod tunnel;
 
 /// Number of the layout of everything in this module; it changes whenever a type here does.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;

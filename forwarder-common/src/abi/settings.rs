@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::snat::SnatPool;
+use super::{address_filter::AddressFilter, snat::SnatPool};
 
 /// Bits of [`Settings::flags`].
 pub mod flag {
@@ -34,4 +34,6 @@ pub struct Settings {
     pub hash_seed: u32,
     pub flags: u32,
     pub pool: SnatPool,
+    /// Destinations that may be of a VIP or of a DNAT flow.
+    pub own: AddressFilter,
 }

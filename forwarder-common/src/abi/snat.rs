@@ -11,7 +11,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::flow::FlowId;
-use crate::wire::{Be16, IpAddress};
+use crate::wire::{Be16, IpAddress, Ipv4Address};
 
 /// Ports below are left to services (RFC 6056 §3.2 starts at 1024 as well).
 pub const FIRST_PORT: u16 = 1024;
@@ -76,14 +76,39 @@ impl SnatPool {
         let address_index = self
             .ranges(binding.address.is_v4())
             .address_index(binding.address)?;
-        let port = binding.port.get();
-        if port < FIRST_PORT {
-            return Some(None);
-        }
-        Some(Some(FlowId(
-            address_index * PORTS_PER_ADDRESS + u32::from(port - FIRST_PORT),
-        )))
+        Some(numbered(address_index, binding.port))
     }
+}
+
+impl SnatPool {
+    /// As [`Self::flow`], for an address of IPv4.
+    #[inline(always)]
+    pub fn flow_v4(&self, address: Ipv4Address, port: Be16) -> Option<Option<FlowId>> {
+        let mut before = 0;
+        for run in &self.v4.runs {
+            if run.count == 0 {
+                return None;
+            }
+            let offset = address.0.get().wrapping_sub(run.first.low().0.get());
+            if offset < run.count {
+                return Some(numbered(before + offset, port));
+            }
+            before += run.count;
+        }
+        None
+    }
+}
+
+/// The number of a pair; `None`: no flow can hold this port.
+#[inline(always)]
+fn numbered(address_index: u32, port: Be16) -> Option<FlowId> {
+    let port = port.get();
+    if port < FIRST_PORT {
+        return None;
+    }
+    Some(FlowId(
+        address_index * PORTS_PER_ADDRESS + u32::from(port - FIRST_PORT),
+    ))
 }
 
 impl SnatRanges {
@@ -169,6 +194,7 @@ mod tests {
     fn addresses_beside_the_runs_are_not_of_the_pool() {
         for octets in [[100, 64, 0, 1], [100, 64, 0, 63], [100, 64, 8, 3], [0, 0, 0, 0]] {
             assert!(!pool().contains(v4(octets)), "{octets:?}");
+            assert_eq!(pool().flow_v4(Ipv4Address::new(octets), Be16::new(2000)), None);
         }
         assert!(!pool().contains(v6(0)) && pool().contains(v6(64)) && !pool().contains(v6(65)));
         let elsewhere = Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, 1);
@@ -182,13 +208,19 @@ mod tests {
             port: Be16::new(1023),
         };
         assert_eq!(pool().flow(binding), Some(None));
+        assert_eq!(pool().flow_v4(binding.address.low(), binding.port), Some(None));
     }
 
     proptest! {
         #[test]
         fn every_number_has_one_pair_and_every_pair_one_number(id in 0u32..70 * PORTS_PER_ADDRESS, is_v4: bool) {
             match pool().binding(FlowId(id), is_v4) {
-                Some(binding) => prop_assert_eq!(pool().flow(binding), Some(Some(FlowId(id)))),
+                Some(binding) => {
+                    prop_assert_eq!(pool().flow(binding), Some(Some(FlowId(id))));
+                    if is_v4 {
+                        prop_assert_eq!(pool().flow_v4(binding.address.low(), binding.port), Some(Some(FlowId(id))));
+                    }
+                }
                 None => prop_assert!(id >= 64 * PORTS_PER_ADDRESS),
             }
         }

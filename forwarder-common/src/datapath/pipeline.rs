@@ -2,6 +2,7 @@
 
 use super::{
     Action, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict, Walk, admission, arp, backend,
+    express,
     flow::{self, Found, Hit},
     fragment::{self, part},
     icmp::Quote,
@@ -18,9 +19,28 @@ use crate::{
     wire::tcp::FLAG_RST,
 };
 
-/// What becomes of a packet; counts exactly one reason. `walk` is room to work in, of any content.
+/// What becomes of a packet; counts exactly one reason. `room` to work in, of any content, is asked for only where
+/// the packet does not take the short way.
 #[inline(always)]
-pub fn forward<P: Packet, T: Tables, E: Env>(
+pub fn forward<'w, P: Packet, T: Tables, E: Env>(
+    packet: &mut P,
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+    room: impl FnOnce() -> Option<&'w mut Walk>,
+) -> Outcome {
+    if let Some(outcome) = express::forward(packet, tables, env, settings) {
+        return outcome;
+    }
+    match room() {
+        Some(walk) => the_walk(packet, tables, env, settings, walk),
+        None => Stop::pass(Reason::INTERNAL).0,
+    }
+}
+
+/// The way that every packet could take. `walk` is room to work in.
+#[inline(always)]
+pub fn the_walk<P: Packet, T: Tables, E: Env>(
     packet: &mut P,
     tables: &mut T,
     env: &mut E,

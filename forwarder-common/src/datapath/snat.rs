@@ -4,7 +4,7 @@ use super::{Stop, Tables, Walk};
 use crate::{
     abi::{
         backend::{Backend, NatMode},
-        flow::FlowId,
+        flow::{FlowBinding, FlowId},
         reason::Reason,
         settings::{Settings, flag},
     },
@@ -54,7 +54,11 @@ pub fn bind<T: Tables>(
         backend.port
     };
     binding.protocol = key.protocol;
-    binding.reserved = 0;
+    binding.families = if is_v4 && key.is_v4() {
+        FlowBinding::BOTH_V4
+    } else {
+        0
+    };
     Ok(id)
 }
 

@@ -11,7 +11,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Be16, Be32, IpAddress};
+use super::{Be16, Be32, IpAddress, Ipv4Address};
 
 /// Adds the carries of a 32-bit accumulator back in until 16 bits are left (RFC 1071 §2).
 #[inline(always)]
@@ -132,6 +132,15 @@ pub const fn pseudo_header(source: IpAddress, destination: IpAddress, protocol: 
         + u16::from_ne_bytes([0, protocol]) as u32
         + Be16::new(len as u16).raw() as u32
         + Be16::new((len >> 16) as u16).raw() as u32
+}
+
+/// [`pseudo_header`] of IPv4.
+#[inline(always)]
+pub const fn pseudo_header_v4(source: Ipv4Address, destination: Ipv4Address, protocol: u8, len: u32) -> u32 {
+    sum32(source.0)
+        + sum32(destination.0)
+        + u16::from_ne_bytes([0, protocol]) as u32
+        + Be16::new(len as u16).raw() as u32
 }
 
 #[inline(always)]

@@ -132,6 +132,7 @@ impl Agent {
             flags: attachments
                 .iter()
                 .fold(0, |flags, one| flags | one.settings_flags),
+            own: before.desired.settings.own,
         };
         let ebpf = Arc::new(Mutex::new(ebpf));
         let (names, names_seen) = watch::channel(Arc::new(Names::of(&config, &applied.ids, &attachments)));

@@ -39,7 +39,34 @@ fn forward_as<K: Kind, T: Tables, E: Env>(
     settings: &Settings,
 ) -> (Outcome, Vec<u8>) {
     let mut packet = MemoryPacket::<K>::new(frame.to_vec());
-    let outcome = pipeline::forward(&mut packet, tables, env, settings, &mut left_over());
+    let mut walk = left_over();
+    let outcome = pipeline::forward(&mut packet, tables, env, settings, || Some(&mut walk));
+    (outcome, packet.bytes)
+}
+
+/// The same, but every packet takes the long way; see `datapath::express`.
+pub fn forward_the_long_way<T: Tables, E: Env>(
+    kind: AttachmentKind,
+    frame: &[u8],
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+) -> (Outcome, Vec<u8>) {
+    match kind {
+        AttachmentKind::XdpNative => walk_as::<Native, T, E>(frame, tables, env, settings),
+        AttachmentKind::XdpGeneric => walk_as::<Generic, T, E>(frame, tables, env, settings),
+        AttachmentKind::Tcx => walk_as::<Tunnel, T, E>(frame, tables, env, settings),
+    }
+}
+
+fn walk_as<K: Kind, T: Tables, E: Env>(
+    frame: &[u8],
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+) -> (Outcome, Vec<u8>) {
+    let mut packet = MemoryPacket::<K>::new(frame.to_vec());
+    let outcome = pipeline::the_walk(&mut packet, tables, env, settings, &mut left_over());
     (outcome, packet.bytes)
 }
 

@@ -9,6 +9,7 @@ use std::{
 use forwarder_common::{
     abi::{
         ABI_VERSION,
+        address_filter::AddressFilter,
         backend::{Backend, BackendId, BackendState, GroupId, NatMode, Selection},
         interface::Interface,
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, listener_flag},
@@ -54,6 +55,8 @@ pub struct Observations {
     pub route_generation: u32,
     /// Bits of `settings::flag`.
     pub flags: u32,
+    /// Addresses that were ours before: there may be flows of them.
+    pub own: AddressFilter,
 }
 
 impl Observations {
@@ -160,6 +163,7 @@ impl Desired {
             hash_seed: HASH_SEED,
             flags: observed.flags | configured_flags(config) | tunnels_flag(&observed.tunnels),
             pool: pool(&config.snat),
+            own: own_addresses(config, &observed.own),
         };
         desired.interfaces.clone_from(&observed.interfaces);
         desired.tunnels.clone_from(&observed.tunnels);
@@ -372,6 +376,22 @@ fn whole_secs(time: Duration) -> u32 {
 }
 
 /// What the configuration says about flags of the settings.
+/// Destinations that may be of a VIP or of a DNAT flow, now or since before.
+fn own_addresses(config: &Config, before: &AddressFilter) -> AddressFilter {
+    if config
+        .groups
+        .values()
+        .any(|group| group.nat == config::NatMode::Dnat)
+    {
+        return AddressFilter::ALL;
+    }
+    let mut own = *before;
+    for vip in config.vips() {
+        own.add(vip.into());
+    }
+    own
+}
+
 fn configured_flags(config: &Config) -> u32 {
     // Does the pool run out before the flow table does?
     let pool = u64::from(config.agent.max_flows) >= config.snat.bindings();

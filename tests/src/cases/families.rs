@@ -84,6 +84,7 @@ impl Way {
                     (key, value)
                 })
                 .collect();
+            world.note_own_addresses();
             world.listeners = world
                 .listeners
                 .drain()

@@ -9,7 +9,8 @@ use anyhow::{Context as _, Result, ensure};
 use bytemuck::Zeroable as _;
 use forwarder_bench_ebpf::{CHECKED_BYTES, FloorEntry, FloorKey, Scenario, TEMPLATE_BYTES};
 use forwarder_common::abi::{
-    backend::{Backend, BackendId, BackendState, GroupId},
+    address_filter::AddressFilter,
+    backend::{Backend, BackendId, BackendState, GroupId, NatMode},
     counter::TrafficCounters,
     flow::{FlowEntry, FlowId},
     listener::{Listener, ListenerId, ListenerKey},
@@ -158,6 +159,14 @@ impl Gateway {
         tables.settings.pool.v4.runs[0].count = MOST_FLOWS.div_ceil(PORTS_PER_ADDRESS);
         self.add_listeners(&mut tables);
         self.add_backends(&mut tables);
+        if self.way != Way::Dnat {
+            // Where there are DNAT groups, every address may be of a flow.
+            for group in &mut tables.groups {
+                group.nat = NatMode::FULL;
+            }
+            tables.settings.own = AddressFilter::default();
+            tables.note_own_addresses();
+        }
         tables.flow_keys = self.flows as usize * 2;
         tables.flows.clear();
         tables.free_flows = (0..self.flows).map(FlowId).collect();
