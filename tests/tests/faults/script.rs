@@ -9,7 +9,7 @@ use std::{
     path::PathBuf,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -120,6 +120,9 @@ pub(crate) struct Stage<'a> {
     faults: Mutex<Vec<Fault>>,
     absences: Mutex<Vec<Span>>,
     has_ended: AtomicBool,
+    /// How often the agent may be restarted until the table has room again: each time, flows without packets begin to
+    /// wait anew, so a gateway whose agent is restarted every minute never gets rid of them.
+    restarts: AtomicUsize,
     /// Words that start the agent with a clock of its own, which the file moves.
     launcher: Vec<String>,
     clock: PathBuf,
@@ -169,6 +172,7 @@ impl<'a> Stage<'a> {
             faults: Mutex::default(),
             absences: Mutex::default(),
             has_ended: AtomicBool::new(false),
+            restarts: AtomicUsize::new(usize::MAX),
             launcher,
             clock,
         };
@@ -443,6 +447,13 @@ impl<'a> Stage<'a> {
 
     /// Opens more flows than there is room for, and waits until they are gone: a number is held back for a minute.
     fn fill_table(&self) -> Result<()> {
+        self.restarts.store(1, Ordering::Relaxed);
+        let outcome = self.fill_and_wait();
+        self.restarts.store(usize::MAX, Ordering::Relaxed);
+        outcome
+    }
+
+    fn fill_and_wait(&self) -> Result<()> {
         let fault = self.begin(
             "the flow table is full".to_owned(),
             Place::Gateway,
@@ -490,7 +501,6 @@ impl<'a> Stage<'a> {
                 self.over(fault);
                 return Ok(());
             }
-            // Each restart of the agent lets the time begin anew.
             ensure!(began.elapsed() < LONG, "{used} bindings are still in use");
             thread::sleep(Duration::from_millis(500));
         }
@@ -591,6 +601,12 @@ impl<'a> Stage<'a> {
 
     /// Ends the agent in a way that keeps the data path, and starts another.
     fn restart(&self, signal: Signal, change: impl FnOnce(&mut Setting), random: &mut StdRng) -> Result<()> {
+        let left = self
+            .restarts
+            .try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        if left.is_err() {
+            return Ok(());
+        }
         let mut gateway = self.gateway();
         let absence = {
             let mut absences = lock(&self.absences);
