@@ -33,7 +33,8 @@ pub const fn admit(frame: &Frame) -> Result<(), Stop> {
 /// Is this one of our addresses, a VIP or an SNAT address?
 #[inline(always)]
 pub fn is_own<T: Tables>(tables: &T, settings: &Settings, address: IpAddress) -> bool {
-    settings.pool.contains(address) || tables.vip(&VipKey { address }).is_some()
+    settings.pool.contains(address)
+        || (settings.own.may_have(address) && tables.vip(&VipKey { address }).is_some())
 }
 
 /// A packet from one of our own addresses has come back to us, or is forged. In DNAT mode it would even keep that

@@ -22,7 +22,7 @@ use crate::{
         counter::IcmpBudget,
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         fragment::{FragmentFlow, FragmentKey, HeldKind},
-        interface::{Interface, InterfaceKey, flag},
+        interface::{Interface, InterfaceKey},
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, VipKey},
         persistence::{Persistence, PersistenceKey},
         reason::Reason,
@@ -336,17 +336,6 @@ pub trait Tables {
     /// The far end that a next hop on a tunnel device stands for.
     fn tunnel_hop(&self, key: &TunnelHopKey) -> Option<PeerId>;
     fn tunnel_peer(&self, id: PeerId) -> Option<&TunnelPeer>;
-    /// Can frames leave through this interface straight from this hook? Through all others the stack sends.
-    #[inline(always)]
-    fn can_send(&self, hook: Hook, ifindex: u32) -> bool {
-        let wanted = match hook {
-            Hook::Xdp => flag::SEND_NATIVE,
-            Hook::XdpGeneric => flag::SEND_GENERIC,
-            Hook::Tcx => return true,
-        };
-        self.interface(&InterfaceKey { ifindex })
-            .is_some_and(|interface| interface.flags & wanted != 0)
-    }
 
     /// [`open::open`], wherever it runs; `walk` is the one of this packet.
     #[inline(always)]

@@ -8,7 +8,7 @@ use super::{Env, Hook, Packet, Route, Stop, Tables, Verdict, Walk, flow, transla
 use crate::{
     abi::{
         flow::{FlowKey, HopKind, NextHop},
-        interface::InterfaceKey,
+        interface::{Interface, InterfaceKey, flag},
         reason::Reason,
         settings::{Settings, flag::TUNNELS},
         tunnel::{PeerId, TunnelHopKey},
@@ -76,9 +76,7 @@ pub fn find<T: Tables, E: Env>(
     }
     match route {
         Route::Neighbour { ifindex, link } => {
-            leave_by(tables, hook, ifindex, hop);
-            let is_direct = tables.can_send(hook, hop.ifindex);
-            hop.kind = if is_direct {
+            hop.kind = if leave_by(tables, hook, ifindex, hop) {
                 HopKind::DIRECT
             } else {
                 HopKind::STACK
@@ -93,8 +91,8 @@ pub fn find<T: Tables, E: Env>(
             } else {
                 HopKind::STACK
             };
-            leave_by(tables, hook, ifindex, hop);
-            if hook != Hook::Tcx && tables.can_send(hook, hop.ifindex) {
+            let can_send = leave_by(tables, hook, ifindex, hop);
+            if hook != Hook::Tcx && can_send {
                 // Not remembered: as soon as the neighbour is known, packets leave from here.
                 return Ok(());
             }
@@ -152,8 +150,7 @@ fn into_tunnel<T: Tables, E: Env>(
     let Route::Neighbour { ifindex, link } = env.route(key) else {
         return false;
     };
-    leave_by(tables, Hook::Xdp, ifindex, hop);
-    if !tables.can_send(Hook::Xdp, hop.ifindex) {
+    if !leave_by(tables, Hook::Xdp, ifindex, hop) {
         return false;
     }
     hop.kind = HopKind::DIRECT;
@@ -163,17 +160,38 @@ fn into_tunnel<T: Tables, E: Env>(
     true
 }
 
-/// Takes an egress interface into the next hop. Frames of a VLAN device leave from XDP by its carrier, with tags.
+/// Takes an egress interface into the next hop: can frames leave through it straight from this hook? Frames of a VLAN
+/// device leave from XDP by its carrier, with tags.
 #[inline(always)]
-fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) {
+fn leave_by<T: Tables>(tables: &T, hook: Hook, ifindex: u32, hop: &mut NextHop) -> bool {
     hop.ifindex = ifindex;
     let Some(egress) = tables.interface(&InterfaceKey { ifindex }) else {
-        return;
+        return hook == Hook::Tcx;
     };
     hop.mtu_bytes = egress.mtu_bytes.min(u32::from(u16::MAX)) as u16;
-    if hook != Hook::Tcx && egress.carrier_ifindex != 0 {
-        hop.ifindex = egress.carrier_ifindex;
-        hop.vlans = egress.vlans;
+    if hook == Hook::Tcx || egress.carrier_ifindex == 0 {
+        return egress.can_send(hook);
+    }
+    hop.ifindex = egress.carrier_ifindex;
+    hop.vlans = egress.vlans;
+    let carrier = InterfaceKey {
+        ifindex: egress.carrier_ifindex,
+    };
+    tables
+        .interface(&carrier)
+        .is_some_and(|carrier| carrier.can_send(hook))
+}
+
+impl Interface {
+    /// Can frames leave through it straight from this hook? Through all others the stack sends.
+    #[inline(always)]
+    const fn can_send(&self, hook: Hook) -> bool {
+        let wanted = match hook {
+            Hook::Xdp => flag::SEND_NATIVE,
+            Hook::XdpGeneric => flag::SEND_GENERIC,
+            Hook::Tcx => return true,
+        };
+        self.flags & wanted != 0
     }
 }
 

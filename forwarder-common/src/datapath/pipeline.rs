@@ -190,7 +190,7 @@ fn find_or_open<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk)
 /// May a packet without a flow open one of a listener?
 #[inline(always)]
 fn admit<T: Tables>(tables: &mut T, settings: &Settings, walk: &mut Walk) -> Result<(), Stop> {
-    walk.listener = listener::lookup(tables, &walk.frame.key)?;
+    walk.listener = listener::lookup(tables, settings, &walk.frame.key)?;
     admission::admit(&walk.frame)?;
     admission::refuse_own_source(tables, settings, &walk.frame)?;
     admission::admit_source(tables, &walk.listener, &walk.frame)?;
