@@ -126,9 +126,8 @@ fn judge(stage: &Stage<'_>, seed: u64) -> Result<()> {
     for failure in &testimony.failures {
         match history.explanation(failure) {
             Some(fault) => {
-                *explained
-                    .entry(format!("{:?}: {}", failure.kind, fault.name))
-                    .or_default() += 1
+                let what = format!("{:?}: {}", failure.kind, fault.name);
+                *explained.entry(what).or_default() += 1;
             }
             None => unexplained.push(failure),
         }

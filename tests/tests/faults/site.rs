@@ -328,7 +328,7 @@ impl Site {
         let mut arguments = vec!["serve".to_owned(), format!("--tcp={PROBED}")];
         arguments.extend(tcp);
         arguments.extend(udp);
-        Witness::start(&self.lab, host, &host.namespace.role().to_owned(), &arguments)
+        Witness::start(&self.lab, host, host.namespace.role(), &arguments)
     }
 
     /// Starts a client's witness. `name` is its log's.
