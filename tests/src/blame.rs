@@ -42,6 +42,16 @@ pub enum Place {
     Gateway,
 }
 
+impl Place {
+    /// Whether both hit one and the same server.
+    fn meets(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Servers(some), Self::Servers(others)) => some.iter().any(|one| others.contains(one)),
+            _ => false,
+        }
+    }
+}
+
 /// A fault, and what it can cause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
@@ -139,10 +149,32 @@ impl History {
             || self.is_everybody_hit(failure, service)
     }
 
-    /// From a fault's begin until nothing of it is felt any more.
+    /// From a fault's begin until nothing of it is felt any more. What it has broken is told to the other end when the way
+    /// is free, so faults of the same servers that follow each other are one.
     fn felt(&self, fault: &Fault) -> Span {
+        let Some(until_ns) = fault.span.until_ns else {
+            return fault.span;
+        };
+        let mut due_ns = self.settled(until_ns);
+        let mut followers: Vec<_> = self
+            .faults
+            .iter()
+            .filter(|other| fault.place.meets(&other.place))
+            .collect();
+        followers.sort_by_key(|other| other.span.from_ns);
+        for other in followers {
+            if other.span.meets(fault.span.from_ns, due_ns) {
+                let Some(until_ns) = other.span.until_ns else {
+                    return Span {
+                        until_ns: None,
+                        ..fault.span
+                    };
+                };
+                due_ns = due_ns.max(self.settled(until_ns));
+            }
+        }
         Span {
-            until_ns: fault.span.until_ns.map(|until_ns| self.settled(until_ns)),
+            until_ns: Some(due_ns),
             ..fault.span
         }
     }
@@ -195,7 +227,7 @@ fn hits(fault: &Fault, failure: &Failure, service: &Service) -> bool {
         Place::Gateway => true,
         Place::Client(client) => *client == failure.client,
         Place::Backend { listener, server } => {
-            *listener == failure.listener && failure.server == Some(*server)
+            *listener == failure.listener && failure.server.is_none_or(|one| one == *server)
         }
         Place::Servers(servers) => match failure.server {
             // A flow of datagrams may have moved since.
@@ -303,6 +335,40 @@ mod tests {
             !explained(&failure(Kind::Refused, None, 110, 110).clone_at(109)),
             "2 is"
         );
+    }
+
+    #[test]
+    fn what_one_fault_has_broken_is_told_after_the_next_one() {
+        let late = failure(Kind::Reset, Some(1), 117, 117);
+        let mut history = history(vec![killed(1, 100, 110)]);
+        assert!(history.explanation(&late).is_none());
+        let cut = |server: u16| Fault {
+            name: format!("the link of server {server} is down"),
+            old: Vec::new(),
+            new: Vec::new(),
+            ..killed(server, 112, 116)
+        };
+        history.faults.push(cut(2));
+        assert!(history.explanation(&late).is_none(), "of another server");
+        history.faults.push(cut(1));
+        assert!(history.explanation(&late).is_some());
+    }
+
+    #[test]
+    fn an_order_to_end_connections_explains_those_that_had_no_answer_yet() {
+        let ended = Fault {
+            place: Place::Backend {
+                listener: 80,
+                server: 1,
+            },
+            ..killed(1, 100, 110)
+        };
+        let history = history(vec![ended]);
+        let mut unanswered = failure(Kind::Reset, None, 105, 105);
+        unanswered.is_new = false;
+        assert!(history.explanation(&unanswered).is_some());
+        unanswered.server = Some(2);
+        assert!(history.explanation(&unanswered).is_none());
     }
 
     #[test]

@@ -244,7 +244,11 @@ fn connection(target: Target, manner: &Manner) -> Result<(), Record> {
         Trouble::Failed(error) => Record::Failure(Failure {
             since_ns: this.good_at_ns,
             at_ns: now_ns(),
-            kind: kind(&error),
+            kind: match kind(&error) {
+                // Nobody resets what is not open: the kernel gave up without saying why, as no neighbour answered.
+                Kind::Reset if !this.is_open && error.raw_os_error().is_none() => Kind::Unreachable,
+                kind => kind,
+            },
             is_new: !this.is_open,
             is_udp: false,
             client: target.client,
