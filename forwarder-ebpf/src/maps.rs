@@ -411,6 +411,12 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn flow_reference_v6(&self, key: &FlowKey) -> Option<&FlowReference> {
+        // SAFETY: as for `vip`.
+        unsafe { FLOW_INDEX_V6.get(key) }
+    }
+
+    #[inline(always)]
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry> {
         // SAFETY: array elements live as long as the program. Another CPU may write the same entry: fields
         // are plain integers written whole, and none is trusted for memory safety.

@@ -6,12 +6,16 @@ use forwarder_common::{
     abi::{
         listener::VipKey,
         reason::{Reason, VerdictKind},
+        settings::flag,
     },
     datapath::Action,
     wire::Ipv4Address,
 };
 use forwarder_tests::{
-    cases::{self, Case, Event},
+    cases::{
+        self, Case, Event,
+        measured::{Gateway, Packets, Way},
+    },
     packet::wrong_checksums,
     tables::{MemoryTables, Program},
 };
@@ -155,6 +159,46 @@ fn check_invariants(world: &MemoryTables, action: Action, reason: Reason, frame:
     }
 
     assert_eq!(world.unsound(), Vec::<String>::new());
+}
+
+/// Without this test the short way could be closed, and nothing but the benchmark would tell.
+#[test]
+fn established_flows_and_strangers_take_the_short_way() {
+    use Packets::{Answer, NoListener, Opening, Others, Reply, Request};
+    for (way, is_v6) in [(Way::FullNat, false), (Way::FullNat, true), (Way::Dnat, false)] {
+        let gateway = Gateway {
+            way,
+            is_v6,
+            ..Gateway::PLAIN
+        };
+        for (packets, is_short) in [
+            (Request, true),
+            (Reply, true),
+            // In DNAT mode an address of nobody may be a client's.
+            (Others, way != Way::Dnat),
+            (Opening, false),
+            (Answer, false),
+            (NoListener, false),
+        ] {
+            let (stream, mut world) = gateway.stream_and_tables(packets).unwrap();
+            let frame = &stream.frame;
+            assert_eq!(
+                world.takes_the_short_way(stream.ifindex, frame),
+                is_short,
+                "{gateway:?} {packets:?}"
+            );
+            let mut capturing = world.clone();
+            capturing.settings.flags |= flag::CAPTURE;
+            assert!(!capturing.takes_the_short_way(stream.ifindex, frame));
+            if packets == Request {
+                world.settings.route_generation += 1;
+                assert!(
+                    !world.takes_the_short_way(stream.ifindex, frame),
+                    "the route is old"
+                );
+            }
+        }
+    }
 }
 
 proptest! {

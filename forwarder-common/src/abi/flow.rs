@@ -127,13 +127,15 @@ pub struct FlowBinding {
     pub backend_port: Be16,
     /// IP protocol number.
     pub protocol: u32,
-    /// [`Self::BOTH_V4`], or zero.
+    /// [`Self::BOTH_V4`], [`Self::BOTH_V6`], or zero.
     pub families: u32,
 }
 
 impl FlowBinding {
     /// In `families`: client and backend are of IPv4.
     pub const BOTH_V4: u32 = 4;
+    /// In `families`: client and backend are of IPv6.
+    pub const BOTH_V6: u32 = 6;
 
     /// A copy, field by field; see [`IpAddress::copied`].
     #[inline(always)]

@@ -81,6 +81,13 @@ impl SnatPool {
 }
 
 impl SnatPool {
+    /// As [`Self::flow`], for an address of IPv6.
+    #[inline(always)]
+    pub fn flow_v6(&self, binding: SnatBinding) -> Option<Option<FlowId>> {
+        let address_index = self.v6.address_index(binding.address)?;
+        Some(numbered(address_index, binding.port))
+    }
+
     /// As [`Self::flow`], for an address of IPv4.
     #[inline(always)]
     pub fn flow_v4(&self, address: Ipv4Address, port: Be16) -> Option<Option<FlowId>> {

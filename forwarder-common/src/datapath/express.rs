@@ -1,12 +1,12 @@
-//! The short way, which most packets take: IPv4 without options or tags, a segment of an established connection or a
-//! datagram, of a flow that is known with its next hop; and what is addressed to nobody here.
+//! The short way, which most packets take: IP without options, extension headers or tags, a segment of an established
+//! connection or a datagram, of a flow that is known with its next hop; and what is addressed to nobody here.
 //!
 //! It decides nothing that the walk would decide otherwise: the same packet comes out, the same is counted, the tables
 //! are left the same. What it does not know at first sight it leaves to the walk, unchanged. Tests hold every packet of
 //! theirs against both (`MemoryTables::forward` in `forwarder-tests`).
 //!
 //! What it saves is the generality of the walk: one bounds check for all headers, offsets known when the program is
-//! compiled, nothing handed from stage to stage through memory.
+//! compiled, nothing handed from stage to stage through memory. So it is compiled once for each family.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -15,49 +15,22 @@ use super::{
 };
 use crate::{
     abi::{
-        flow::{Direction, FlowBinding, FlowEntry, FlowId, FlowKeyV4, FlowState, HopKind},
+        flow::{
+            Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference, FlowState, HopKind,
+        },
         reason::Reason,
         settings::{Settings, flag},
+        snat::{SnatBinding, SnatPool},
     },
     wire::{
         Be16, IpAddress, WireHeader, checksum,
-        ethernet::{ETHERTYPE_IPV4, EthernetHeader},
+        ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader},
         ipv4::{Ipv4Header, PROTOCOL_TCP, PROTOCOL_UDP},
+        ipv6::Ipv6Header,
         tcp::{FLAG_ACK, FLAG_FIN, FLAG_RST, FLAG_SYN, TcpHeader},
         udp::{CHECKSUM_NONE, UdpHeader},
     },
 };
-
-/// Headers of a TCP segment in one piece; a datagram of UDP with twelve bytes of payload is as long, as every frame on
-/// a real network is (IEEE 802.3 §3.2.8).
-#[repr(C, packed)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Headers {
-    ethernet: EthernetHeader,
-    ip: Ipv4Header,
-    tcp: TcpHeader,
-}
-
-impl WireHeader for Headers {}
-
-/// The same, with what makes a key in one piece each.
-#[repr(C, packed)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Key {
-    before: [u8; EthernetHeader::LEN + Ipv4Header::LEN - 8],
-    addresses: [u8; 8],
-    ports: [u8; 4],
-    behind: [u8; TcpHeader::LEN - 4],
-}
-
-impl Headers {
-    /// The headers as those of a datagram.
-    #[inline(always)]
-    fn udp(&mut self) -> &mut UdpHeader {
-        let bytes = bytemuck::bytes_of_mut(&mut self.tcp);
-        bytemuck::from_bytes_mut(&mut bytes[..UdpHeader::LEN])
-    }
-}
 
 /// What becomes of a packet, if it is one of those; else it is unchanged, and nothing was counted.
 #[inline(always)]
@@ -73,49 +46,112 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
     if settings.flags & flag::CAPTURE != 0 {
         return None;
     }
+    match packet.header::<EthernetHeader>(0).ok()?.ethertype {
+        ETHERTYPE_IPV4 => look_up::<HeadersV4, P, T, E>(packet, tables, env, settings),
+        ETHERTYPE_IPV6 => look_up::<HeadersV6, P, T, E>(packet, tables, env, settings),
+        _ => None,
+    }
+}
+
+/// What was read of an IP header.
+struct Ip {
+    /// IP header and payload, in bytes.
+    total_len: u32,
+    protocol: u8,
+    /// TTL or hop limit.
+    ttl: u8,
+}
+
+/// The headers of a packet in one piece, as one family has them.
+///
+/// They end with those of TCP: a datagram of UDP with twelve bytes of payload is as long, as every frame of IPv4 on a
+/// real network is (IEEE 802.3 §3.2.8).
+trait Headers: WireHeader {
+    type Key: PartialEq;
+    /// Length of the IP header, in bytes.
+    const NETWORK_LEN: usize;
+    /// `FlowBinding::families` of flows that have this family on both sides.
+    const FAMILIES: u32;
+
+    /// The IP header; `None`: the walk must look at it.
+    fn ip(&self) -> Option<Ip>;
+    fn destination(&self) -> IpAddress;
+    fn key(&self, protocol: u8) -> Self::Key;
+    fn reference<'t, T: Tables>(tables: &'t T, key: &Self::Key) -> Option<&'t FlowReference>;
+    /// As [`SnatPool::flow`], of the packet's destination.
+    fn pool_flow(&self, pool: &SnatPool) -> Option<Option<FlowId>>;
+    /// The key of a flow's requests, or of its replies.
+    fn key_of<const REQUEST: bool>(binding: &FlowBinding) -> Self::Key;
+    /// The folded sum of the pseudo-header: what a sender leaves whose device computes the checksum.
+    fn pseudo_header(&self, ip: &Ip) -> u16;
+    /// Writes what a packet of a flow becomes into the IP header, and a hop less; `addresses`: what that changes in a
+    /// sum.
+    fn rewrite<const REQUEST: bool>(&mut self, binding: &FlowBinding, addresses: u32);
+    fn ethernet(&mut self) -> &mut EthernetHeader;
+    fn tcp(&self) -> &TcpHeader;
+    fn tcp_mut(&mut self) -> &mut TcpHeader;
+    /// Are both ports there?
+    #[inline(always)]
+    fn has_ports(&self) -> bool {
+        let (source, destination) = (self.tcp().source_port, self.tcp().destination_port);
+        source != Be16::ZERO && destination != Be16::ZERO
+    }
+    /// The transport header as that of a datagram.
+    #[inline(always)]
+    fn udp(&self) -> &UdpHeader {
+        bytemuck::from_bytes(&bytemuck::bytes_of(self.tcp())[..UdpHeader::LEN])
+    }
+    #[inline(always)]
+    fn udp_mut(&mut self) -> &mut UdpHeader {
+        bytemuck::from_bytes_mut(&mut bytemuck::bytes_of_mut(self.tcp_mut())[..UdpHeader::LEN])
+    }
+}
+
+/// Finds the flow of a packet.
+#[inline(always)]
+fn look_up<H: Headers, P: Packet, T: Tables, E: Env>(
+    packet: &mut P,
+    tables: &mut T,
+    env: &E,
+    settings: &Settings,
+) -> Option<Outcome> {
     let frame_bytes = packet.linear_len();
-    let headers = packet.header::<Headers>(0).ok()?;
-    let (ip, ethertype) = (headers.ip, headers.ethernet.ethertype);
-    let total_len = u32::from(ip.total_len.get());
-    if ethertype != ETHERTYPE_IPV4
-        || ip.version_ihl != 0x45
-        || ip.is_fragment()
-        || EthernetHeader::LEN + total_len as usize > frame_bytes
-    {
+    let headers = packet.header::<H>(0).ok()?;
+    let ip = headers.ip()?;
+    if EthernetHeader::LEN + ip.total_len as usize > frame_bytes {
         return None;
     }
-    let (source_port, destination_port) = (headers.tcp.source_port, headers.tcp.destination_port);
+    let transport_len = ip.total_len - H::NETWORK_LEN as u32;
     let is_tcp = ip.protocol == PROTOCOL_TCP;
     if is_tcp {
-        if (total_len as usize) < Ipv4Header::LEN + TcpHeader::LEN {
+        if transport_len < TcpHeader::LEN as u32 {
             return None;
         }
     } else {
-        let claimed = headers.udp().len.get() as usize;
+        let claimed = u32::from(headers.udp().len.get());
         // Tunnels come in UDP.
         if ip.protocol != PROTOCOL_UDP
             || settings.flags & flag::TUNNELS != 0
-            || claimed < UdpHeader::LEN
-            || Ipv4Header::LEN + claimed > total_len as usize
+            || claimed < UdpHeader::LEN as u32
+            || claimed > transport_len
         {
             return None;
         }
     }
 
-    let is_opening_or_closing = is_tcp && headers.tcp.flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) != 0;
+    let is_opening_or_closing = is_tcp && headers.tcp().flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) != 0;
     let is_seldom = is_opening_or_closing || ip.ttl <= 1;
-    let Key { addresses, ports, .. } = *bytemuck::cast_ref::<Headers, Key>(headers);
-    let key = FlowKeyV4::new(addresses, ports, ip.protocol);
-    let is_known = settings.own.may_have(IpAddress::from_v4(ip.destination));
+    let key = headers.key(ip.protocol);
+    let is_known = settings.own.may_have(headers.destination());
     let (id, direction) = if is_known
         && !is_seldom
-        && let Some(reference) = tables.flow_reference_v4(&key)
+        && let Some(reference) = H::reference(tables, &key)
     {
         (reference.id, reference.direction)
     } else {
-        match settings.pool.flow_v4(ip.destination, destination_port) {
+        match headers.pool_flow(&settings.pool) {
             Some(id) if !is_seldom => (id?, Direction::REPLY),
-            None if !is_known && source_port != Be16::ZERO && destination_port != Be16::ZERO => {
+            None if !is_known && headers.has_ports() => {
                 let outcome = Stop::pass(Reason::NOT_OURS).0;
                 tables.count_reason(outcome.reason, frame_bytes);
                 return Some(outcome);
@@ -125,22 +161,21 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
     };
     let arrival = Arrival {
         key,
-        total_len,
+        ip,
         frame_bytes,
         is_tcp,
     };
     if direction == Direction::REQUEST {
-        carry::<true, T, E>(headers, tables, env, settings, id, &arrival)
+        carry::<true, H, T, E>(headers, tables, env, settings, id, &arrival)
     } else {
-        carry::<false, T, E>(headers, tables, env, settings, id, &arrival)
+        carry::<false, H, T, E>(headers, tables, env, settings, id, &arrival)
     }
 }
 
 /// What was read of a packet.
-struct Arrival {
-    key: FlowKeyV4,
-    /// IP bytes.
-    total_len: u32,
+struct Arrival<K> {
+    key: K,
+    ip: Ip,
     frame_bytes: usize,
     is_tcp: bool,
 }
@@ -148,28 +183,26 @@ struct Arrival {
 /// Carries a packet of a flow on, if there is nothing about it to decide; `REQUEST`: to the backend, else to the
 /// client.
 #[inline(always)]
-fn carry<const REQUEST: bool, T: Tables, E: Env>(
-    headers: &mut Headers,
+fn carry<const REQUEST: bool, H: Headers, T: Tables, E: Env>(
+    headers: &mut H,
     tables: &mut T,
     env: &E,
     settings: &Settings,
     id: FlowId,
-    arrival: &Arrival,
+    arrival: &Arrival<H::Key>,
 ) -> Option<Outcome> {
     let Arrival {
         key,
-        total_len,
+        ip,
         frame_bytes,
         is_tcp,
     } = arrival;
     let entry = tables.flow(id)?;
     let binding = &entry.binding;
-    let expected = if REQUEST {
-        binding.request_key_v4()
-    } else {
-        binding.reply_key_v4()
-    };
-    if entry.state != FlowState::LIVE || binding.families != FlowBinding::BOTH_V4 || expected != *key {
+    if entry.state != FlowState::LIVE
+        || binding.families != H::FAMILIES
+        || H::key_of::<REQUEST>(binding) != *key
+    {
         return None;
     }
     let hop = if REQUEST {
@@ -181,7 +214,7 @@ fn carry<const REQUEST: bool, T: Tables, E: Env>(
         || hop.generation != settings.route_generation
         || hop.hook != env.hook() as u8
         || !hop.is_plain()
-        || (hop.mtu_bytes != 0 && *total_len > u32::from(hop.mtu_bytes))
+        || (hop.mtu_bytes != 0 && ip.total_len > u32::from(hop.mtu_bytes))
     {
         return None;
     }
@@ -189,7 +222,7 @@ fn carry<const REQUEST: bool, T: Tables, E: Env>(
         (
             Direction::REQUEST,
             TrafficEvent::Request {
-                bytes: *total_len,
+                bytes: ip.total_len,
                 reset: false,
             },
             Reason::REQUEST_FORWARDED,
@@ -198,7 +231,7 @@ fn carry<const REQUEST: bool, T: Tables, E: Env>(
         (
             Direction::REPLY,
             TrafficEvent::Reply {
-                bytes: *total_len,
+                bytes: ip.total_len,
                 reset: false,
                 first: false,
             },
@@ -206,18 +239,18 @@ fn carry<const REQUEST: bool, T: Tables, E: Env>(
         )
     };
     // No other flag comes this way, which spares what the others would mean.
-    let has_ack = *is_tcp && headers.tcp.flags & FLAG_ACK != 0;
+    let has_ack = *is_tcp && headers.tcp().flags & FLAG_ACK != 0;
     let flags = if has_ack { FLAG_ACK } else { 0 };
     // What a backend answers first is counted, and the walk knows how.
     if (!REQUEST && entry.reply_packets == 0) || (*is_tcp && entry.tcp.after(direction, flags) != entry.tcp) {
         return None;
     }
     let checksum = if *is_tcp {
-        headers.tcp.checksum
+        headers.tcp().checksum
     } else {
         headers.udp().checksum
     };
-    if settings.flags & flag::PARTIAL_CHECKSUMS != 0 && checksum.raw() == pseudo_header(arrival) {
+    if settings.flags & flag::PARTIAL_CHECKSUMS != 0 && checksum.raw() == headers.pseudo_header(ip) {
         return None;
     }
 
@@ -228,50 +261,39 @@ fn carry<const REQUEST: bool, T: Tables, E: Env>(
     if entry.seen == 0 {
         entry.seen = 1;
     }
-    let bytes = u64::from(*total_len);
+    let bytes = u64::from(ip.total_len);
     if REQUEST {
         if has_ack {
-            entry.client_expects = headers.tcp.acknowledgment;
+            entry.client_expects = headers.tcp().acknowledgment;
         }
         entry.request_packets = entry.request_packets.wrapping_add(1);
         entry.request_bytes = entry.request_bytes.wrapping_add(bytes);
     } else {
         if has_ack {
-            entry.backend_expects = headers.tcp.acknowledgment;
+            entry.backend_expects = headers.tcp().acknowledgment;
         }
         entry.reply_packets = entry.reply_packets.wrapping_add(1);
         entry.reply_bytes = entry.reply_bytes.wrapping_add(bytes);
     }
-    rewrite::<REQUEST>(headers, entry, *is_tcp, checksum);
-    headers.ethernet.link = link;
+    rewrite::<REQUEST, H>(headers, entry, *is_tcp, checksum);
+    headers.ethernet().link = link;
     tables.count_listener(listener, event);
     tables.count_backend(backend, event);
     tables.count_reason(reason, *frame_bytes);
     Some(Outcome { verdict, reason })
 }
 
-/// The folded sum of the pseudo-header: what a sender leaves whose device computes the checksum.
-#[inline(always)]
-fn pseudo_header(arrival: &Arrival) -> u16 {
-    checksum::fold(checksum::pseudo_header_v4(
-        arrival.key.source,
-        arrival.key.destination,
-        arrival.key.protocol as u8,
-        arrival.total_len - Ipv4Header::LEN as u32,
-    ))
-}
-
-/// What a TTL that is one less changes in the sum of the IP header, whatever it was: `~m + m'` (RFC 1624 §3).
-const HOP_LESS: u32 = 0xffff - u16::from_ne_bytes([1, 0]) as u32;
-
 /// New addresses, ports and checksums, and a hop less.
 #[inline(always)]
-fn rewrite<const REQUEST: bool>(headers: &mut Headers, entry: &FlowEntry, is_tcp: bool, checksum: Be16) {
+fn rewrite<const REQUEST: bool, H: Headers>(
+    headers: &mut H,
+    entry: &FlowEntry,
+    is_tcp: bool,
+    checksum: Be16,
+) {
     let binding = &entry.binding;
-    let (source, destination, source_port, destination_port, addresses, ports) = if REQUEST {
+    let (source_port, destination_port, addresses, ports) = if REQUEST {
         (
-            binding.snat.low(),
-            binding.backend.low(),
             binding.snat_port,
             binding.backend_port,
             entry.address_delta,
@@ -279,8 +301,6 @@ fn rewrite<const REQUEST: bool>(headers: &mut Headers, entry: &FlowEntry, is_tcp
         )
     } else {
         (
-            binding.vip.low(),
-            binding.client.low(),
             binding.vip_port,
             binding.client_port,
             !entry.address_delta,
@@ -288,18 +308,15 @@ fn rewrite<const REQUEST: bool>(headers: &mut Headers, entry: &FlowEntry, is_tcp
         )
     };
     let (addresses, ports) = (u32::from(addresses), u32::from(ports));
-    let ip = &mut headers.ip;
-    ip.source = source;
-    ip.destination = destination;
-    ip.ttl -= 1;
-    ip.checksum = updated(ip.checksum, addresses + HOP_LESS);
-    headers.tcp.source_port = source_port;
-    headers.tcp.destination_port = destination_port;
+    headers.rewrite::<REQUEST>(binding, addresses);
+    let tcp = headers.tcp_mut();
+    tcp.source_port = source_port;
+    tcp.destination_port = destination_port;
     let new = sent(is_tcp, updated(checksum, addresses + ports));
     if is_tcp {
-        headers.tcp.checksum = new;
+        tcp.checksum = new;
     } else if checksum != CHECKSUM_NONE {
-        headers.udp().checksum = new;
+        headers.udp_mut().checksum = new;
     }
 }
 
@@ -308,4 +325,220 @@ fn rewrite<const REQUEST: bool>(headers: &mut Headers, entry: &FlowEntry, is_tcp
 #[inline(always)]
 const fn updated(checksum: Be16, change: u32) -> Be16 {
     Be16::from_raw(checksum::finish(!checksum.raw() as u32 + change))
+}
+
+#[repr(C, packed)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct HeadersV4 {
+    ethernet: EthernetHeader,
+    ip: Ipv4Header,
+    tcp: TcpHeader,
+}
+
+impl WireHeader for HeadersV4 {}
+
+/// The same, with what makes a key in one piece each.
+#[repr(C, packed)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct KeyV4 {
+    before: [u8; EthernetHeader::LEN + Ipv4Header::LEN - 8],
+    addresses: [u8; 8],
+    ports: [u8; 4],
+    behind: [u8; TcpHeader::LEN - 4],
+}
+
+/// What a TTL that is one less changes in the sum of the IP header, whatever it was: `~m + m'` (RFC 1624 §3).
+const HOP_LESS: u32 = 0xffff - u16::from_ne_bytes([1, 0]) as u32;
+
+impl Headers for HeadersV4 {
+    type Key = FlowKeyV4;
+    const NETWORK_LEN: usize = Ipv4Header::LEN;
+    const FAMILIES: u32 = FlowBinding::BOTH_V4;
+
+    #[inline(always)]
+    fn ip(&self) -> Option<Ip> {
+        let ip = self.ip;
+        let total_len = u32::from(ip.total_len.get());
+        if ip.version_ihl != 0x45 || ip.is_fragment() || total_len < Ipv4Header::LEN as u32 {
+            return None;
+        }
+        Some(Ip {
+            total_len,
+            protocol: ip.protocol,
+            ttl: ip.ttl,
+        })
+    }
+
+    #[inline(always)]
+    fn destination(&self) -> IpAddress {
+        IpAddress::from_v4(self.ip.destination)
+    }
+
+    #[inline(always)]
+    fn key(&self, protocol: u8) -> FlowKeyV4 {
+        let KeyV4 { addresses, ports, .. } = *bytemuck::cast_ref(self);
+        FlowKeyV4::new(addresses, ports, protocol)
+    }
+
+    #[inline(always)]
+    fn reference<'t, T: Tables>(tables: &'t T, key: &FlowKeyV4) -> Option<&'t FlowReference> {
+        tables.flow_reference_v4(key)
+    }
+
+    #[inline(always)]
+    fn pool_flow(&self, pool: &SnatPool) -> Option<Option<FlowId>> {
+        pool.flow_v4(self.ip.destination, self.tcp.destination_port)
+    }
+
+    #[inline(always)]
+    fn key_of<const REQUEST: bool>(binding: &FlowBinding) -> FlowKeyV4 {
+        if REQUEST {
+            binding.request_key_v4()
+        } else {
+            binding.reply_key_v4()
+        }
+    }
+
+    #[inline(always)]
+    fn pseudo_header(&self, ip: &Ip) -> u16 {
+        let header = self.ip;
+        checksum::fold(checksum::pseudo_header_v4(
+            header.source,
+            header.destination,
+            ip.protocol,
+            ip.total_len - Ipv4Header::LEN as u32,
+        ))
+    }
+
+    #[inline(always)]
+    fn rewrite<const REQUEST: bool>(&mut self, binding: &FlowBinding, addresses: u32) {
+        let (source, destination) = if REQUEST {
+            (binding.snat.low(), binding.backend.low())
+        } else {
+            (binding.vip.low(), binding.client.low())
+        };
+        self.ip.source = source;
+        self.ip.destination = destination;
+        self.ip.ttl -= 1;
+        self.ip.checksum = updated(self.ip.checksum, addresses + HOP_LESS);
+    }
+
+    #[inline(always)]
+    fn ethernet(&mut self) -> &mut EthernetHeader {
+        &mut self.ethernet
+    }
+
+    #[inline(always)]
+    fn tcp(&self) -> &TcpHeader {
+        &self.tcp
+    }
+
+    #[inline(always)]
+    fn tcp_mut(&mut self) -> &mut TcpHeader {
+        &mut self.tcp
+    }
+}
+
+#[repr(C, packed)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct HeadersV6 {
+    ethernet: EthernetHeader,
+    ip: Ipv6Header,
+    tcp: TcpHeader,
+}
+
+impl WireHeader for HeadersV6 {}
+
+impl Headers for HeadersV6 {
+    type Key = FlowKey;
+    const NETWORK_LEN: usize = Ipv6Header::LEN;
+    const FAMILIES: u32 = FlowBinding::BOTH_V6;
+
+    #[inline(always)]
+    fn ip(&self) -> Option<Ip> {
+        let ip = &self.ip;
+        // Mapped addresses are for the walk to refuse.
+        if ip.version() != 6 || ip.source().is_v4() || ip.destination().is_v4() {
+            return None;
+        }
+        Some(Ip {
+            total_len: Ipv6Header::LEN as u32 + u32::from(ip.payload_len.get()),
+            protocol: ip.next_header,
+            ttl: ip.hop_limit,
+        })
+    }
+
+    #[inline(always)]
+    fn destination(&self) -> IpAddress {
+        self.ip.destination()
+    }
+
+    #[inline(always)]
+    fn key(&self, protocol: u8) -> FlowKey {
+        FlowKey {
+            source: self.ip.source(),
+            destination: self.ip.destination(),
+            source_port: self.tcp.source_port,
+            destination_port: self.tcp.destination_port,
+            protocol: u32::from(protocol),
+        }
+    }
+
+    #[inline(always)]
+    fn reference<'t, T: Tables>(tables: &'t T, key: &FlowKey) -> Option<&'t FlowReference> {
+        tables.flow_reference_v6(key)
+    }
+
+    #[inline(always)]
+    fn pool_flow(&self, pool: &SnatPool) -> Option<Option<FlowId>> {
+        pool.flow_v6(SnatBinding {
+            address: self.ip.destination(),
+            port: self.tcp.destination_port,
+        })
+    }
+
+    #[inline(always)]
+    fn key_of<const REQUEST: bool>(binding: &FlowBinding) -> FlowKey {
+        if REQUEST {
+            binding.request_key()
+        } else {
+            binding.reply_key()
+        }
+    }
+
+    #[inline(always)]
+    fn pseudo_header(&self, ip: &Ip) -> u16 {
+        checksum::fold(checksum::pseudo_header(
+            self.ip.source(),
+            self.ip.destination(),
+            ip.protocol,
+            ip.total_len - Ipv6Header::LEN as u32,
+        ))
+    }
+
+    #[inline(always)]
+    fn rewrite<const REQUEST: bool>(&mut self, binding: &FlowBinding, _addresses: u32) {
+        let (source, destination) = if REQUEST {
+            (&binding.snat, &binding.backend)
+        } else {
+            (&binding.vip, &binding.client)
+        };
+        self.ip.set_addresses(source, destination);
+        self.ip.hop_limit -= 1;
+    }
+
+    #[inline(always)]
+    fn ethernet(&mut self) -> &mut EthernetHeader {
+        &mut self.ethernet
+    }
+
+    #[inline(always)]
+    fn tcp(&self) -> &TcpHeader {
+        &self.tcp
+    }
+
+    #[inline(always)]
+    fn tcp_mut(&mut self) -> &mut TcpHeader {
+        &mut self.tcp
+    }
 }

@@ -404,6 +404,11 @@ pub trait Tables {
     fn flow_reference_v4(&self, key: &FlowKeyV4) -> Option<&FlowReference> {
         self.flow_reference(&key.long())
     }
+    /// The same of a key of IPv6.
+    #[inline(always)]
+    fn flow_reference_v6(&self, key: &FlowKey) -> Option<&FlowReference> {
+        self.flow_reference(key)
+    }
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
     /// Inserts unless the key exists; `false`: it does, or there is no room.
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool;

@@ -54,10 +54,10 @@ pub fn bind<T: Tables>(
         backend.port
     };
     binding.protocol = key.protocol;
-    binding.families = if is_v4 && key.is_v4() {
-        FlowBinding::BOTH_V4
-    } else {
-        0
+    binding.families = match (key.is_v4(), is_v4) {
+        (true, true) => FlowBinding::BOTH_V4,
+        (false, false) => FlowBinding::BOTH_V6,
+        _ => 0,
     };
     Ok(id)
 }

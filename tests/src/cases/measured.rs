@@ -278,6 +278,11 @@ impl Gateway {
 
     /// Packets of all flows, and what the library makes of some.
     pub fn stream(&self, packets: Packets) -> Result<Stream> {
+        Ok(self.stream_and_tables(packets)?.0)
+    }
+
+    /// The same, and the tables after the last of these.
+    pub fn stream_and_tables(&self, packets: Packets) -> Result<(Stream, MemoryTables)> {
         let mut tables = self.tables();
         tables.flows = vec![FlowEntry::zeroed(); self.flows as usize];
         let is_reply = matches!(packets, Packets::Answer | Packets::Reply);
@@ -321,13 +326,14 @@ impl Gateway {
         let first = samples.first().context("no flow")?;
         let frame = first.frame.clone();
         let scenario = self.scenario(packets, &samples)?;
-        Ok(Stream {
+        let stream = Stream {
             ifindex,
             reason: reason.context("no flow")?,
             scenario,
             frame,
             samples,
-        })
+        };
+        Ok((stream, tables))
     }
 
     fn scenario(&self, packets: Packets, samples: &[Sample]) -> Result<Scenario> {
