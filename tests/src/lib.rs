@@ -1,9 +1,10 @@
 //! What the test rings share; see the crate's modules. Nothing here is part of the product.
 
 pub mod bench;
+pub mod blame;
 pub mod cases;
-pub mod handshake;
 pub mod fuzz;
+pub mod handshake;
 pub mod invariants;
 pub mod lab;
 pub mod layers;
@@ -13,3 +14,4 @@ pub mod script;
 pub mod tables;
 pub mod terminal;
 pub mod tunnel;
+pub mod witness;

@@ -30,8 +30,8 @@ use forwarder_common::{
     abi::{
         counter::{ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
-        handshake::Handshake,
         fragment::{FragmentFlow, FragmentKey},
+        handshake::Handshake,
         map_name,
         persistence::{Persistence, PersistenceKey},
         reason::Reason,

@@ -190,9 +190,9 @@ fn with_a_burner<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     thread::scope(|scope| {
         let burner = scope.spawn(|| {
             let mut cpus = CpuSet::new();
-            cpus.set(frames::CPU).unwrap();
-            sched_setaffinity(Pid::from_raw(0), &cpus).unwrap();
-            let now = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
+            cpus.set(frames::CPU).expect("this thread may be bound to a CPU and timed");
+            sched_setaffinity(Pid::from_raw(0), &cpus).expect("this thread may be bound to a CPU and timed");
+            let now = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("this thread may be bound to a CPU and timed"));
             let before = now();
             is_burning.store(true, Relaxed);
             while !is_over.load(Relaxed) {
@@ -205,7 +205,7 @@ fn with_a_burner<T>(work: impl FnOnce() -> T) -> (T, Duration) {
         }
         let outcome = work();
         is_over.store(true, Relaxed);
-        (outcome, burner.join().unwrap())
+        (outcome, burner.join().expect("the burner ends"))
     })
 }
 

@@ -79,7 +79,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Err(bench.exec()).context("can't start the benchmark")
 }
 
-/// Builds the benchmarks' own BPF programs: the object.
+/// Builds the BPF programs of benchmarks and floods: the object.
 pub(crate) fn build_programs() -> Result<PathBuf> {
     const PACKAGE: &str = "forwarder-bench-ebpf";
     let survey = Survey::take(&workspace::tools());

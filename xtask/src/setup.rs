@@ -29,13 +29,14 @@ pub(crate) struct Arguments {
 }
 
 /// Programs that must be there, and the Debian package that has each.
-const PROGRAMS: [(&str, &str); 15] = [
+const PROGRAMS: [(&str, &str); 16] = [
     ("bpftool", "bpftool"),
     ("c++", "g++"),
     ("chromium", "chromium"),
     ("conntrack", "conntrack"),
     ("curl", "curl"),
     ("ethtool", "ethtool"),
+    ("faketime", "faketime"),
     ("ip", "iproute2"),
     ("mmdebstrap", "mmdebstrap"),
     ("nft", "nftables"),

@@ -16,7 +16,8 @@ use rustix::thread::{MembarrierCommand, membarrier};
 use super::{maps::FlowMaps, object::kernel_error, pin::PinDirectory, pod::AsPod};
 use crate::error::Error;
 
-/// Flows that the new programs get before they run: more than arrive until all the rest has been moved.
+/// Flows that the new programs get before they run: more than arrive until all the rest has been moved. Of a small table
+/// half of the free ones, as the old programs open flows until the last of them is replaced.
 const ADVANCE: u32 = 65_536;
 /// In place of a grace period that the kernel refuses to wait for; a program runs for microseconds.
 const GRACE: Duration = Duration::from_secs(1);
@@ -52,7 +53,11 @@ impl Handover {
     /// # Errors
     /// When the kernel refuses.
     pub fn advance(&mut self, maps: &mut FlowMaps) -> Result<(), Error> {
-        self.move_at_most(maps, ADVANCE)
+        let numbers = (0..maps.memory.capacity()).map(FlowId);
+        let free = numbers
+            .filter(|id| maps.memory.state(*id) == FlowState::FREE)
+            .count();
+        self.move_at_most(maps, ADVANCE.min(free as u32 / 2))
     }
 
     /// After the last old program was replaced or detached: moves all the rest, puts back what was lost, and

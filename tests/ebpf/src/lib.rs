@@ -102,3 +102,35 @@ pub struct FloorEntry {
     pub address_delta: u32,
     pub port_delta: u32,
 }
+
+/// Length of the frames of a flood, padding included.
+pub const FLOOD_BYTES: usize = 96;
+/// Words of [`Flood::frame`]: the frame, and room behind it for offsets that the verifier cannot follow.
+pub const FLOOD_WORDS: usize = 34;
+
+/// The frames of a flood. Offsets are in bytes from the frame's start; zero: there is no such field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Flood {
+    /// Each frame, with zeros in the fields below.
+    pub frame: [u32; FLOOD_WORDS],
+    /// Frames so far.
+    pub frames: u64,
+    /// Where they go.
+    pub ifindex: u32,
+    /// The source's fixed bits, and those that are random; in machine order.
+    pub network: u32,
+    pub host_mask: u32,
+    /// The source address, and 16 bits that are random: a port, an identifier, a number of fragments.
+    pub address_offset: u32,
+    pub number_offset: u32,
+    pub ip_checksum_offset: u32,
+    pub transport_checksum_offset: u32,
+    /// Unfolded sums, in machine order, of what the two checksums cover besides those fields.
+    pub ip_sum: u32,
+    pub transport_sum: u32,
+    /// One where a checksum covers the field, else zero. That of IP covers the address.
+    pub is_number_in_ip: u32,
+    pub is_address_in_transport: u32,
+    pub is_number_in_transport: u32,
+}

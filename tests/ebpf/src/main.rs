@@ -11,6 +11,8 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 #[cfg(target_arch = "bpf")]
+mod flood;
+#[cfg(target_arch = "bpf")]
 mod programs;
 
 /// For the host there is nothing; clippy and `cargo build --workspace` come by here.

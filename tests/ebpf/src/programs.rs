@@ -52,7 +52,7 @@ fn pointer<const OFFSET: usize>(ctx: *const c_void) -> usize {
 
 /// The first bytes of the frame, if there are as many.
 #[inline(always)]
-fn start<T>(ctx: &XdpContext) -> Option<&'static mut T> {
+pub(crate) fn start<T>(ctx: &XdpContext) -> Option<&'static mut T> {
     let data = pointer::<{ offset_of!(xdp_md, data) }>(ctx.as_ptr());
     let end = pointer::<{ offset_of!(xdp_md, data_end) }>(ctx.as_ptr());
     if data + size_of::<T>() > end {
@@ -76,7 +76,7 @@ fn scenario() -> Option<&'static mut Scenario> {
 }
 
 #[repr(C, packed)]
-struct Words<const N: usize>([u32; N]);
+pub(crate) struct Words<const N: usize>(pub(crate) [u32; N]);
 
 #[repr(C, packed)]
 struct Checked([u64; CHECKED_BYTES / 8]);

@@ -80,7 +80,7 @@ struct Files {
 
 impl Files {
     fn new(lab: &Lab, binary: &Path) -> Result<Self> {
-        let directory = lab.directory().join("agent");
+        let directory = directory(lab);
         fs::create_dir_all(&directory)?;
         Ok(Self {
             binary: binary.to_owned(),
@@ -92,14 +92,19 @@ impl Files {
     }
 }
 
+/// Where a lab's agent has its files: configuration, log and sockets.
+pub fn directory(lab: &Lab) -> PathBuf {
+    lab.directory().join("agent")
+}
+
 /// Where the configuration of a lab's agent has to put the control socket.
 pub fn control_socket(lab: &Lab) -> PathBuf {
-    lab.directory().join("agent").join("control.sock")
+    directory(lab).join("control.sock")
 }
 
 /// The log of a lab's agent, whether or not it was started.
 pub fn log(lab: &Lab) -> PathBuf {
-    lab.directory().join("agent").join("agent.log")
+    directory(lab).join("agent.log")
 }
 
 /// The agent's binary: `FORWARDER_BIN`, else `forwarder` beside this program or in the release folder
@@ -167,7 +172,11 @@ impl Agent {
         launcher: &[&str],
     ) -> Result<Self> {
         let files = Files::new(lab, binary)?;
-        fs::write(&files.configuration, configuration.to_string())?;
+        // A full disk has no room for what is there already.
+        let text = configuration.to_string();
+        if fs::read_to_string(&files.configuration).ok().as_ref() != Some(&text) {
+            fs::write(&files.configuration, text)?;
+        }
         // A second agent of the same lab finds the first one's.
         let _ = fs::remove_file(&files.notify_socket);
         let notifications = UnixDatagram::bind(&files.notify_socket)?;
@@ -294,6 +303,11 @@ impl Agent {
     /// Stops it with SIGTERM, as systemd does, and returns how it ended.
     pub fn stop(&self) -> Result<ExitStatus> {
         self.process.stop()
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&self) -> Option<ExitStatus> {
+        self.process.ended()
     }
 
     /// Its log so far.

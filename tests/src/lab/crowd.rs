@@ -23,7 +23,7 @@ pub struct Tally {
     pub done: usize,
     /// Answered with a reset or an ICMP error.
     pub refused: usize,
-    /// Answered by another server than at first.
+    /// Answered by another server than at first, or with what was not asked.
     pub wrong: usize,
     pub failed: usize,
     /// Why the first one failed.

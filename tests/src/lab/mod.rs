@@ -9,11 +9,15 @@
 
 use std::{
     ffi::OsStr,
+    fs,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Result, bail};
-use nix::sys::signal::Signal;
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::signal::Signal,
+};
 
 pub mod agent;
 pub mod browser;
@@ -39,7 +43,7 @@ pub use process::Process;
 pub use wait::wait_until;
 
 /// Programs that labs use, and the Debian package of each.
-const PROGRAMS: [(&str, &str); 12] = [
+const PROGRAMS: [(&str, &str); 13] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("ethtool", "ethtool"),
@@ -52,6 +56,7 @@ const PROGRAMS: [(&str, &str); 12] = [
     ("wrk", "wrk"),
     ("bpftool", "bpftool"),
     ("tcpdump", "tcpdump"),
+    ("faketime", "faketime"),
 ];
 
 /// Whether a lab ends with this process.
@@ -109,6 +114,24 @@ impl Lab {
     /// Where an agent of the lab pins its maps and links; removed with the lab.
     pub fn pin_directory(&self) -> PathBuf {
         self.id.pin_directory()
+    }
+
+    /// Makes a directory of the lab a disk of its own, that has room for so many bytes; unmounted with the lab.
+    pub fn small_disk(&self, directory: &Path, bytes: u64) -> Result<()> {
+        ensure!(
+            directory.starts_with(self.directory()),
+            "not a directory of the lab"
+        );
+        fs::create_dir_all(directory)?;
+        let options = format!("size={bytes}");
+        mount(
+            Some("tmpfs"),
+            directory,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )
+        .with_context(|| format!("cannot mount a disk on {}", directory.display()))
     }
 
     /// Adds a host without links.

@@ -20,6 +20,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use nix::{
+    mount::{MntFlags, umount2},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -311,13 +312,25 @@ fn remove_namespace(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Removes a directory and what is below it, be it on disks of the lab's own.
 fn remove_directory(path: &Path) -> Result<()> {
+    for disk in disks_below(path)? {
+        umount2(&disk, MntFlags::MNT_DETACH).with_context(|| format!("cannot unmount {}", disk.display()))?;
+    }
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
         }
         _ => Ok(()),
     }
+}
+
+/// What is mounted below a directory, the last one first.
+fn disks_below(path: &Path) -> Result<Vec<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let places = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    let below = places.map(PathBuf::from).filter(|place| place.starts_with(path));
+    Ok(below.collect::<Vec<_>>().into_iter().rev().collect())
 }
 
 #[cfg(test)]

@@ -25,12 +25,16 @@ use tokio::{
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Failures after which a command is given up: each may have taken as long as the patience.
 const ENOUGH: usize = 3;
+/// A question: which connection it is, and which one of its.
+const QUESTION_BYTES: usize = 8;
+/// Connections that are asked before the first answer is awaited.
+const TOGETHER: usize = 64;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 4096;
 
 #[derive(Parser)]
 enum Role {
-    /// Accepts connections, and answers each byte with its identity
+    /// Accepts connections, says its identity, and answers each question with its identity and the question
     Serve {
         #[arg(long)]
         address: SocketAddrV4,
@@ -78,9 +82,15 @@ async fn serve(address: SocketAddrV4, identity: u8) -> Result<()> {
             accepted = listener.accept() => {
                 let (mut stream, _) = accepted.context("cannot accept")?;
                 tokio::spawn(async move {
-                    let mut asked = [0];
+                    let mut answer = [0; 1 + QUESTION_BYTES];
+                    answer[0] = identity;
+                    let mut length = 1;
                     // Ends with the connection, however that ends: the client tells what it has seen.
-                    while stream.write_all(&[identity]).await.is_ok() && stream.read_exact(&mut asked).await.is_ok() {}
+                    while stream.write_all(&answer[..length]).await.is_ok()
+                        && stream.read_exact(&mut answer[1..]).await.is_ok()
+                    {
+                        length = answer.len();
+                    }
                 });
             }
             read = input.read(&mut byte) => if read? == 0 {
@@ -94,6 +104,8 @@ async fn serve(address: SocketAddrV4, identity: u8) -> Result<()> {
 struct Connection {
     stream: TcpStream,
     identity: u8,
+    /// What it is asked next: half of it is the connection's.
+    question: u64,
 }
 
 fn connect(to: SocketAddrV4, from: &[Ipv4Addr]) -> Result<()> {
@@ -129,7 +141,8 @@ fn open<'a>(
 ) -> Tally {
     let mut tally = Tally::default();
     for source in sources.take(number) {
-        match open_one(to, *source) {
+        let first = (connections.len() as u64) << 32;
+        match open_one(to, *source, first) {
             Ok(connection) => {
                 connections.push(connection);
                 tally.done += 1;
@@ -144,7 +157,7 @@ fn open<'a>(
     tally
 }
 
-fn open_one(to: SocketAddrV4, source: Ipv4Addr) -> io::Result<Connection> {
+fn open_one(to: SocketAddrV4, source: Ipv4Addr, question: u64) -> io::Result<Connection> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     // The port is chosen when the destination is known, and need not differ from those towards others.
     setsockopt(&socket, IpBindAddressNoPort, &true)?;
@@ -157,23 +170,30 @@ fn open_one(to: SocketAddrV4, source: Ipv4Addr) -> io::Result<Connection> {
     Ok(Connection {
         stream,
         identity: identity[0],
+        question,
     })
 }
 
+/// Asks on some connections at a time: what is measured is work, not how long one answer takes.
 fn talk(connections: &mut [Connection]) -> Tally {
     let mut tally = Tally::default();
-    for Connection { stream, identity } in connections {
-        let mut answer = [0];
-        match stream
-            .write_all(b"?")
-            .and_then(|()| stream.read_exact(&mut answer))
-        {
-            Ok(()) if answer[0] == *identity => tally.done += 1,
-            Ok(()) => tally.wrong += 1,
-            Err(error) => tally.fail(&error),
-        }
-        if tally.failed >= ENOUGH {
-            break;
+    for some in connections.chunks_mut(TOGETHER) {
+        let asked: Vec<_> = some
+            .iter_mut()
+            .map(|connection| connection.stream.write_all(&connection.question.to_le_bytes()))
+            .collect();
+        for (connection, asked) in some.iter_mut().zip(asked) {
+            let question = connection.question.to_le_bytes();
+            connection.question += 1;
+            let mut answer = [0; 1 + QUESTION_BYTES];
+            match asked.and_then(|()| connection.stream.read_exact(&mut answer)) {
+                Ok(()) if answer[0] == connection.identity && answer[1..] == question => tally.done += 1,
+                Ok(()) => tally.wrong += 1,
+                Err(error) => tally.fail(&error),
+            }
+            if tally.failed >= ENOUGH {
+                return tally;
+            }
         }
     }
     tally

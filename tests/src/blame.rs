@@ -1,0 +1,434 @@
+//! Which fault explains that a request failed.
+//!
+//! A fault is in force for a time, has a place, and can cause some kinds of failures and no others: a killed server resets
+//! its own connections, not those of its neighbour; a link that is down resets nobody. A failure that no fault explains is
+//! the forwarder's. New connections are explained by a fault of servers only until the forwarder had to know of it: from
+//! then on they have to go elsewhere, as long as there is a server elsewhere.
+//!
+//! Times are moments of the monotonic clock in nanoseconds ([`crate::witness::now_ns`]).
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use crate::witness::{Failure, Kind};
+
+/// A span of time; without an end while it lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    pub from_ns: u64,
+    pub until_ns: Option<u64>,
+}
+
+impl Span {
+    /// Whether some of it lies within `from_ns` and `until_ns`.
+    const fn meets(self, from_ns: u64, until_ns: u64) -> bool {
+        self.from_ns <= until_ns
+            && match self.until_ns {
+                Some(end_ns) => from_ns <= end_ns,
+                None => true,
+            }
+    }
+}
+
+/// Whom a fault hits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// These servers, or the way to them.
+    Servers(Vec<u16>),
+    /// One server at one listener: the operator has taken it out.
+    Backend { listener: u16, server: u16 },
+    /// This client's link.
+    Client(u16),
+    /// Whoever opens a flow.
+    Gateway,
+}
+
+impl Place {
+    /// Whether both hit one and the same server.
+    fn meets(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Servers(some), Self::Servers(others)) => some.iter().any(|one| others.contains(one)),
+            _ => false,
+        }
+    }
+}
+
+/// A fault, and what it can cause.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    pub name: String,
+    pub span: Span,
+    pub place: Place,
+    /// What it can do to connections that are open, and to those that are being opened.
+    pub old: Vec<Kind>,
+    pub new: Vec<Kind>,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, from {:.3} s", self.name, seconds(self.span.from_ns))?;
+        match self.span.until_ns {
+            Some(until_ns) => write!(f, " to {:.3} s", seconds(until_ns)),
+            None => write!(f, " on"),
+        }
+    }
+}
+
+/// A moment as messages show it.
+pub fn seconds(moment_ns: u64) -> f64 {
+    Duration::from_nanos(moment_ns).as_secs_f64()
+}
+
+/// A listener as far as blame goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub servers: Vec<u16>,
+    /// Resets of the gateway's own: `on_unhealthy = "reset"`.
+    pub resets: bool,
+    /// Flows that move: `on_unhealthy = "rehash"`.
+    pub moves: bool,
+}
+
+/// Everything that happened.
+#[derive(Clone, Debug)]
+pub struct History {
+    /// By listener.
+    pub services: BTreeMap<u16, Service>,
+    /// When there was no agent that could have found out.
+    pub absences: Vec<Span>,
+    pub faults: Vec<Fault>,
+    /// From a fault until every new connection avoids it, and from its end until all is as before, while there is an
+    /// agent.
+    pub bound: Duration,
+    /// How long a datagram's flow lasts without datagrams.
+    pub idle: Duration,
+}
+
+impl History {
+    /// The fault that explains a failure.
+    pub fn explanation(&self, failure: &Failure) -> Option<&Fault> {
+        self.faults.iter().find(|fault| self.explains(fault, failure))
+    }
+
+    /// Faults that were in force around a failure, for messages.
+    pub fn near(&self, failure: &Failure) -> Vec<&Fault> {
+        let around = Duration::from_secs(15).as_nanos() as u64;
+        let near = |fault: &&Fault| {
+            fault
+                .span
+                .meets(failure.since_ns.saturating_sub(around), failure.at_ns + around)
+        };
+        self.faults.iter().filter(near).collect()
+    }
+
+    fn explains(&self, fault: &Fault, failure: &Failure) -> bool {
+        let Some(service) = self.services.get(&failure.listener) else {
+            return false;
+        };
+        let span = self.felt(fault);
+        if !span.meets(failure.since_ns, failure.at_ns) || !hits(fault, failure, service) {
+            return false;
+        }
+        if !failure.is_new {
+            let reset = service.resets && matches!(fault.place, Place::Servers(_));
+            let is_cause = fault.old.contains(&failure.kind) || (reset && failure.kind == Kind::Reset);
+            // A datagram's flow that has moved is a new one.
+            let has_moved = failure.is_udp && service.moves && fault.new.contains(&failure.kind);
+            return is_cause || has_moved && self.has_moved(failure, service);
+        }
+        if !fault.new.contains(&failure.kind) {
+            return false;
+        }
+        let Place::Servers(_) = &fault.place else {
+            return true;
+        };
+        failure.since_ns <= self.settled(fault.span.from_ns)
+            || fault
+                .span
+                .until_ns
+                .is_some_and(|until_ns| failure.at_ns >= until_ns)
+            || self.is_everybody_hit(failure, service)
+    }
+
+    /// From a fault's begin until nothing of it is felt any more. What it has broken is told to the other end when the way
+    /// is free, so faults of the same servers that follow each other are one.
+    fn felt(&self, fault: &Fault) -> Span {
+        let Some(until_ns) = fault.span.until_ns else {
+            return fault.span;
+        };
+        let mut due_ns = self.settled(until_ns);
+        let mut followers: Vec<_> = self
+            .faults
+            .iter()
+            .filter(|other| fault.place.meets(&other.place))
+            .collect();
+        followers.sort_by_key(|other| other.span.from_ns);
+        for other in followers {
+            if other.span.meets(fault.span.from_ns, due_ns) {
+                let Some(until_ns) = other.span.until_ns else {
+                    return Span {
+                        until_ns: None,
+                        ..fault.span
+                    };
+                };
+                due_ns = due_ns.max(self.settled(until_ns));
+            }
+        }
+        Span {
+            until_ns: Some(due_ns),
+            ..fault.span
+        }
+    }
+
+    /// When an agent has had the time to adapt to what happened at `moment_ns`.
+    fn settled(&self, moment_ns: u64) -> u64 {
+        let bound_ns = self.bound.as_nanos() as u64;
+        let mut due_ns = moment_ns.saturating_add(bound_ns);
+        let mut absences = self.absences.clone();
+        absences.sort_by_key(|span| span.from_ns);
+        for absence in absences {
+            if absence.meets(moment_ns, due_ns) {
+                due_ns = absence
+                    .until_ns
+                    .map_or(u64::MAX, |until_ns| until_ns.saturating_add(bound_ns));
+            }
+        }
+        due_ns
+    }
+
+    /// Whether no server of a listener was without a fault all the time.
+    fn is_everybody_hit(&self, failure: &Failure, service: &Service) -> bool {
+        service.servers.iter().all(|server| {
+            self.faults.iter().any(|fault| {
+                let is_out = match &fault.place {
+                    Place::Servers(servers) => servers.contains(server) && !fault.new.is_empty(),
+                    Place::Backend {
+                        listener,
+                        server: out,
+                    } => *listener == failure.listener && out == server,
+                    Place::Client(_) | Place::Gateway => false,
+                };
+                is_out && self.felt(fault).meets(failure.since_ns, failure.at_ns)
+            })
+        })
+    }
+
+    /// Whether a datagram's flow may have gone to another server.
+    fn has_moved(&self, failure: &Failure, service: &Service) -> bool {
+        let since_ns = failure.since_ns.saturating_sub(self.idle.as_nanos() as u64);
+        self.faults.iter().any(|fault| {
+            matches!(&fault.place, Place::Servers(servers) if servers.iter().any(|one| service.servers.contains(one)))
+                && self.felt(fault).meets(since_ns, failure.at_ns)
+        })
+    }
+}
+
+fn hits(fault: &Fault, failure: &Failure, service: &Service) -> bool {
+    match &fault.place {
+        Place::Gateway => true,
+        Place::Client(client) => *client == failure.client,
+        Place::Backend { listener, server } => {
+            *listener == failure.listener && failure.server.is_none_or(|one| one == *server)
+        }
+        Place::Servers(servers) => match failure.server {
+            // A flow of datagrams may have moved since.
+            Some(server) if !(failure.is_udp && service.moves) => servers.contains(&server),
+            _ => servers.iter().any(|server| service.servers.contains(server)),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn history(faults: Vec<Fault>) -> History {
+        let service = |servers: &[u16]| Service {
+            servers: servers.to_vec(),
+            resets: false,
+            moves: false,
+        };
+        History {
+            services: BTreeMap::from([(80, service(&[1, 2])), (81, service(&[3]))]),
+            absences: Vec::new(),
+            faults,
+            bound: Duration::from_secs(3),
+            idle: Duration::from_secs(10),
+        }
+    }
+
+    fn killed(server: u16, from_s: u64, until_s: u64) -> Fault {
+        Fault {
+            name: format!("server {server} is killed"),
+            span: Span {
+                from_ns: from_s * SECOND,
+                until_ns: Some(until_s * SECOND),
+            },
+            place: Place::Servers(vec![server]),
+            old: vec![Kind::Reset],
+            new: vec![Kind::Refused, Kind::Reset],
+        }
+    }
+
+    fn failure(kind: Kind, server: Option<u16>, since_s: u64, at_s: u64) -> Failure {
+        Failure {
+            since_ns: since_s * SECOND,
+            at_ns: at_s * SECOND,
+            kind,
+            is_new: server.is_none(),
+            is_udp: false,
+            client: 1,
+            listener: 80,
+            server,
+            connection: 0,
+            what: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_killed_server_explains_resets_of_its_own_connections_only() {
+        let history = history(vec![killed(1, 100, 110)]);
+        let explained = |failure: &Failure| history.explanation(failure).is_some();
+        assert!(explained(&failure(Kind::Reset, Some(1), 99, 100)));
+        assert!(
+            !explained(&failure(Kind::Reset, Some(2), 99, 100)),
+            "a neighbour's"
+        );
+        assert!(
+            !explained(&failure(Kind::Silence, Some(1), 99, 100)),
+            "another kind"
+        );
+        assert!(!explained(&failure(Kind::Reset, Some(1), 90, 99)), "before");
+        assert!(
+            explained(&failure(Kind::Reset, Some(1), 112, 120)),
+            "within the bound"
+        );
+        assert!(!explained(&failure(Kind::Reset, Some(1), 114, 120)), "after it");
+    }
+
+    #[test]
+    fn a_new_connection_avoids_a_fault_that_is_known() {
+        let history = history(vec![killed(1, 100, 110)]);
+        let explained = |failure: &Failure| history.explanation(failure).is_some();
+        assert!(explained(&failure(Kind::Refused, None, 102, 102)));
+        assert!(
+            !explained(&failure(Kind::Refused, None, 105, 105)),
+            "server 2 is well"
+        );
+        let mut elsewhere = failure(Kind::Refused, None, 101, 101);
+        elsewhere.listener = 81;
+        assert!(!explained(&elsewhere));
+    }
+
+    #[test]
+    fn where_nobody_is_well_new_connections_fail_all_the_time() {
+        let faults = vec![killed(1, 100, 110), killed(2, 104, 106)];
+        let history = history(faults);
+        let explained = |failure: &Failure| history.explanation(failure).is_some();
+        assert!(explained(&failure(Kind::Refused, None, 105, 105)));
+        assert!(
+            explained(&failure(Kind::Refused, None, 108, 108)),
+            "2 is not known to be back"
+        );
+        assert!(
+            !explained(&failure(Kind::Refused, None, 110, 110).clone_at(109)),
+            "2 is"
+        );
+    }
+
+    #[test]
+    fn what_one_fault_has_broken_is_told_after_the_next_one() {
+        let late = failure(Kind::Reset, Some(1), 117, 117);
+        let mut history = history(vec![killed(1, 100, 110)]);
+        assert!(history.explanation(&late).is_none());
+        let cut = |server: u16| Fault {
+            name: format!("the link of server {server} is down"),
+            old: Vec::new(),
+            new: Vec::new(),
+            ..killed(server, 112, 116)
+        };
+        history.faults.push(cut(2));
+        assert!(history.explanation(&late).is_none(), "of another server");
+        history.faults.push(cut(1));
+        assert!(history.explanation(&late).is_some());
+    }
+
+    #[test]
+    fn an_order_to_end_connections_explains_those_that_had_no_answer_yet() {
+        let ended = Fault {
+            place: Place::Backend {
+                listener: 80,
+                server: 1,
+            },
+            ..killed(1, 100, 110)
+        };
+        let history = history(vec![ended]);
+        let mut unanswered = failure(Kind::Reset, None, 105, 105);
+        unanswered.is_new = false;
+        assert!(history.explanation(&unanswered).is_some());
+        unanswered.server = Some(2);
+        assert!(history.explanation(&unanswered).is_none());
+    }
+
+    #[test]
+    fn without_an_agent_nobody_finds_out() {
+        let mut history = history(vec![killed(1, 100, 120)]);
+        assert!(
+            history
+                .explanation(&failure(Kind::Refused, None, 108, 108))
+                .is_none()
+        );
+        history.absences.push(Span {
+            from_ns: 101 * SECOND,
+            until_ns: Some(106 * SECOND),
+        });
+        assert!(
+            history
+                .explanation(&failure(Kind::Refused, None, 108, 108))
+                .is_some()
+        );
+        assert!(
+            history
+                .explanation(&failure(Kind::Refused, None, 110, 110))
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn a_full_table_refuses_new_flows_only() {
+        let full = Fault {
+            name: "the table is full".to_owned(),
+            place: Place::Gateway,
+            old: Vec::new(),
+            new: vec![Kind::Refused],
+            ..killed(0, 100, 110)
+        };
+        let history = history(vec![full]);
+        assert!(
+            history
+                .explanation(&failure(Kind::Refused, None, 105, 105))
+                .is_some()
+        );
+        assert!(
+            history
+                .explanation(&failure(Kind::Reset, Some(1), 105, 105))
+                .is_none()
+        );
+        assert!(
+            history
+                .explanation(&failure(Kind::Refused, Some(1), 105, 105))
+                .is_none()
+        );
+    }
+
+    impl Failure {
+        fn clone_at(&self, second: u64) -> Self {
+            Self {
+                since_ns: second * SECOND + SECOND / 2,
+                at_ns: second * SECOND + SECOND / 2,
+                ..self.clone()
+            }
+        }
+    }
+}
