@@ -54,6 +54,7 @@ const SIZES: Sizes = Sizes {
     interfaces: 8,
     tunnel_peers: 8,
     persistence: 16,
+    source_rates: 1,
 };
 
 /// A backend by group and name.
