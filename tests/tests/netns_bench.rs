@@ -190,9 +190,15 @@ fn with_a_burner<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     thread::scope(|scope| {
         let burner = scope.spawn(|| {
             let mut cpus = CpuSet::new();
-            cpus.set(frames::CPU).expect("this thread may be bound to a CPU and timed");
+            cpus.set(frames::CPU)
+                .expect("this thread may be bound to a CPU and timed");
             sched_setaffinity(Pid::from_raw(0), &cpus).expect("this thread may be bound to a CPU and timed");
-            let now = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("this thread may be bound to a CPU and timed"));
+            let now = || {
+                Duration::from(
+                    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+                        .expect("this thread may be bound to a CPU and timed"),
+                )
+            };
             let before = now();
             is_burning.store(true, Relaxed);
             while !is_over.load(Relaxed) {
