@@ -233,7 +233,7 @@ fn try_answer<P: Packet, T: Tables>(
     walk: &mut Walk,
 ) -> Result<(), Stop> {
     let now_secs = tables.now_secs();
-    read_options(packet, walk)?;
+    read_options(packet, walk).ok_or(Stop::drop(Reason::NOT_A_SYN))?;
     let Walk { frame, room, .. } = walk;
     let client_first = {
         packet
@@ -306,14 +306,14 @@ impl Becomes {
     }
 }
 
-/// Reads the options of a SYN, or of a SYN and ACK, into the walk's room.
+/// Reads the options of a SYN, or of a SYN and ACK, into the walk's room; `None`: its header is not as long as it says.
 #[inline(always)]
-fn read_options<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> {
+fn read_options<P: Packet>(packet: &mut P, walk: &mut Walk) -> Option<()> {
     let Walk { frame, room, .. } = walk;
     let offset = frame.transport_offset as usize;
-    let header_len = packet.header::<TcpHeader>(offset)?.header_len();
+    let header_len = packet.header::<TcpHeader>(offset).ok()?.header_len();
     if header_len < TcpHeader::LEN || header_len > frame.transport_len as usize {
-        return Err(Stop::drop(Reason::TRUNCATED));
+        return None;
     }
     let len = header_len - TcpHeader::LEN;
     for index in 0..OPTION_WORDS {
@@ -321,7 +321,8 @@ fn read_options<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> 
             break;
         }
         let [a, b, c, d] = packet
-            .header::<Field32>(offset + TcpHeader::LEN + index * 4)?
+            .header::<Field32>(offset + TcpHeader::LEN + index * 4)
+            .ok()?
             .value
             .raw()
             .to_ne_bytes();
@@ -341,7 +342,7 @@ fn read_options<P: Packet>(packet: &mut P, walk: &mut Walk) -> Result<(), Stop> 
             break;
         }
     }
-    Ok(())
+    Some(())
 }
 
 /// Takes the option at `place` into account, of `len` bytes in all; where the next one is, or a number that is no less
@@ -488,7 +489,7 @@ fn connect<P: Packet, T: Tables>(
     if walk.frame.fragment != part::WHOLE || walk.frame.acknowledgment.get() != next {
         return Err(Stop::drop(Reason::HANDSHAKE_PENDING));
     }
-    read_options(packet, walk)?;
+    read_options(packet, walk).ok_or(Stop::drop(Reason::HANDSHAKE_PENDING))?;
     let tcp = packet.header::<TcpHeader>(walk.frame.transport_offset as usize)?;
     let (first, window) = ({ tcp.sequence }.get(), { tcp.window }.get());
     // A packet without any option has no room for the byte.
