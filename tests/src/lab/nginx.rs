@@ -5,18 +5,21 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
     path::PathBuf,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
 use super::{Lab, Namespace, Process, Service, find, tail, wait_until};
 
 /// From the start of the process to the first connection; generous, as machines under test are busy.
 const START_DEADLINE: Duration = Duration::from_secs(10);
+/// For an answer from its own host.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A server that answers every request with one text.
 #[derive(Debug)]
@@ -62,6 +65,7 @@ http {{
     server {{
         {listen}
         location / {{ return 200 "{body}\n"; }}
+        location = /written {{ access_log off; return 204; }}
         location = /large {{ root {path}; }}
         location /taken/ {{ root {path}; dav_methods PUT; create_full_put_path on; }}
     }}
@@ -162,13 +166,33 @@ http {{
         self.directory.join("error.log")
     }
 
-    /// Everything it was asked since it was made or [`Self::clear_logs`] was called.
+    /// Everything it was asked, and answered, since it was made or [`Self::clear_logs`] was called.
     pub fn access_log(&self) -> Result<AccessLog> {
+        if self.process.is_some() {
+            self.wait_for_the_log()?;
+        }
         let path = self.directory.join("access.log");
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let mut log = AccessLog::parse(&text)?;
         log.add_silent(&fs::read_to_string(self.error_log())?);
         Ok(log)
+    }
+
+    /// A client may have its answer before the line about it is written; the process does one after the other,
+    /// so whoever asks it something else has his answer after the line.
+    fn wait_for_the_log(&self) -> Result<()> {
+        let port = self.ports.first().context("a server has a port")?;
+        let mut stream = self
+            .namespace
+            .inside(|| TcpStream::connect((Ipv4Addr::LOCALHOST, *port)))??;
+        stream.set_read_timeout(Some(ANSWER_DEADLINE))?;
+        stream.write_all(b"GET /written HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream
+            .read_to_string(&mut answer)
+            .with_context(|| format!("{} does not answer its own host", self.name))?;
+        ensure!(answer.starts_with("HTTP/1.1 204"), "{} said {answer}", self.name);
+        Ok(())
     }
 
     /// The file that the server made of a `PUT` to `/taken/<name>`.

@@ -241,6 +241,7 @@ impl Site {
         lab.cable((router, "eth1"), (&server, "eth0"), peering.server_mtu_bytes)?;
         router.address("eth1", "172.17.0.1/24")?;
         server.address("eth0", "172.17.0.205/24")?;
+        server.steer("eth0")?;
         lab.cable((&gateway, "wan"), (&transit, "wan"), MTU_BYTES)?;
         gateway.address("wan", "198.51.100.1/30")?;
         transit.address("wan", "198.51.100.2/30")?;
@@ -592,6 +593,7 @@ fn subnet(
     router.0.address(router.1, &format!("{}/24", router.2))?;
     for (namespace, host) in namespaces.iter().zip(hosts) {
         namespace.address("eth0", &format!("{}/24", host.address))?;
+        namespace.steer("eth0")?;
     }
     Ok(namespaces)
 }
