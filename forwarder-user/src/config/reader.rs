@@ -86,6 +86,15 @@ impl Wrong {
             ..self
         }
     }
+
+    /// The value may be one of these words as well.
+    #[must_use]
+    pub fn or_else_be(self, words: &str) -> Self {
+        Self {
+            must_be: format!("{words}, or {}", self.must_be),
+            ..self
+        }
+    }
 }
 
 /// The errors found so far in one file.

@@ -518,14 +518,11 @@ impl Passive {
 /// `"off"`, `"always"`, or how many flows per second are opened without.
 fn syn_cookies(value: &DeValue<'_>) -> Result<Option<SynCookies>, Wrong> {
     match value {
-        DeValue::Integer(_) => integer(SYN_THRESHOLD)(value).map(|above| Some(SynCookies::Above(above))),
         DeValue::String(text) if &**text == "off" => Ok(None),
         DeValue::String(text) if &**text == "always" => Ok(Some(SynCookies::Always)),
-        _ => Err(Wrong::must_be(format!(
-            "\"off\", \"always\", or an integer from {} to {}",
-            SYN_THRESHOLD.start(),
-            SYN_THRESHOLD.end()
-        ))),
+        _ => integer(SYN_THRESHOLD)(value)
+            .map(|above| Some(SynCookies::Above(above)))
+            .map_err(|wrong| wrong.or_else_be("\"off\", \"always\"")),
     }
 }
 

@@ -1453,6 +1453,45 @@ mod tests {
         wrong("protocol = \"gre\"", "port = 1", "\"sctp\"");
     }
 
+    #[test]
+    fn cookies_and_rates_of_a_listener_are_what_is_written_or_none() {
+        let listener = |keys: &str| {
+            let text = format!(
+                "[snat]\nprefixes = [\"100.64.0.0/26\"]\n[interface.eth0]\n[group.web.backend.a]\naddress = \"10.0.0.11\"\n\
+                 port = 80\n[listener.web]\nvip = \"10.0.0.100\"\nport = 80\ngroup = \"web\"\n{keys}\n"
+            );
+            let listener = parse(&text, Path::new("test.toml")).unwrap().listeners["web"].clone();
+            (listener.syn_cookies, listener.source_rate)
+        };
+        assert_eq!(listener(""), (None, None));
+        assert_eq!(listener("syn_cookies = \"off\""), (None, None));
+        assert_eq!(listener("syn_cookies = \"always\"").0, Some(SynCookies::Always));
+        assert_eq!(listener("syn_cookies = 1").0, Some(SynCookies::Above(1)));
+        assert_eq!(
+            listener("syn_cookies = 100_000_000").0,
+            Some(SynCookies::Above(100_000_000))
+        );
+
+        let rate = |keys: &str| listener(keys).1.unwrap();
+        let unwritten = SourceRate {
+            flows_per_second: 1_000_000,
+            burst: 2_000_000,
+            prefix_bits_v4: 32,
+            prefix_bits_v6: 64,
+        };
+        assert_eq!(rate("source_rate = 1_000_000"), unwritten);
+        let written = SourceRate {
+            flows_per_second: 7,
+            burst: 7,
+            prefix_bits_v4: 1,
+            prefix_bits_v6: 128,
+        };
+        assert_eq!(
+            rate("source_rate = 7\nsource_burst = 7\nsource_prefix = 1\nsource_prefix_v6 = 128"),
+            written
+        );
+    }
+
     const REST: &str = r#"
         [interface.eth0]
         [group.web.backend.web-1]
