@@ -158,25 +158,30 @@ impl Layer {
         (header_len >= least && header_len <= segment.len()).then_some(self.transport + header_len)
     }
 
-    /// Folded sum of the pseudo-header, for this protocol.
-    fn pseudo(&self, frame: &[u8]) -> u64 {
+    /// Sum of the pseudo-header, for this protocol and so many bytes.
+    fn pseudo(&self, frame: &[u8], len: usize) -> u64 {
         let addresses = if self.is_v4 { 12..20 } else { 8..40 };
         let bytes = &frame[self.start + addresses.start..self.start + addresses.end];
-        sum(bytes) + u64::from(self.protocol) + (self.end - self.transport) as u64
+        sum(bytes) + u64::from(self.protocol) + len as u64
     }
 
-    /// Where the transport checksum of 16 bits stands, and the sum of what is covered beside transport header and
-    /// payload; `None`: it has no such checksum, or not here, or says itself that it is of another length.
-    fn checksum(&self, frame: &[u8]) -> Option<(usize, u64)> {
+    /// Where the transport checksum of 16 bits stands, the bytes that it covers, and the sum of what it covers beside them;
+    /// `None`: it has no such checksum, or not here, or says itself that it is longer than it is.
+    fn checksum<'a>(&self, frame: &'a [u8]) -> Option<(usize, &'a [u8], u64)> {
         let segment = self.segment(frame);
-        let (at, beside) = match (self.protocol, self.is_v4) {
-            (protocol::TCP, _) => (16, self.pseudo(frame)),
-            (protocol::UDP, _) if word(segment, 4)? == segment.len() => (6, self.pseudo(frame)),
-            (protocol::ICMP, true) => (2, 0),
-            (protocol::ICMPV6, false) => (2, self.pseudo(frame)),
+        // A datagram may end before its IP packet does.
+        let datagram = word(segment, 4).and_then(|len| segment.get(..len));
+        let (at, covered) = match (self.protocol, self.is_v4) {
+            (protocol::TCP, _) => (16, segment),
+            (protocol::UDP, _) => (6, datagram?),
+            (protocol::ICMP, true) | (protocol::ICMPV6, false) => (2, segment),
             _ => return None,
         };
-        (segment.len() >= at + 2 && self.piece.is_none()).then_some((at, beside))
+        let beside = match self.protocol {
+            protocol::ICMP => 0,
+            _ => self.pseudo(frame, covered.len()),
+        };
+        (covered.len() >= at + 2 && self.piece.is_none()).then_some((at, covered, beside))
     }
 
     /// Which of its checksums are wrong. A UDP checksum of zero is none: RFC 768, and RFC 6935 for tunnels.
@@ -186,11 +191,11 @@ impl Layer {
             wrong.push("IPv4");
         }
         let segment = self.segment(frame);
-        if let Some((at, beside)) = self.checksum(frame) {
+        if let Some((at, covered, beside)) = self.checksum(frame) {
             let is_none = self.protocol == protocol::UDP && segment[at..at + 2] == [0, 0];
             // Zero if everything is zero, the checksum as well. That is wrong, but what an incremental update (RFC 1624)
             // makes of an echo reply of zeros, which it cannot tell from others: see docs/limitations.md.
-            let is_right = matches!(fold(beside + sum(segment)), 0 | 0xffff);
+            let is_right = matches!(fold(beside + sum(covered)), 0 | 0xffff);
             if !is_none && !is_right {
                 wrong.push("transport");
             }
@@ -209,9 +214,9 @@ impl Layer {
     /// right as well or not? What has none, or does not say its length, may pass for one.
     pub fn may_be_partial(&self, frame: &[u8]) -> bool {
         let segment = self.segment(frame);
-        self.checksum(frame).is_none_or(|(at, _)| {
+        self.checksum(frame).is_none_or(|(at, ..)| {
             let field = u64::from(segment[at]) << 8 | u64::from(segment[at + 1]);
-            fold(field) == fold(self.pseudo(frame))
+            fold(field) == fold(self.pseudo(frame, segment.len()))
         })
     }
 
@@ -228,10 +233,10 @@ impl Layer {
             let value = !fold(sum(&frame[header]));
             put(frame, self.start + 10, value);
         }
-        if let Some((at, _)) = self.checksum(frame) {
+        if let Some((at, ..)) = self.checksum(frame) {
             put(frame, self.transport + at, 0);
-            let (_, beside) = self.checksum(frame).expect("as before");
-            let value = match !fold(beside + sum(self.segment(frame))) {
+            let (_, covered, beside) = self.checksum(frame).expect("as before");
+            let value = match !fold(beside + sum(covered)) {
                 // RFC 768: zero means "none", so a computed zero is sent as all ones.
                 0 if self.protocol == protocol::UDP => 0xffff,
                 value => value,

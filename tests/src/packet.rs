@@ -122,6 +122,7 @@ pub struct Builder {
     transport: Transport,
     payload: Vec<u8>,
     checksum: Checksum,
+    surplus: Vec<u8>,
     padding: Vec<u8>,
 }
 
@@ -143,6 +144,7 @@ impl Builder {
             transport,
             payload: Vec::new(),
             checksum: Checksum::Complete,
+            surplus: Vec::new(),
             padding: Vec::new(),
         }
     }
@@ -466,6 +468,13 @@ impl Builder {
         self
     }
 
+    /// Bytes of the IP packet behind the datagram, as options of UDP are (draft-ietf-tsvwg-udp-options).
+    #[must_use]
+    pub fn surplus(mut self, len: usize) -> Self {
+        self.surplus = vec![0x5a; len];
+        self
+    }
+
     /// The folded sum of the pseudo-header: a partial checksum.
     pub fn partial_checksum(&self) -> u16 {
         fold(self.pseudo_sum(self.segment(0).len()))
@@ -568,6 +577,7 @@ impl Builder {
             let crc = crc32c(&segment);
             segment[8..12].copy_from_slice(&crc.to_le_bytes());
         }
+        segment.extend(&self.surplus);
         let (mut ethertype, ip) = if self.source.is_ipv4() {
             (0x0800_u16, self.ipv4_header(segment.len()))
         } else {
@@ -749,7 +759,11 @@ pub fn wrong_checksums(frame: &[u8]) -> Vec<&'static str> {
         return Vec::new();
     };
     let is_v4 = ip.addresses.len() == 8;
-    let segment = ip.segment;
+    let segment = match ip.protocol {
+        // What is behind the datagram is not under its checksum (RFC 768).
+        UDP => ip.segment.get(..datagram_len(ip.segment)).unwrap_or(ip.segment),
+        _ => ip.segment,
+    };
     let pseudo = sum(ip.addresses) + u64::from(ip.protocol) + segment.len() as u64;
     let mut wrong = Vec::new();
     if is_v4 && fold(sum(ip.header)) != 0xffff {
@@ -766,6 +780,11 @@ pub fn wrong_checksums(frame: &[u8]) -> Vec<&'static str> {
         _ => {}
     }
     wrong
+}
+
+/// Bytes of a datagram of UDP, as its header says.
+fn datagram_len(segment: &[u8]) -> usize {
+    usize::from(u16::from_be_bytes([segment[4], segment[5]]))
 }
 
 /// Bytes of a frame's IP packet, header and payload, as its header says.
@@ -832,7 +851,12 @@ pub fn in_ipv6(frame: &[u8], prefix: [u8; 12]) -> Option<Vec<u8>> {
     let packet = ip(frame)?;
     let checksum_at = match packet.protocol {
         TCP if packet.segment.len() >= 20 => 16,
-        UDP if packet.segment.len() >= 8 && packet.segment[6..8] != [0, 0] => 6,
+        UDP if packet.segment.len() >= 8
+            && packet.segment[6..8] != [0, 0]
+            && datagram_len(packet.segment) == packet.segment.len() =>
+        {
+            6
+        }
         ICMP if packet.segment.len() >= 8 && matches!(packet.segment[..2], [8 | 0, 0]) => 2,
         // Nothing of its own changes.
         SCTP if packet.segment.len() >= 16 => usize::MAX,

@@ -24,7 +24,7 @@ use crate::{
         ipv4::{Ipv4Header, PROTOCOL_ICMP, PROTOCOL_SCTP, PROTOCOL_UDP},
         ipv6::{FragmentHeader, Ipv6Header, NEXT_FRAGMENT, PROTOCOL_ICMPV6},
         sctp::SctpHeader,
-        udp::{self, CHECKSUM_NONE},
+        udp::{self, CHECKSUM_NONE, UdpHeader},
     },
 };
 
@@ -289,12 +289,17 @@ fn complete<P: Packet>(packet: &mut P, frame: &Frame, rewrite: &Rewrite) -> Resu
         return Ok(());
     }
     let offset = transport_checksum::field_offset(frame);
-    let sum = packet.sum(frame.transport_offset as usize, frame.transport_len as usize)?;
+    // The datagram may end before the IP packet does; what is between is not under its checksum (RFC 768).
+    let len = packet
+        .header::<UdpHeader>(frame.transport_offset as usize)?
+        .len
+        .get();
+    let sum = packet.sum(frame.transport_offset as usize, len as usize)?;
     let pseudo = checksum::pseudo_header(
         rewrite.source.copied(),
         rewrite.destination.copied(),
         PROTOCOL_UDP,
-        frame.transport_len,
+        len as u32,
     );
     let checksum = checksum::finish(u32::from(checksum::fold(pseudo)) + sum);
     packet.header::<Field16>(offset)?.value = udp::computed(Be16::from_raw(checksum));

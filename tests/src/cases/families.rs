@@ -6,6 +6,7 @@ use forwarder_common::{
     abi::{
         backend::{BackendState, NatMode},
         reason::Reason,
+        settings::flag,
         snat::SnatRange,
     },
     datapath::Verdict,
@@ -234,6 +235,23 @@ pub(super) fn all() -> Vec<Case> {
                         .counts(DNS.opened()),
                 ),
             );
+            let (packet, _) = way.request(
+                DNS,
+                udp()
+                    .payload(5)
+                    .surplus(9)
+                    .padding(4)
+                    .checksum(Checksum::Fixed(0)),
+            );
+            let (_, out) = way.request(DNS, udp().payload(5).surplus(9).padding(4));
+            let out = out.link(SERVER_SIDE.mac, mac_of(*DNS.server.ip())).ttl(63);
+            cases.push(
+                case("What is behind a datagram in its packet and frame is not under its checksum").then(
+                    Step::new(&CLIENT_SIDE, packet.build(), verdict, Reason::REQUEST_FORWARDED)
+                        .out(frame(&out))
+                        .counts(DNS.opened()),
+                ),
+            );
         } else {
             let options = [0, 0, 1, 4, 0, 0, 0, 0].to_vec();
             cases.push(
@@ -281,6 +299,33 @@ pub(super) fn all() -> Vec<Case> {
                     .then(reply),
             );
         }
+        let mut partial = way.world();
+        partial.settings.flags |= flag::PARTIAL_CHECKSUMS;
+        let syn = || tcp(segment::SYN).payload(1).padding(5);
+        let answer = || {
+            Builder::tcp(segment::SYN_ACK, SERVER, binding(0))
+                .payload(1)
+                .padding(5)
+        };
+        let (sent, _) = way.request(WEB, syn());
+        let (answered, _) = way.reply(WEB, answer());
+        cases.push(
+            Case::new(
+                format!("A partial checksum is completed over the packet and not over its padding, {name}"),
+                partial,
+            )
+            .v4_only()
+            .all([
+                Step {
+                    frame: sent.checksum(Checksum::Partial).build(),
+                    ..request(WEB, syn()).counts(WEB.opened())
+                },
+                Step {
+                    frame: answered.checksum(Checksum::Partial).build(),
+                    ..reply(WEB, answer()).counts(WEB.first_answer())
+                },
+            ]),
+        );
         let mut clamped = way.world();
         for interface in clamped.interfaces.values_mut() {
             interface.mtu_bytes = 1500;
