@@ -19,7 +19,7 @@ use super::{
     to_server, world,
 };
 use crate::{
-    packet::{Builder, TcpNumbers, segment},
+    packet::{Builder, ETHERNET_LEN, TcpNumbers, fold, segment},
     tables::{CLIENT_SIDE, MemoryTables, SERVER_SIDE},
 };
 
@@ -92,6 +92,20 @@ fn accepted() -> Step {
     let opening = to_server(&syn(WEB), binding(0), SERVER).tcp_options(vec![2, 4, 0x02, 0x18]);
     let opening = numbered(opening, FIRST, 0, 1000);
     Step::request(&acknowledgment(cookie()), &opening).counts(Traffic::Accepted(WEB.listener, WEB.backend))
+}
+
+/// The packet, of IPv4 and with a header of 20 bytes, that says that its TCP header has so many words of four bytes.
+fn claiming(packet: &Builder, words: u8) -> Vec<u8> {
+    const WORD: usize = ETHERNET_LEN + 20 + 12;
+    const CHECKSUM: usize = ETHERNET_LEN + 20 + 16;
+    let mut frame = packet.build();
+    let word = |frame: &[u8], at: usize| u64::from(u16::from_be_bytes([frame[at], frame[at + 1]]));
+    let before = word(&frame, WORD);
+    frame[WORD] = words << 4;
+    // RFC 1624: the checksum is right, so that nothing else is wrong.
+    let sum = 0xffff - word(&frame, CHECKSUM) + (0xffff - before) + word(&frame, WORD);
+    frame[CHECKSUM..][..2].copy_from_slice(&(!fold(sum)).to_be_bytes());
+    frame
 }
 
 /// Cases whose bytes depend on the clock.
@@ -168,6 +182,15 @@ pub(super) fn all() -> Vec<Case> {
             long_ago,
         )
         .then(Step::dropped(wrong.build(), Reason::NOT_A_SYN)),
+        Case::new(
+            "Where cookies are, a SYN whose header is longer than the packet, or shorter than a header, is none",
+            guarded(0),
+        )
+        .all([
+            Step::dropped(claiming(&syn(WEB), 6), Reason::NOT_A_SYN),
+            Step::dropped(claiming(&syn(WEB), 15), Reason::NOT_A_SYN),
+            Step::dropped(claiming(&syn(WEB), 4), Reason::NOT_A_SYN),
+        ]),
         timed("Before a backend has answered, only that is sent on", guarded(0)).all([
             sent(),
             accepted(),
