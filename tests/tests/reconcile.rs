@@ -29,7 +29,7 @@ use forwarder_user::{
         desired::{Desired, ListenerOrder, Observations},
         difference::differences,
         ids::{Capacity, Ids, NameKey, NameKind, NameRecord, NamesByNumber},
-        plan::{Applied, MapWrite},
+        plan::{Applied, MapWrite, SettingsChange},
     },
 };
 use proptest::prelude::*;
@@ -149,7 +149,10 @@ impl Memory {
 
     /// What a packet finds, with names for numbers and places.
     fn meaning(&self) -> Meaning {
-        let now = MapWrite::Settings(Box::new(self.settings));
+        let now = MapWrite::Settings(Box::new(SettingsChange {
+            from: self.settings,
+            to: self.settings,
+        }));
         let backend = |id: BackendId| {
             let record = self.name(NameKind::BACKEND, id.0, &now);
             format!("{}/{}", record.group(), record.name())
@@ -242,9 +245,12 @@ impl Store for Memory {
                 let old = exchange(&mut self.names, *key, value.as_deref().copied());
                 Some(MapWrite::Name(*key, old.map(Box::new)))
             }
-            MapWrite::Settings(value) => {
-                let old = std::mem::replace(&mut self.settings, **value);
-                Some(MapWrite::Settings(Box::new(old)))
+            MapWrite::Settings(change) => {
+                let old = std::mem::replace(&mut self.settings, change.to);
+                Some(MapWrite::Settings(Box::new(SettingsChange {
+                    from: change.to,
+                    to: old,
+                })))
             }
             MapWrite::Interface(key, value) => Some(MapWrite::Interface(
                 *key,

@@ -20,7 +20,10 @@ use super::{
 };
 use crate::{
     error::Error,
-    state::{apply::Store, plan::MapWrite},
+    state::{
+        apply::Store,
+        plan::{MapWrite, SettingsChange},
+    },
 };
 
 /// All that plans write to.
@@ -35,9 +38,12 @@ impl Store for KernelTables<'_> {
         let undo = match write {
             MapWrite::Name(key, value) => exchange(&mut control.names, key, value.as_deref())
                 .map(|old| Some(MapWrite::Name(*key, old.map(Box::new)))),
-            MapWrite::Settings(value) => {
-                replace(&mut control.settings, 0, **value).map(|old| Some(MapWrite::Settings(Box::new(old))))
-            }
+            MapWrite::Settings(change) => replace(&mut control.settings, 0, change.to).map(|old| {
+                Some(MapWrite::Settings(Box::new(SettingsChange {
+                    from: change.to,
+                    to: old,
+                })))
+            }),
             MapWrite::Interface(key, value) => exchange(&mut control.interfaces, key, value.as_ref())
                 .map(|old| Some(MapWrite::Interface(*key, old))),
             MapWrite::TunnelPort(port, value) => {

@@ -32,7 +32,7 @@ use super::{
 #[derive(Clone, Debug, PartialEq)]
 pub enum MapWrite {
     Name(NameKey, Option<Box<NameRecord>>),
-    Settings(Box<Settings>),
+    Settings(Box<SettingsChange>),
     Interface(InterfaceKey, Option<Interface>),
     TunnelPort(u16, Option<TunnelPort>),
     TunnelEndpoint(Box<TunnelEndpointKey>, Option<TunnelEndpoint>),
@@ -54,6 +54,13 @@ pub enum MapWrite {
     BackendCounters(BackendId, Option<GroupId>),
     /// What the backends have counted that left a group.
     GroupPast(GroupId, Option<Box<TrafficCounters>>),
+}
+
+/// Settings that take the place of others: all of them are one entry.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SettingsChange {
+    pub from: Settings,
+    pub to: Settings,
 }
 
 /// What the tables hold: contents, who has which number, where the slots stand.
@@ -133,7 +140,10 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
     }));
     // With them, or behind them: a new route generation makes flows look for their next hops again.
     if before.settings != after.settings {
-        writes.push(MapWrite::Settings(Box::new(after.settings)));
+        writes.push(MapWrite::Settings(Box::new(SettingsChange {
+            from: before.settings,
+            to: after.settings,
+        })));
     }
     writes.extend(came(&before.backends, &after.backends, |id, value| {
         MapWrite::Backend(*id, Some(*value))
@@ -273,6 +283,35 @@ impl MapWrite {
     }
 }
 
+impl SettingsChange {
+    /// What differs, for people.
+    fn parts(&self) -> Vec<String> {
+        let Self { from, to } = self;
+        [
+            (
+                from.abi_version != to.abi_version,
+                format!("layout {}", to.abi_version),
+            ),
+            (
+                from.route_generation != to.route_generation,
+                format!("route generation {}", to.route_generation),
+            ),
+            (from.hash_seed != to.hash_seed, "hash seed".to_owned()),
+            (from.flags != to.flags, "what the programs look for".to_owned()),
+            (from.cookie_key != to.cookie_key, "key of SYN cookies".to_owned()),
+            (
+                from.least_mtu_bytes != to.least_mtu_bytes,
+                format!("smallest MTU {}", to.least_mtu_bytes),
+            ),
+            (from.pool != to.pool, "SNAT pool".to_owned()),
+            (from.own != to.own, "filter of own addresses".to_owned()),
+        ]
+        .into_iter()
+        .filter_map(|(differs, what)| differs.then_some(what))
+        .collect()
+    }
+}
+
 impl fmt::Display for MapWrite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -290,7 +329,7 @@ impl fmt::Display for MapWrite {
                     None => write!(f, "remove name {kind} {}", key.id),
                 }
             }
-            Self::Settings(settings) => write!(f, "settings: route generation {}", settings.route_generation),
+            Self::Settings(change) => write!(f, "settings: {}", change.parts().join(", ")),
             Self::Interface(key, Some(value)) => write!(f, "interface {}: {:?}", key.ifindex, value.mac),
             Self::Interface(key, None) => write!(f, "remove interface {}", key.ifindex),
             Self::TunnelPort(port, Some(_)) => write!(f, "tunnel port {port}"),
@@ -406,6 +445,8 @@ fn at(address: IpAddress, port: Be16) -> SocketAddr {
 mod tests {
     use std::path::Path;
 
+    use forwarder_common::abi::ABI_VERSION;
+
     use super::*;
     use crate::{
         config::{self, Config},
@@ -463,10 +504,12 @@ mod tests {
             .iter()
             .map(ToString::to_string)
             .collect();
+        let settings =
+            format!("settings: layout {ABI_VERSION}, hash seed, SNAT pool, filter of own addresses");
         assert_eq!(
             writes,
             [
-                "settings: route generation 0",
+                settings.as_str(),
                 "backend 0: 10.0.0.1:80 healthy",
                 "backend 1: 10.0.0.2:80 healthy",
                 "slots 0..1021",
