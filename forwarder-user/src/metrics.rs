@@ -16,7 +16,7 @@ use prometheus_client::{
 
 use crate::{
     histogram::Histogram,
-    status::{Ejections, ProbesStatus, Status, Traffic},
+    status::{Ejections, ListenerStatus, ProbesStatus, Status, Traffic},
 };
 
 /// What [`render`] returns, for HTTP (OpenMetrics 1.0 §4).
@@ -161,6 +161,17 @@ impl Family {
 }
 
 /// Every metric there is, in the order of the text.
+/// What every listener of TCP has counted of something.
+fn of_tcp_listeners(status: &Status, count: fn(&ListenerStatus) -> u64) -> Vec<Sample> {
+    let listeners = status
+        .listeners
+        .iter()
+        .filter(|listener| listener.protocol == "tcp");
+    listeners
+        .map(|listener| Sample::whole([&listener.name], count(listener)))
+        .collect()
+}
+
 fn families() -> Vec<Family> {
     let mut families: Vec<Family> = agent().into();
     for scope in [Scope::Listener, Scope::Group, Scope::Backend] {
@@ -457,45 +468,21 @@ fn backends() -> [Family; 16] {
             "listener_syn_cookies_sent",
             "SYNs that were answered with a cookie; of listeners of TCP.",
             &["listener"],
-            |status| {
-                let listeners = status
-                    .listeners
-                    .iter()
-                    .filter(|listener| listener.protocol == "tcp");
-                listeners
-                    .map(|listener| Sample::whole([&listener.name], listener.cookies_sent))
-                    .collect()
-            },
+            |status| of_tcp_listeners(status, |listener| listener.cookies_sent),
         ),
         Family::new(
             Kind::Counter,
             "listener_syn_cookies_accepted",
             "Connections that were opened by a SYN cookie that came back; of listeners of TCP.",
             &["listener"],
-            |status| {
-                let listeners = status
-                    .listeners
-                    .iter()
-                    .filter(|listener| listener.protocol == "tcp");
-                listeners
-                    .map(|listener| Sample::whole([&listener.name], listener.cookies_accepted))
-                    .collect()
-            },
+            |status| of_tcp_listeners(status, |listener| listener.cookies_accepted),
         ),
         Family::new(
             Kind::Counter,
             "listener_syn_cookies_invalid",
             "Acknowledgments without a connection, and without a cookie of ours, while cookies were sent; of listeners of TCP.",
             &["listener"],
-            |status| {
-                let listeners = status
-                    .listeners
-                    .iter()
-                    .filter(|listener| listener.protocol == "tcp");
-                listeners
-                    .map(|listener| Sample::whole([&listener.name], listener.cookies_invalid))
-                    .collect()
-            },
+            |status| of_tcp_listeners(status, |listener| listener.cookies_invalid),
         ),
         Family::new(
             Kind::Counter,

@@ -12,12 +12,12 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use forwarder_tests::{
     lab::{
-        self, Lifetime, Namespace,
-        agent::{self, Agent, ShowLog},
+        Namespace,
+        agent::Agent,
         configuration::{Check, Configuration},
-        dual_stack::{self, CLIENT_V6, LOCAL_V6, REMOTE_V6, VIP_V6},
+        dual_stack::{self, CLIENT_V6, LOCAL_V6, REMOTE_V6, VIP_V6, play},
         load::curl,
-        topology::{Extras, PORT, Site},
+        topology::{PORT, Site},
     },
     packet::{Builder, ETHERNET_LEN, segment},
 };
@@ -52,29 +52,6 @@ fn with_keys(configuration: &Configuration, keys: &str) -> Configuration {
             .to_string()
             .replace(last, &format!("{last}\n{keys}")),
     )
-}
-
-fn play(
-    configure: impl Fn(&Site) -> Result<Configuration>,
-    test: impl FnOnce(&Site, &Agent) -> Result<()>,
-) -> Result<()> {
-    if !lab::can_run_test(Some(agent::binary())) {
-        return Ok(());
-    }
-    let site = Site::cross_region(Lifetime::Process, Extras::default())?;
-    dual_stack::add(&site)?;
-    let show_log = ShowLog::of(&site.lab);
-    let agent = site.start_agent(&configure(&site)?, "web")?;
-    if let Err(error) = test(&site, &agent) {
-        // What became of the packets tells why.
-        let status = agent.status().map(|status| status.reasons);
-        for reason in status.into_iter().flatten().filter(|reason| reason.packets > 0) {
-            println!("{:>9} {}", reason.packets, reason.name);
-        }
-        return Err(error);
-    }
-    show_log.all_is_well();
-    Ok(())
 }
 
 /// What a listener has counted of something.
@@ -162,7 +139,7 @@ fn is_by_cookie(agent: &Agent, listener: &str) -> Result<()> {
 #[test]
 fn a_server_that_speaks_first_is_heard_and_all_arrives_through_losses() -> Result<()> {
     let configure = |site: &Site| configuration(site, "ecs01", "syn_cookies = \"always\"");
-    play(configure, |site, agent| {
+    play("web", configure, |site, agent| {
         let server = &site.server("ecs01")?.namespace;
         lose_some(site.client())?;
         lose_some(server)?;
@@ -176,7 +153,7 @@ fn a_server_that_speaks_first_is_heard_and_all_arrives_through_losses() -> Resul
 #[test]
 fn so_is_one_behind_the_tunnel() -> Result<()> {
     let configure = |site: &Site| configuration(site, "ecs02", "syn_cookies = \"always\"");
-    play(configure, |site, agent| {
+    play("web", configure, |site, agent| {
         greeted(site, &site.server("ecs02")?.namespace, || Ok(()))?;
         is_by_cookie(agent, "greeter")
     })
@@ -192,7 +169,7 @@ fn so_is_one_behind_a_native_tunnel() -> Result<()> {
             text.replace("mode = \"kernel\"", "mode = \"native\""),
         ))
     };
-    play(configure, |site, agent| {
+    play("web", configure, |site, agent| {
         greeted(site, &site.server("ecs02")?.namespace, || Ok(()))?;
         is_by_cookie(agent, "greeter")
     })
@@ -201,7 +178,7 @@ fn so_is_one_behind_a_native_tunnel() -> Result<()> {
 #[test]
 fn an_upgrade_in_the_middle_loses_nothing() -> Result<()> {
     let configure = |site: &Site| configuration(site, "ecs01", "syn_cookies = \"always\"");
-    play(configure, |site, agent| {
+    play("web", configure, |site, agent| {
         let server = &site.server("ecs01")?.namespace;
         greeted(site, server, || {
             agent.end(Signal::SIGKILL)?;
@@ -225,7 +202,7 @@ fn pages_come_from_servers_of_both_families_and_sides() -> Result<()> {
             .listener("translated", site.vip, PORT, "tcp", "web");
         Ok(with_keys(&configuration, "syn_cookies = \"always\""))
     };
-    play(configure, |site, agent| {
+    play("web", configure, |site, agent| {
         for vip in [IpAddr::V6(VIP_V6), IpAddr::V4(site.vip)] {
             let mut sides = [0; 2];
             for _ in 0..30 {
@@ -277,7 +254,7 @@ fn new_clients_get_in_through_a_flood() -> Result<()> {
         // Few flows, which a flood without cookies fills in no time.
         Ok(configuration.agent_key("max_flows", "2048"))
     };
-    play(configure, |site, agent| {
+    play("web", configure, |site, agent| {
         let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
         let vip = SocketAddrV4::new(site.vip, PORT);
         thread::scope(|scope| {
@@ -314,6 +291,7 @@ fn new_clients_get_in_through_a_flood() -> Result<()> {
 fn clients_that_open_too_fast_have_to_wait() -> Result<()> {
     let keys = "source_rate = 5\nsource_burst = 10\nsource_prefix = 24";
     play(
+        "web",
         |site| Ok(with_keys(&site.web_configuration(), keys)),
         |site, agent| {
             let vip = SocketAddr::from((site.vip, PORT));

@@ -6,30 +6,12 @@ use std::net::IpAddr;
 
 use anyhow::{Context as _, Result, ensure};
 use forwarder_tests::lab::{
-    self, Lifetime,
-    agent::{self, Agent, ShowLog},
     configuration::{Check, Configuration},
-    dual_stack::{self, LOCAL_V6, VIP_V6},
-    topology::{Extras, Site},
+    dual_stack::{self, LOCAL_V6, VIP_V6, play},
+    topology::Site,
 };
 
 const GROUP: &str = "servers";
-
-fn play(
-    configure: impl Fn(&Site) -> Result<Configuration>,
-    test: impl FnOnce(&Site, &Agent) -> Result<()>,
-) -> Result<()> {
-    if !lab::can_run_test(Some(agent::binary())) {
-        return Ok(());
-    }
-    let site = Site::cross_region(Lifetime::Process, Extras::default())?;
-    dual_stack::add(&site)?;
-    let show_log = ShowLog::of(&site.lab);
-    let agent = site.start_agent(&configure(&site)?, GROUP)?;
-    test(&site, &agent)?;
-    show_log.all_is_well();
-    Ok(())
-}
 
 /// A listener of echo in front of one server, which need not have a port, and is checked by echo requests.
 fn echo(site: &Site, nat: &str, vip: impl Into<IpAddr>, server: impl Into<IpAddr>) -> Configuration {
@@ -76,7 +58,7 @@ fn ends_at(site: &Site, vip: impl Into<IpAddr>, hops: u8) -> Result<String> {
 #[test]
 fn a_ping_reaches_a_server_beside_the_gateway() -> Result<()> {
     let configure = |site: &Site| Ok(echo(site, "full", site.vip, site.server("ecs01")?.address));
-    play(configure, |site, agent| {
+    play(GROUP, configure, |site, agent| {
         // A hop less than the server's own.
         ensure!(ping(site, site.vip, "")? == 63);
         ensure!(ping(site, site.vip, "-s 1400")? == 63);
@@ -95,7 +77,7 @@ fn a_ping_reaches_a_server_beside_the_gateway() -> Result<()> {
 #[test]
 fn a_ping_reaches_a_server_behind_the_tunnel() -> Result<()> {
     let configure = |site: &Site| Ok(echo(site, "full", site.vip, site.server("ecs02")?.address));
-    play(configure, |site, _| {
+    play(GROUP, configure, |site, _| {
         // The gateway and the far router take a hop each.
         ensure!(ping(site, site.vip, "")? == 62);
         ensure!(ends_at(site, site.vip, 1)? == site.vip.to_string());
@@ -108,7 +90,7 @@ fn a_ping_reaches_a_server_behind_the_tunnel() -> Result<()> {
 #[test]
 fn in_dnat_the_server_sees_who_pings() -> Result<()> {
     let configure = |site: &Site| Ok(echo(site, "dnat", site.vip, site.server("ecs01")?.address));
-    play(configure, |site, agent| {
+    play(GROUP, configure, |site, agent| {
         ensure!(ping(site, site.vip, "")? == 63);
         let output = agent.ask("flows", &["--protocol", "icmp", "-o", "json"])?;
         let flows: serde_json::Value = serde_json::from_slice(&output.stdout)?;
@@ -121,7 +103,7 @@ fn in_dnat_the_server_sees_who_pings() -> Result<()> {
 #[test]
 fn a_ping_over_ipv6_is_forwarded_too() -> Result<()> {
     let configure = |site: &Site| Ok(echo(site, "full", VIP_V6, LOCAL_V6));
-    play(configure, |site, _| {
+    play(GROUP, configure, |site, _| {
         ensure!(ping(site, VIP_V6, "")? == 63);
         Ok(())
     })
@@ -130,12 +112,12 @@ fn a_ping_over_ipv6_is_forwarded_too() -> Result<()> {
 #[test]
 fn a_ping_is_translated_between_the_families() -> Result<()> {
     let configure = |site: &Site| Ok(echo(site, "full", VIP_V6, site.server("ecs01")?.address));
-    play(configure, |site, _| {
+    play(GROUP, configure, |site, _| {
         ensure!(ping(site, VIP_V6, "")? == 63);
         Ok(())
     })?;
     let configure = |site: &Site| Ok(echo(site, "full", site.vip, LOCAL_V6));
-    play(configure, |site, _| {
+    play(GROUP, configure, |site, _| {
         ensure!(ping(site, site.vip, "")? == 63);
         Ok(())
     })
@@ -151,7 +133,7 @@ fn without_a_server_a_ping_is_told_so() -> Result<()> {
             .backend("web", "ecs01", site.server("ecs01")?.address, 80, 100)
             .listener("web", site.vip, 80, "tcp", "web"))
     };
-    play(configure, |site, agent| {
+    play(GROUP, configure, |site, agent| {
         let drained = agent.ask("drain", &[&format!("{GROUP}/server")])?;
         ensure!(drained.status.success(), "{drained:?}");
         let vip = site.vip.to_string();

@@ -33,6 +33,7 @@ use aya::{
 use bytemuck::Zeroable as _;
 use forwarder_bench_ebpf::{FLOOD_BYTES, Flood};
 use forwarder_tests::{
+    bench::frames,
     lab::{
         self, Lab, Lifetime, Namespace,
         agent::{self, Agent, ShowLog},
@@ -257,19 +258,6 @@ impl Site {
     }
 }
 
-/// The link address of an interface, and its number.
-fn link((namespace, interface): (&Namespace, &str)) -> Result<(Mac, u32)> {
-    let shown = namespace.run(&format!("ip -json link show dev {interface}"))?;
-    let shown: serde_json::Value = serde_json::from_str(&shown)?;
-    let text = shown[0]["address"].as_str().context("a link address")?;
-    let octets: Vec<u8> = text
-        .split(':')
-        .map(|octet| u8::from_str_radix(octet, 16))
-        .collect::<Result<_, _>>()?;
-    let mac = octets.try_into().ok().context("six octets")?;
-    Ok((mac, shown[0]["ifindex"].as_u64().context("an ifindex")? as u32))
-}
-
 /// The sum of 16-bit words in machine order, unfolded.
 fn sum(bytes: &[u8]) -> u32 {
     let words = bytes.chunks(2);
@@ -372,8 +360,9 @@ fn generate(
     begins: &Sender<()>,
     has_to_end: &AtomicBool,
 ) -> Result<Flooded> {
-    let (source, ifindex) = link((&site.attacker, "eth0"))?;
-    let (destination, _) = link((&site.gateway, "eth2"))?;
+    let (generator, gateway) = ((&site.attacker, "eth0"), (&site.gateway, "eth2"));
+    let (source, ifindex) = (frames::mac(generator)?, frames::ifindex(generator)?);
+    let destination = frames::mac(gateway)?;
     let (frame, flood) = flood(kind, (source, destination), ifindex);
     let mut programs = Ebpf::load_file(object).with_context(|| format!("{}", object.display()))?;
     let program: &mut Xdp = programs

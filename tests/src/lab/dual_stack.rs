@@ -7,7 +7,12 @@ use std::net::Ipv6Addr;
 
 use anyhow::Result;
 
-use super::{Namespace, configuration::Configuration, topology::Site};
+use super::{
+    Lifetime, Namespace,
+    agent::{self, Agent, ShowLog},
+    configuration::Configuration,
+    topology::{Extras, Site},
+};
 
 /// Back-to-origin addresses of IPv6; the first is for probes.
 pub const POOL_V6: &str = "fd64::/64";
@@ -117,4 +122,29 @@ pub fn configuration(site: &Site) -> Configuration {
         text = text.replace(&format!("\"{v4}\""), &format!("\"{v4}\", \"{v6}\""));
     }
     Configuration::from_text(text)
+}
+
+/// Runs `test` at a cross-region site of both families, with the agent running and all backends of `group` healthy.
+pub fn play(
+    group: &str,
+    configure: impl Fn(&Site) -> Result<Configuration>,
+    test: impl FnOnce(&Site, &Agent) -> Result<()>,
+) -> Result<()> {
+    if !super::can_run_test(Some(agent::binary())) {
+        return Ok(());
+    }
+    let site = Site::cross_region(Lifetime::Process, Extras::default())?;
+    add(&site)?;
+    let show_log = ShowLog::of(&site.lab);
+    let agent = site.start_agent(&configure(&site)?, group)?;
+    if let Err(error) = test(&site, &agent) {
+        // What became of the packets tells why.
+        let status = agent.status().map(|status| status.reasons);
+        for reason in status.into_iter().flatten().filter(|reason| reason.packets > 0) {
+            println!("{:>9} {}", reason.packets, reason.name);
+        }
+        return Err(error);
+    }
+    show_log.all_is_well();
+    Ok(())
 }
