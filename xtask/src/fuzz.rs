@@ -9,8 +9,10 @@
 
 use std::{
     fs::{self, File},
+    panic::resume_unwind,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread::{self, ScopedJoinHandle},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -20,8 +22,10 @@ use crate::workspace;
 /// The programs in `tests/fuzz`, those first that have most to find.
 const TARGETS: [&str; 6] = ["walk", "icmp", "fragments", "config", "api", "capture"];
 
-/// How long all targets run together unless a number says so, in seconds: what CI has.
+/// For how long inputs are tried unless a number says so, in seconds; each target has its share of it. What CI has.
 const SECONDS: u64 = 60;
+/// How many targets run at a time: each keeps one processor busy, and the smallest machine has two.
+const LANES: usize = 2;
 
 /// Counters at the edges of the control flow, a table of them, and what is compared with what: as `cargo fuzz` has it.
 const FLAGS: [&str; 5] = [
@@ -82,12 +86,23 @@ pub(crate) fn run(arguments: &[String]) -> Result<(String, bool)> {
     let seconds = (wanted.seconds / wanted.targets.len() as u64).max(1);
     let mut broken = Vec::new();
     let mut total = 0;
-    for name in &wanted.targets {
-        let outcome = Fuzzing::new(name, &programs)?.run(seconds)?;
-        eprintln!("{outcome}");
-        total += outcome.runs;
-        if !outcome.is_ok {
-            broken.push(*name);
+    for targets in wanted.targets.chunks(LANES) {
+        let outcomes: Vec<Result<_>> = thread::scope(|scope| {
+            let run = |name| Fuzzing::new(name, &programs)?.run(seconds);
+            let running: Vec<_> = targets
+                .iter()
+                .map(|name| scope.spawn(move || run(name)))
+                .collect();
+            let join = |one: ScopedJoinHandle<'_, _>| one.join().unwrap_or_else(|panic| resume_unwind(panic));
+            running.into_iter().map(join).collect()
+        });
+        for outcome in outcomes {
+            let outcome = outcome?;
+            eprintln!("{outcome}");
+            total += outcome.runs;
+            if !outcome.is_ok {
+                broken.push(outcome.name);
+            }
         }
     }
     Ok(if broken.is_empty() {

@@ -6,13 +6,15 @@
 //! (`FORWARDER_TESTS_STRICT=1`), and so does a ring in which no test ran; plain `cargo test` lets both pass.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, VecDeque},
     env,
     ffi::OsString,
     fs,
-    io::{BufRead as _, BufReader},
+    io::{self, BufRead as _, BufReader, Read as _},
     path::Path,
     process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -43,7 +45,8 @@ enum Ring {
     Library,
     /// Ring 2: the same packets through the kernel's programs; needs the right to load BPF
     Program,
-    /// Ring 5: hostile input, found by libFuzzer in a minute; `-- walk 3600` has one target run for an hour
+    /// Ring 5: hostile input, found by libFuzzer in half a minute on two processors; `-- walk 3600` has one target run for an
+    /// hour
     Fuzz,
     /// Ring 3: real sockets in network namespaces; needs root
     Netns,
@@ -90,6 +93,31 @@ impl Ring {
         }
     }
 }
+
+/// Files of ring 3 whose tests may run while another's do: they wait for most of their time, assert nothing about speed, and
+/// look at nothing of the machine but their own labs. Those that take longest come first. All others, and so each new
+/// one, have the machine for themselves.
+const SIDE_BY_SIDE: [&str; 17] = [
+    "netns_doctor",
+    "netns_rules",
+    "netns_families",
+    "netns_mtu",
+    "netns_native",
+    "netns_passive",
+    "netns_tunnels",
+    "netns_ipv6",
+    "netns_echo",
+    "netns_jumbo",
+    "netns_selection",
+    "netns_explain",
+    "netns_capture",
+    "netns_getting_started",
+    "netns_top",
+    "netns_api",
+    "netns_fragments",
+];
+/// How many of them run at a time: as many as the smallest machine has processors.
+const LANES: usize = 2;
 
 /// Counts of finished tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -229,25 +257,14 @@ fn run_ring(
         return fuzz::run(test_arguments);
     }
     let files = test_files(ring)?;
-    // All of a ring in one call, and always for the same packages: dependencies are then built once.
-    let mut cargo_arguments = vec!["test", "--locked", "--no-fail-fast"];
-    if ring == Ring::Library {
-        cargo_arguments.extend(["--lib", "--bins"]);
-    }
-    for file in &files {
-        cargo_arguments.extend(["--test", file]);
-    }
-    let mut calls = vec![cargo_arguments];
-    if ring == Ring::Library {
-        calls.push(vec!["test", "--locked", "--no-fail-fast", "--doc"]);
-    } else if files.is_empty() {
+    if ring != Ring::Library && files.is_empty() {
         bail!("the {} ring has no tests", ring.name());
     }
-    let mut tally = Tally::default();
-    let mut is_ok = true;
-    for call in calls {
-        let mut command = workspace::cargo(&call);
+    let call = |arguments: &[&str], files: &[&str]| {
+        let mut command = workspace::cargo(&["test", "--locked", "--no-fail-fast"]);
         command
+            .args(arguments)
+            .args(files.iter().flat_map(|file| ["--test", file]))
             .env("FORWARDER_TESTS_STRICT", "1")
             .env("FORWARDER_BIN", forwarder)
             .envs(surroundings.iter().cloned());
@@ -255,10 +272,28 @@ fn run_ring(
             command.arg("--").args(test_arguments);
         }
         if ring == Ring::Netns {
-            // Labs share the machine's names and its few cores; wrk's figures want it alone.
+            // Labs share the machine's few cores; wrk's figures want them alone.
             command.arg("--test-threads=1");
         }
-        is_ok &= run_tests(&mut command, &mut tally)?;
+        command
+    };
+    let all: Vec<&str> = files.iter().map(String::as_str).collect();
+    let mut tally = Tally::default();
+    let mut is_ok = true;
+    // All of a ring in one call, and always for the same packages: dependencies are then built once.
+    match ring {
+        Ring::Library => {
+            is_ok &= run_tests(&mut call(&["--lib", "--bins"], &all), &mut tally)?;
+            is_ok &= run_tests(&mut call(&["--doc"], &[]), &mut tally)?;
+        }
+        Ring::Netns => {
+            workspace::run(&mut call(&["--no-run"], &all))?;
+            let (together, alone): (Vec<_>, Vec<_>) =
+                all.into_iter().partition(|file| SIDE_BY_SIDE.contains(file));
+            is_ok &= run_side_by_side(&together, &|file| call(&[], &[file]), &mut tally)?;
+            is_ok &= run_tests(&mut call(&[], &alone), &mut tally)?;
+        }
+        _ => is_ok &= run_tests(&mut call(&[], &all), &mut tally)?,
     }
     if tally.passed == 0 && test_arguments.is_empty() {
         bail!("no test of the {} ring passed", ring.name());
@@ -312,6 +347,58 @@ fn run_tests(command: &mut Command, tally: &mut Tally) -> Result<bool> {
     Ok(child.wait()?.success())
 }
 
+/// Runs the tests of `files`, some files at a time, and shows what each has printed when it ends. Whether all succeeded.
+fn run_side_by_side(
+    files: &[&str],
+    call: &(impl Fn(&str) -> Command + Sync),
+    tally: &mut Tally,
+) -> Result<bool> {
+    let left: VecDeque<&str> = SIDE_BY_SIDE
+        .into_iter()
+        .filter(|file| files.contains(file))
+        .collect();
+    let left = Mutex::new(left);
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let shown = Mutex::new((tally, true));
+    let lane = || -> Result<()> {
+        while let Some(file) = next() {
+            let (text, is_ok) = run_quietly(call(file))?;
+            let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+            print!("{text}");
+            for line in text.lines() {
+                shown.0.add_line(line);
+            }
+            shown.1 &= is_ok;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let lanes: Vec<_> = (0..LANES).map(|_| scope.spawn(lane)).collect();
+        lanes.into_iter().try_for_each(|lane| {
+            lane.join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })?;
+    Ok(shown.into_inner().unwrap_or_else(PoisonError::into_inner).1)
+}
+
+/// Runs a command to its end: all that it printed, and whether it succeeded.
+fn run_quietly(mut command: Command) -> Result<(String, bool)> {
+    let shown = workspace::show(&command);
+    eprintln!("test: {shown}");
+    let (mut reader, writer) = io::pipe()?;
+    command.stdout(writer.try_clone()?).stderr(writer);
+    let mut child = command.spawn().with_context(|| format!("can't run {shown}"))?;
+    // It holds the pipe's other end.
+    drop(command);
+    let mut printed = Vec::new();
+    reader.read_to_end(&mut printed)?;
+    Ok((
+        String::from_utf8_lossy(&printed).into_owned(),
+        child.wait()?.success(),
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -325,6 +412,35 @@ mod tests {
         assert_eq!(Ring::of_file("package_lives"), Ring::Package);
         assert_eq!(Ring::of_file("pipeline_cases"), Ring::Library);
         assert_eq!(Ring::of_file("cli"), Ring::Library);
+    }
+
+    #[test]
+    fn whoever_runs_beside_others_is_there_and_once() {
+        let files = test_files(Ring::Netns).unwrap();
+        let once: BTreeSet<&str> = SIDE_BY_SIDE.into_iter().collect();
+        assert_eq!(once.len(), SIDE_BY_SIDE.len());
+        for file in once {
+            assert!(files.contains(file), "{file}");
+        }
+    }
+
+    #[test]
+    fn files_side_by_side_are_all_run_and_counted_and_a_failure_is_kept() {
+        let say = |file: &str| {
+            let mut command = Command::new("sh");
+            let passed = usize::from(file != "netns_rules");
+            let failed = 1 - passed;
+            command.args([
+                "-c",
+                &format!("echo 'test result: ok. {passed} passed; {failed} failed;'; exit {failed}"),
+            ]);
+            command
+        };
+        let mut tally = Tally::default();
+        assert!(run_side_by_side(&["netns_mtu", "netns_api", "netns_top"], &say, &mut tally).unwrap());
+        assert_eq!((tally.passed, tally.failed), (3, 0));
+        assert!(!run_side_by_side(&["netns_mtu", "netns_rules"], &say, &mut tally).unwrap());
+        assert_eq!((tally.passed, tally.failed), (4, 1));
     }
 
     #[test]
