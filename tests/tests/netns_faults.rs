@@ -89,6 +89,7 @@ fn part(stage: &Stage<'_>, is_rough: bool, length: Duration, seed: u64) -> Resul
                     .unwrap_or_else(|_| Err(anyhow!("a player panicked"))),
             );
         }
+        // Nothing is awaited: clients go on without faults.
         thread::sleep(CALM);
         is_watched.store(true, Ordering::Relaxed);
         let samples = watcher

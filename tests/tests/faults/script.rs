@@ -8,8 +8,8 @@ use std::{
     net::{SocketAddrV4, UdpSocket},
     path::PathBuf,
     sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -119,7 +119,9 @@ pub(crate) struct Stage<'a> {
     servers: Mutex<Vec<Witness>>,
     faults: Mutex<Vec<Fault>>,
     absences: Mutex<Vec<Span>>,
-    has_ended: AtomicBool,
+    has_ended: Mutex<bool>,
+    /// It has.
+    end: Condvar,
     /// How often the agent may be restarted until the table has room again: each time, flows without packets begin to
     /// wait anew, so a gateway whose agent is restarted every minute never gets rid of them.
     restarts: AtomicUsize,
@@ -139,6 +141,7 @@ fn span_from_now() -> Span {
     }
 }
 
+/// A pace of faults: nothing is awaited.
 fn rest(random: &mut StdRng, milliseconds: std::ops::Range<u64>) {
     thread::sleep(Duration::from_millis(random.random_range(milliseconds)));
 }
@@ -171,7 +174,8 @@ impl<'a> Stage<'a> {
             servers: Mutex::new(servers),
             faults: Mutex::default(),
             absences: Mutex::default(),
-            has_ended: AtomicBool::new(false),
+            has_ended: Mutex::new(false),
+            end: Condvar::new(),
             restarts: AtomicUsize::new(usize::MAX),
             launcher,
             clock,
@@ -194,15 +198,19 @@ impl<'a> Stage<'a> {
 
     /// Waits so long, or until somebody gives up.
     pub(crate) fn last(&self, length: Duration) {
-        let began = Instant::now();
-        while began.elapsed() < length && !self.has_ended.load(Ordering::Relaxed) {
-            thread::sleep(Duration::from_millis(100));
-        }
+        let ended = self
+            .end
+            .wait_timeout_while(lock(&self.has_ended), length, |has_ended| !*has_ended);
+        drop(ended.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn has_ended(&self) -> bool {
+        *lock(&self.has_ended)
     }
 
     /// There is another part.
     pub(crate) fn go_on(&self) {
-        self.has_ended.store(false, Ordering::Relaxed);
+        *lock(&self.has_ended) = false;
     }
 
     /// Another agent, with the setting of the beginning.
@@ -220,7 +228,8 @@ impl<'a> Stage<'a> {
 
     /// Nobody plays another card.
     pub(crate) fn end(&self) {
-        self.has_ended.store(true, Ordering::Relaxed);
+        *lock(&self.has_ended) = true;
+        self.end.notify_all();
     }
 
     /// All groups have all their servers.
@@ -273,7 +282,7 @@ impl<'a> Stage<'a> {
         play: impl Fn(&Self, C, &mut StdRng) -> Result<()>,
     ) -> Result<()> {
         let mut deck = Vec::new();
-        while !self.has_ended.load(Ordering::Relaxed) {
+        while !self.has_ended() {
             if deck.is_empty() {
                 deck = cards.to_vec();
                 deck.shuffle(&mut random);
@@ -434,7 +443,7 @@ impl<'a> Stage<'a> {
         };
         loop {
             self.last(Duration::from_millis(random.random_range(rests.clone())));
-            if self.has_ended.load(Ordering::Relaxed) {
+            if self.has_ended() {
                 return Ok(());
             }
             let outcome = self.fill_table().context("filling the table");
@@ -495,13 +504,14 @@ impl<'a> Stage<'a> {
             Ok(())
         });
         let began = Instant::now();
-        while is_full.is_ok() && !self.has_ended.load(Ordering::Relaxed) {
+        while is_full.is_ok() && !self.has_ended() {
             let used = used()?;
             if used < u64::from(MAX_FLOWS) / 2 {
                 self.over(fault);
                 return Ok(());
             }
             ensure!(began.elapsed() < LONG, "{used} bindings are still in use");
+            // The status is as of the last sweep, and nobody tells of the next.
             thread::sleep(Duration::from_millis(500));
         }
         if is_full.is_err() {

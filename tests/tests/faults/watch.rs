@@ -58,6 +58,7 @@ pub(crate) fn watch(stage: &Stage<'_>, has_ended: &AtomicBool) -> Result<Vec<Sam
             samples.push(sample(agent.pid())?);
             last = Some(metrics);
         }
+        // A pace: samples are compared over time.
         thread::sleep(PAUSE);
     }
     Ok(samples)
