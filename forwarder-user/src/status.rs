@@ -186,9 +186,18 @@ pub struct ListenerStatus {
     /// Flows that it may have at a time; none: as many as the table has room for.
     #[serde(default)]
     pub max_flows: Option<u32>,
+    /// When it answers SYNs with cookies: `always`, or beyond so many flows per second (`2000`); none: never.
+    #[serde(default)]
+    pub syn_cookies: Option<String>,
+    /// New flows that one prefix of clients may open per second; none: as many as it likes.
+    #[serde(default)]
+    pub source_rate: Option<u32>,
     /// SYNs that were answered with a cookie.
     #[serde(default)]
     pub cookies_sent: u64,
+    /// The same per second, of late. More than none is a flood, or a limit that is too low, unless it is always so.
+    #[serde(default)]
+    pub cookies_sent_rate: f64,
     /// Connections that were opened by a cookie that came back.
     #[serde(default)]
     pub cookies_accepted: u64,
@@ -200,6 +209,14 @@ pub struct ListenerStatus {
     pub flows_limited: u64,
     #[serde(flatten)]
     pub traffic: Traffic,
+}
+
+impl ListenerStatus {
+    /// Are there more new connections than it opens without cookies?
+    #[must_use]
+    pub fn is_flooded(&self) -> bool {
+        self.cookies_sent_rate > 0.0 && self.syn_cookies.as_deref() != Some("always")
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -278,6 +278,8 @@ struct Agent {
     tunnel_room: usize,
     sample: Sample,
     listener_rates: HashMap<ListenerId, Rates>,
+    /// SYN cookies per second.
+    cookie_rates: HashMap<ListenerId, f64>,
     backend_rates: HashMap<BackendId, Rates>,
     warnings: Vec<String>,
     /// Warnings about VLANs whose tags native XDP does not see.
@@ -610,6 +612,7 @@ impl Agent {
         let sample = self.read_sample()?;
         let elapsed = sample.taken_at - self.sample.taken_at;
         self.listener_rates = status::rates(&self.sample.listeners, &sample.listeners, elapsed);
+        self.cookie_rates = status::cookie_rates(&self.sample.listeners, &sample.listeners, elapsed);
         self.backend_rates = status::rates(&self.sample.backends, &sample.backends, elapsed);
         self.sample = sample;
         let refused = self.counters.reason(Reason::POOL_EXHAUSTED)?.packets;

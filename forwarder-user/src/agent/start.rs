@@ -192,6 +192,7 @@ impl Agent {
                 backends: HashMap::new(),
             },
             listener_rates: HashMap::new(),
+            cookie_rates: HashMap::new(),
             backend_rates: HashMap::new(),
             warnings: Vec::new(),
             hidden_tags,

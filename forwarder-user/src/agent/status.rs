@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, hash::Hash, time::Duration};
 
-use forwarder_common::abi::{counter::TrafficCounters, reason::DESCRIPTIONS};
+use forwarder_common::abi::{counter::TrafficCounters, listener::ListenerId, reason::DESCRIPTIONS};
 
 use super::Agent;
 use crate::{
@@ -64,7 +64,10 @@ impl Agent {
                 protocol: listener.protocol.name().to_owned(),
                 group: listener.group.clone(),
                 max_flows: listener.max_flows,
+                syn_cookies: listener.syn_cookies.map(|when| when.to_string()),
+                source_rate: listener.source_rate.map(|rate| rate.flows_per_second),
                 cookies_sent: counters.cookies_sent,
+                cookies_sent_rate: self.cookie_rates.get(&id).copied().unwrap_or_default(),
                 cookies_accepted: counters.cookies_accepted,
                 cookies_invalid: counters.cookies_invalid,
                 flows_limited: counters.flows_limited,
@@ -196,14 +199,31 @@ fn traffic(counters: &TrafficCounters, flows: FlowCount, rates: Rates) -> Traffi
     }
 }
 
+/// SYN cookies per second between two samples of listeners' counters.
+pub(super) fn cookie_rates(
+    before: &HashMap<ListenerId, TrafficCounters>,
+    after: &HashMap<ListenerId, TrafficCounters>,
+    elapsed: Duration,
+) -> HashMap<ListenerId, f64> {
+    let rate = |(id, after): (&ListenerId, &TrafficCounters)| {
+        let before = before.get(id).copied().unwrap_or_default();
+        let sent = after.cookies_sent.saturating_sub(before.cookies_sent);
+        (*id, per_second(sent, elapsed))
+    };
+    after.iter().map(rate).collect()
+}
+
+fn per_second(count: u64, elapsed: Duration) -> f64 {
+    count as f64 / elapsed.as_secs_f64().max(1e-3)
+}
+
 /// Rates between two samples of counters.
 pub(super) fn rates<K: Copy + Eq + Hash>(
     before: &HashMap<K, TrafficCounters>,
     after: &HashMap<K, TrafficCounters>,
     elapsed: Duration,
 ) -> HashMap<K, Rates> {
-    let per_second =
-        |before: u64, after: u64| after.saturating_sub(before) as f64 / elapsed.as_secs_f64().max(1e-3);
+    let per_second = |before: u64, after: u64| per_second(after.saturating_sub(before), elapsed);
     let rate = |key: &K, after: &TrafficCounters| {
         let before = before.get(key).copied().unwrap_or_default();
         Rates {

@@ -23,7 +23,8 @@ use crate::{
     datapath::left_behind::{self, LeftBehind},
     error::{EXIT_UNATTENDED, Error, Errors},
     status::{
-        BackendStatus, DiagnosisStatus, EjectionStatus, GroupStatus, PoolStatus, Rates, Status, TunnelStatus,
+        BackendStatus, DiagnosisStatus, EjectionStatus, GroupStatus, ListenerStatus, PoolStatus, Rates,
+        Status, TunnelStatus,
     },
 };
 
@@ -133,7 +134,7 @@ fn listeners(status: &Status) -> Vec<String> {
         ("OUT/S", Align::Right),
         ("REFUSED", Align::Right),
     ];
-    let row = |listener: &crate::status::ListenerStatus| {
+    let row = |listener: &ListenerStatus| {
         let traffic = &listener.traffic;
         let Rates {
             connections,
@@ -156,7 +157,40 @@ fn listeners(status: &Status) -> Vec<String> {
             traffic.connections_refused.to_string(),
         ]
     };
-    lines(columns, status.listeners.iter().map(row).collect())
+    let mut table = lines(columns, status.listeners.iter().map(row).collect()).into_iter();
+    let mut text: Vec<String> = table.next().into_iter().collect();
+    for (line, listener) in table.zip(&status.listeners) {
+        text.push(line);
+        text.extend(guards(listener).into_iter().map(|guard| format!("  {guard}")));
+    }
+    text
+}
+
+/// What cookies and a rate for sources do for a listener, if it has any.
+pub(crate) fn guards(listener: &ListenerStatus) -> Vec<String> {
+    let mut text = Vec::new();
+    if let Some(when) = &listener.syn_cookies {
+        let when = match when.as_str() {
+            "always" => "always".to_owned(),
+            above => format!("beyond {above} flows/s"),
+        };
+        let now = match listener.cookies_sent_rate {
+            none if none == 0.0 => "none".to_owned(),
+            sent => format!("{}/s", rate(sent)),
+        };
+        let flood = if listener.is_flooded() { ", a flood" } else { "" };
+        text.push(format!(
+            "SYN cookies {when}: {now} now{flood}; {} sent, {} accepted, {} refused",
+            listener.cookies_sent, listener.cookies_accepted, listener.cookies_invalid
+        ));
+    }
+    if let Some(most) = listener.source_rate {
+        text.push(format!(
+            "at most {most} new flows/s of a source: {} dropped",
+            listener.flows_limited
+        ));
+    }
+    text
 }
 
 fn group_title(group: &GroupStatus) -> String {
@@ -456,6 +490,27 @@ mod tests {
     #[test]
     fn the_text_is_as_expected() {
         assert_same_as_file("tests/golden/status/text.txt", &(plain(&sample()) + "\n"));
+    }
+
+    #[test]
+    fn guards_of_a_listener_are_told_where_it_has_them() {
+        let mut status = sample();
+        let [dns, web] = status.listeners.as_mut_slice() else {
+            panic!("two listeners");
+        };
+        assert_eq!(guards(dns), Vec::<String>::new());
+        assert_eq!(
+            guards(web),
+            [
+                "SYN cookies beyond 2000 flows/s: 2700/s now, a flood; 81000 sent, 900 accepted, 14 refused",
+                "at most 100 new flows/s of a source: 7 dropped",
+            ]
+        );
+        web.cookies_sent_rate = 0.0;
+        assert!(guards(web)[0].starts_with("SYN cookies beyond 2000 flows/s: none now; 81000 sent"));
+        // Who always sends cookies is not under a flood for that.
+        (web.syn_cookies, web.cookies_sent_rate) = (Some("always".to_owned()), 0.5);
+        assert!(guards(web)[0].starts_with("SYN cookies always: 0.5/s now; 81000 sent"));
     }
 
     #[test]

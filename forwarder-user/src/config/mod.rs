@@ -476,6 +476,15 @@ pub enum SynCookies {
     Above(u32),
 }
 
+impl fmt::Display for SynCookies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Always => f.write_str("always"),
+            Self::Above(flows_per_second) => flows_per_second.fmt(f),
+        }
+    }
+}
+
 /// How fast the clients of one prefix may open flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SourceRate {

@@ -233,9 +233,15 @@ function drawTopology(status) {
     link("clients", `listener ${one.name}`, packets(one));
     link(`listener ${one.name}`, `group ${one.group}`, packets(one));
     const more = one.vips.length > 1 ? ` +${one.vips.length - 1}` : "";
+    const title = [`${one.vips.join(", ")} port ${one.port}/${one.protocol}`];
+    if (one.syn_cookies) title.push(`SYN cookies: ${whole(one.cookies_sent)} sent, ${whole(one.cookies_accepted)} accepted, ${whole(one.cookies_invalid)} refused`);
+    if (one.source_rate) title.push(`${whole(one.flows_limited)} new flows dropped, of sources with more than ${whole(one.source_rate)} per second`);
+    // Always is no news; beyond a limit is a flood.
+    const isFlooded = one.cookies_sent_rate > 0 && one.syn_cookies !== "always";
+    const flood = isFlooded ? ` · SYN flood, ${short(one.cookies_sent_rate)} cookies/s` : "";
     return {
-      key: `listener ${one.name}`, name: one.name, title: `${one.vips.join(", ")} port ${one.port}/${one.protocol}`,
-      text: `${endpoint(one.vip, one.port)}/${one.protocol}${more}`, rate: pace(packets(one)),
+      key: `listener ${one.name}`, name: one.name, title: title.join("\n"), tone: isFlooded ? "warn" : "", state: isFlooded ? "flooded" : "",
+      text: `${endpoint(one.vip, one.port)}/${one.protocol}${more}${flood}`, rate: pace(packets(one)),
     };
   }));
   const backends = [];

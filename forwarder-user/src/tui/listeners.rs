@@ -7,7 +7,7 @@ use super::{
     sheet::{Entry, Sheet, plain, quiet_zero},
 };
 use crate::{
-    cli::status::{byte_rate, rate},
+    cli::status::{byte_rate, guards, rate},
     config::address::all_at_port,
     status::Status,
 };
@@ -28,7 +28,7 @@ pub(super) fn sheet(status: &Status) -> Sheet {
                 quiet_zero(traffic.connections_refused.to_string()),
             ],
             trend: Trend::Listener(listener.name.clone()),
-            detail: vec![format!(
+            detail: [format!(
                 "opened {}, answered {}, rejected {}, refused {}; resets: {} by clients, {} by backends, {} by the gateway",
                 traffic.connections_opened,
                 traffic.connections_answered,
@@ -37,7 +37,10 @@ pub(super) fn sheet(status: &Status) -> Sheet {
                 traffic.client_resets,
                 traffic.backend_resets,
                 traffic.gateway_resets,
-            )],
+            )]
+            .into_iter()
+            .chain(guards(listener))
+            .collect(),
         }
     });
     Sheet {

@@ -431,6 +431,16 @@ mod tests {
     }
 
     #[test]
+    fn a_flood_is_told_when_its_listener_is_chosen() {
+        let mut dashboard = dashboard();
+        assert!(!drawn(&mut dashboard, 110, 26).contains("SYN cookies"));
+        press(&mut dashboard, KeyCode::End);
+        let text = drawn(&mut dashboard, 110, 26);
+        assert!(text.contains("2700/s now, a flood; 81000 sent"), "{text}");
+        assert!(text.contains("7 dropped"), "{text}");
+    }
+
+    #[test]
     fn a_backend_in_trouble_is_explained_when_it_is_chosen() {
         let mut dashboard = dashboard();
         press(&mut dashboard, KeyCode::Char('2'));
