@@ -27,7 +27,11 @@ use forwarder_common::{
             PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
         },
     },
-    datapath::{Gauge, Tables, TrafficEvent, Walk, backend, fragment, handshake, open, rate},
+    datapath::{
+        Gauge, Tables, TrafficEvent, Walk, backend, fragment, handshake,
+        hint::{Fingerprint, Hints},
+        open, rate,
+    },
 };
 
 use crate::packet::SCRATCH_WORDS;
@@ -73,6 +77,12 @@ static TUNNEL_PEERS: Array<TunnelPeer, 1> = Array::new();
 static FLOW_INDEX: HashMap<FlowKeyV4, FlowReference, 1> = HashMap::new();
 #[btf_map]
 static FLOW_INDEX_V6: HashMap<FlowKey, FlowReference, 1> = HashMap::new();
+#[btf_map]
+static FLOW_HINTS: Array<Hints, 1> = Array::new();
+/// Number of the last bucket; there are a power of two. The agent sets it before loading, so it is a constant to the
+/// kernel's compiler.
+#[unsafe(no_mangle)]
+static LAST_HINTS: u32 = 0;
 #[btf_map]
 static FLOWS: Array<FlowEntry, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
@@ -460,6 +470,16 @@ impl Tables for KernelTables {
         // SAFETY: array elements live as long as the program. Another CPU may write the same entry: fields
         // are plain integers written whole, and none is trusted for memory safety.
         FLOWS.get_ptr_mut(id.0).map(|entry| unsafe { &mut *entry })
+    }
+
+    #[inline(always)]
+    fn hints(&mut self, fingerprint: Fingerprint) -> Option<&mut Hints> {
+        // SAFETY: a constant that is set before the program is loaded, which the compiler must not know.
+        let last = unsafe { core::ptr::read_volatile(&raw const LAST_HINTS) };
+        // SAFETY: as for `flow`.
+        FLOW_HINTS
+            .get_ptr_mut(fingerprint.bucket() & last)
+            .map(|hints| unsafe { &mut *hints })
     }
 
     #[inline(always)]

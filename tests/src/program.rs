@@ -297,6 +297,7 @@ impl Kernel {
         self.set_array(map_name::HANDSHAKES, &tables.handshakes)?;
         self.set_hash(map_name::SOURCE_RATES, &tables.source_rates)?;
         self.set_array(map_name::FLOWS, &tables.flows)?;
+        self.set_array(map_name::FLOW_HINTS, &tables.hints)?;
         if self.held > 0 {
             self.drain_held_fragments()?;
         }

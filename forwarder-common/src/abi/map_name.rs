@@ -24,6 +24,10 @@ pub const BACKENDS: &str = "BACKENDS";
 pub const FLOW_INDEX: &str = "FLOW_INDEX";
 /// Hash from `FlowKey` to `FlowReference`, for IPv6.
 pub const FLOW_INDEX_V6: &str = "FLOW_INDEX_V6";
+/// Array of `datapath::hint::Hints`.
+pub const FLOW_HINTS: &str = "FLOW_HINTS";
+/// Number of the last of them, which the programs know when they are loaded.
+pub const LAST_HINTS: &str = "LAST_HINTS";
 /// Array of `FlowEntry`, mapped into the agent's memory.
 pub const FLOWS: &str = "FLOWS";
 /// Queue of free `FlowId`; the agent fills it with all there are.

@@ -34,6 +34,8 @@ use crate::{
     wire::{LinkPair, WireHeader, checksum::Delta},
 };
 
+use hint::{Fingerprint, Hints};
+
 pub mod admission;
 pub mod arp;
 pub mod backend;
@@ -45,6 +47,7 @@ pub mod flow;
 pub mod fragment;
 pub mod handshake;
 pub mod hash;
+pub mod hint;
 pub mod icmp;
 pub mod icmp_error;
 pub mod inquiry;
@@ -468,6 +471,11 @@ pub trait Tables {
         self.flow_reference(key)
     }
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
+    /// The bucket that may have a hint at the flow of these packets; `None`: there are no hints.
+    #[inline(always)]
+    fn hints(&mut self, _fingerprint: Fingerprint) -> Option<&mut Hints> {
+        None
+    }
     /// Inserts unless the key exists; `false`: it does, or there is no room.
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool;
     fn remove_flow_reference(&mut self, key: &FlowKey);

@@ -7,7 +7,10 @@ use aya::{
     maps::{Array, MapData, MapInfo},
     programs::{ProgramError, SchedClassifier, Xdp},
 };
-use forwarder_common::abi::{ABI_VERSION, map_name, settings::Settings};
+use forwarder_common::{
+    abi::{ABI_VERSION, map_name, settings::Settings},
+    datapath::hint,
+};
 use nix::errno::Errno;
 
 use super::{pin::PinDirectory, pod::AsPod};
@@ -112,9 +115,11 @@ impl Sizes {
 
     /// Number of entries by name of the map.
     pub fn entries(mut self) -> Vec<(&'static str, u32)> {
+        let hints = hint::buckets(self.flows);
         self.maps()
             .into_iter()
             .flat_map(|(size, maps)| maps.iter().map(move |map| (*map, *size)))
+            .chain([(map_name::FLOW_HINTS, hints)])
             .collect()
     }
 }
@@ -281,7 +286,8 @@ fn abi_version(pins: &PinDirectory) -> Result<Option<u32>, Error> {
 /// # Errors
 /// When the kernel refuses: with its own words, and what to do about the usual causes.
 pub fn load(sizes: &Sizes) -> Result<Ebpf, Error> {
-    finish(&mut loader(sizes))
+    let last_hints = hint::buckets(sizes.flows) - 1;
+    finish(&mut loader(sizes, &last_hints))
 }
 
 /// As [`load`], on pinned maps; maps that are not there yet are made and pinned. `free_list` is the path of a list
@@ -291,7 +297,8 @@ pub fn load(sizes: &Sizes) -> Result<Ebpf, Error> {
 /// As for [`load`].
 pub fn load_pinned(sizes: &Sizes, pins: &PinDirectory, free_list: &Path) -> Result<Ebpf, Error> {
     let maps = layout()?;
-    let mut loader = loader(sizes);
+    let last_hints = hint::buckets(sizes.flows) - 1;
+    let mut loader = loader(sizes, &last_hints);
     for map in &maps {
         let path = if map.name == map_name::FREE_FLOWS {
             free_list.to_owned()
@@ -303,8 +310,9 @@ pub fn load_pinned(sizes: &Sizes, pins: &PinDirectory, free_list: &Path) -> Resu
     finish(&mut loader)
 }
 
-fn loader(sizes: &Sizes) -> EbpfLoader<'static> {
+fn loader<'a>(sizes: &Sizes, last_hints: &'a u32) -> EbpfLoader<'a> {
     let mut loader = EbpfLoader::new();
+    loader.override_global(map_name::LAST_HINTS, last_hints, true);
     for (name, entries) in sizes.entries() {
         loader.map_max_entries(name, entries);
     }
