@@ -24,7 +24,7 @@ const FACTORS: [u64; 5] = [
 /// What is compared instead of a key: of two keys the same once in 2³², within a bucket.
 ///
 /// Not seeded. Who finds keys that share a bucket makes their packets ask the index, as all packets would without hints.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Fingerprint(u64);
 
 impl Fingerprint {
@@ -198,17 +198,18 @@ mod tests {
         );
     }
 
-    /// As balls thrown at random: of a Poisson distribution with the mean 2, 5.3 % are above 4.
+    /// No worse than thrown at random: of a Poisson distribution with the mean 2, 5.3 % are above 4.
     fn check_spread(fingerprints: impl Iterator<Item = Fingerprint>) {
-        let mut counts = vec![0_u32; 1 << 15];
+        const BUCKETS: usize = 1 << 15;
+        let mut counts = vec![0_u32; BUCKETS];
         let mut tags = HashSet::new();
         for fingerprint in fingerprints {
-            counts[fingerprint.bucket() as usize % counts.len()] += 1;
+            counts[fingerprint.bucket() as usize % BUCKETS] += 1;
             tags.insert(fingerprint);
         }
         assert_eq!(tags.len(), 1 << 16, "all differ");
         let full = counts.iter().filter(|count| **count > WAYS as u32).count();
-        assert!((1_500..2_000).contains(&full), "{full} of 32768 buckets run over");
+        assert!(full < 2_000, "{full} of 32768 buckets run over");
     }
 
     #[test]
