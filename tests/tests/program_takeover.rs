@@ -1,5 +1,8 @@
 //! Ring 2: the list of free flows while an agent takes over from another.
 
+// Helpers of tests, which clippy does not know as such.
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;

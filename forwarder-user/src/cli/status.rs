@@ -175,7 +175,7 @@ pub(crate) fn guards(listener: &ListenerStatus) -> Vec<String> {
             above => format!("beyond {above} flows/s"),
         };
         let now = match listener.cookies_sent_rate {
-            none if none == 0.0 => "none".to_owned(),
+            0.0 => "none".to_owned(),
             sent => format!("{}/s", rate(sent)),
         };
         let flood = if listener.is_flooded() { ", a flood" } else { "" };
