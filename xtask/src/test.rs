@@ -38,7 +38,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Ring {
+pub(crate) enum Ring {
     /// Ring 1: the data path as a library, the agent's logic, its command line
     Library,
     /// Ring 2: the same packets through the kernel's programs; needs the right to load BPF
@@ -274,7 +274,7 @@ fn run_ring(
 }
 
 /// Names of the ring's files of integration tests, in any crate of the workspace.
-fn test_files(ring: Ring) -> Result<BTreeSet<String>> {
+pub(crate) fn test_files(ring: Ring) -> Result<BTreeSet<String>> {
     let mut files = BTreeSet::new();
     for package in ["forwarder-common", "forwarder-user", "tests", "xtask"] {
         let folder = workspace::root().join(package).join("tests");
