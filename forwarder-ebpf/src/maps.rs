@@ -5,7 +5,7 @@
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, RingBuf, lpm_trie::Key},
-    helpers::generated::bpf_ktime_get_coarse_ns,
+    helpers::generated::{bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns},
     macros::btf_map,
     maps::ring_buf::RingBufEntry,
 };
@@ -13,7 +13,7 @@ use forwarder_common::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
         capture::{CaptureFilter, CaptureRoom, CapturedPacket},
-        counter::{IcmpBudget, ReasonCounters, TrafficCounters},
+        counter::{CarriedCounters, EventCounters, IcmpBudget, ReasonCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         fragment::{FragmentFlow, FragmentKey, HeldPacket},
         handshake::{Handshake, SynBudget},
@@ -27,7 +27,11 @@ use forwarder_common::{
             PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelPeer, TunnelPort,
         },
     },
-    datapath::{Gauge, Tables, TrafficEvent, Walk, backend, fragment, handshake, open, rate},
+    datapath::{
+        Gauge, Tables, TrafficEvent, Walk, backend, fragment, handshake,
+        hint::{Fingerprint, Hints},
+        open, rate,
+    },
 };
 
 use crate::packet::SCRATCH_WORDS;
@@ -74,6 +78,12 @@ static FLOW_INDEX: HashMap<FlowKeyV4, FlowReference, 1> = HashMap::new();
 #[btf_map]
 static FLOW_INDEX_V6: HashMap<FlowKey, FlowReference, 1> = HashMap::new();
 #[btf_map]
+static FLOW_HINTS: Array<Hints, 1> = Array::new();
+/// Number of the last bucket; there are a power of two. The agent sets it before loading, so it is a constant to the
+/// kernel's compiler.
+#[unsafe(no_mangle)]
+static LAST_HINTS: u32 = 0;
+#[btf_map]
 static FLOWS: Array<FlowEntry, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
 static FREE_FLOWS: Queue<FlowId, 1> = Queue::new();
@@ -88,9 +98,18 @@ static HANDSHAKES: Array<Handshake, 1> = Array::new();
 #[btf_map]
 static SOURCE_RATES: LruHashMap<SourceRateKey, SourceRate, 1> = LruHashMap::new();
 #[btf_map]
-static LISTENER_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
+static LISTENER_CARRY: Array<CarriedCounters, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
-static BACKEND_COUNT: PerCpuArray<TrafficCounters, 1> = PerCpuArray::new();
+static BACKEND_CARRY: Array<CarriedCounters, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+/// As `LAST_HINTS`.
+#[unsafe(no_mangle)]
+static LISTENERS_A_CPU: u32 = 0;
+#[unsafe(no_mangle)]
+static BACKENDS_A_CPU: u32 = 0;
+#[btf_map]
+static LISTENER_EVENTS: PerCpuArray<EventCounters, 1> = PerCpuArray::new();
+#[btf_map]
+static BACKEND_EVENTS: PerCpuArray<EventCounters, 1> = PerCpuArray::new();
 #[btf_map]
 static REASON_COUNT: PerCpuArray<ReasonCounters, { Reason::COUNT }> = PerCpuArray::new();
 
@@ -168,6 +187,20 @@ fn trie_key<K>(key: &K) -> &Key<[u32; 5]> {
     const { assert!(size_of::<K>() == size_of::<Key<[u32; 5]>>()) };
     // SAFETY: the same size, alignment 1, plain integers on both sides.
     unsafe { &*core::ptr::from_ref(key).cast() }
+}
+
+/// A constant that the agent sets before loading; Rust's compiler must not believe what it is now.
+#[inline(always)]
+fn constant(of: &'static u32) -> u32 {
+    // SAFETY: a reference is valid.
+    unsafe { core::ptr::read_volatile(of) }
+}
+
+/// The CPU that the program runs on, until it ends.
+#[inline(always)]
+fn cpu() -> u32 {
+    // SAFETY: a helper without parameters.
+    unsafe { bpf_get_smp_processor_id() }
 }
 
 /// Flows that count against a limit.
@@ -463,6 +496,14 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn hints(&mut self, fingerprint: Fingerprint) -> Option<&mut Hints> {
+        // SAFETY: as for `flow`.
+        FLOW_HINTS
+            .get_ptr_mut(fingerprint.bucket() & constant(&LAST_HINTS))
+            .map(|hints| unsafe { &mut *hints })
+    }
+
+    #[inline(always)]
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool {
         let flags = u64::from(BPF_NOEXIST);
         if key.is_v4() {
@@ -558,15 +599,27 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn count_listener(&mut self, id: ListenerId, event: TrafficEvent) {
-        if let Some(counters) = LISTENER_COUNT.get_ptr_mut(id.0) {
+        if let Some(counters) = LISTENER_CARRY.get_ptr_mut(id.0 + cpu() * constant(&LISTENERS_A_CPU)) {
             // SAFETY: this CPU's own element; programs of one hook are not preempted by each other here.
+            unsafe { &mut *counters }.add(event);
+        }
+        if !event.is_carried_only()
+            && let Some(counters) = LISTENER_EVENTS.get_ptr_mut(id.0)
+        {
+            // SAFETY: as above.
             unsafe { &mut *counters }.add(event);
         }
     }
 
     #[inline(always)]
     fn count_backend(&mut self, id: BackendId, event: TrafficEvent) {
-        if let Some(counters) = BACKEND_COUNT.get_ptr_mut(id.0) {
+        if let Some(counters) = BACKEND_CARRY.get_ptr_mut(id.0 + cpu() * constant(&BACKENDS_A_CPU)) {
+            // SAFETY: as for `count_listener`.
+            unsafe { &mut *counters }.add(event);
+        }
+        if !event.is_carried_only()
+            && let Some(counters) = BACKEND_EVENTS.get_ptr_mut(id.0)
+        {
             // SAFETY: as for `count_listener`.
             unsafe { &mut *counters }.add(event);
         }

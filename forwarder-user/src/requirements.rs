@@ -21,7 +21,7 @@ use serde::Serialize;
 
 use crate::{
     config::{Config, NatMode, PerFamily, Ports},
-    datapath::object::{MapLayout, Sizes},
+    datapath::object::{MapLayout, Sizes, copies},
 };
 
 /// All of it.
@@ -111,7 +111,7 @@ impl Requirements {
         sizes: &Sizes,
         layout: &[MapLayout],
         addresses: &BTreeMap<String, Vec<IpNet>>,
-        cpus: u64,
+        cpus: u32,
     ) -> Self {
         let tables: Vec<_> = layout.iter().map(|map| table(map, sizes, cpus)).collect();
         Self {
@@ -197,17 +197,18 @@ const RINGBUF_EXTRA_BYTES: u64 = 4 * 4096;
 /// `struct lpm_trie_node` without the key's data and the value; an entry may need an intermediate node as well.
 const LPM_NODE_BYTES: u64 = 40;
 
-fn table(map: &MapLayout, sizes: &Sizes, cpus: u64) -> TableNeeds {
+fn table(map: &MapLayout, sizes: &Sizes, cpus: u32) -> TableNeeds {
     let entries = sizes
         .entries()
         .into_iter()
         .find(|(name, _)| *name == map.name)
         .map_or(map.entries, |(_, entries)| entries);
     let (count, key, value) = (
-        u64::from(entries),
+        u64::from(entries) * u64::from(copies(&map.name, cpus)),
         u64::from(map.key_bytes),
         u64::from(map.value_bytes),
     );
+    let cpus = u64::from(cpus);
     let padded = value.next_multiple_of(8);
     let hash = |elements: u64| {
         elements * (HASH_ELEMENT_BYTES + key.next_multiple_of(8) + padded)

@@ -28,7 +28,7 @@ use aya::{
 use bytemuck::{Pod, Zeroable};
 use forwarder_common::{
     abi::{
-        counter::{ReasonCounters, TrafficCounters},
+        counter::{CarriedCounters, EventCounters, ReasonCounters, TrafficCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         fragment::{FragmentFlow, FragmentKey},
         handshake::Handshake,
@@ -54,6 +54,9 @@ use crate::tables::{
     BEHIND_ROUTER, FORBIDDEN, LINKS, Live, MemoryTables, NEIGHBOURS, Program, ROUTER, SIZES, in_v6,
 };
 
+/// The two maps of [`TrafficCounters`].
+const LISTENER_MAPS: [&str; 2] = [map_name::LISTENER_CARRIED, map_name::LISTENER_EVENTS];
+const BACKEND_MAPS: [&str; 2] = [map_name::BACKEND_CARRIED, map_name::BACKEND_EVENTS];
 /// Set to 1 where a test that cannot run has to fail.
 const STRICT_VARIABLE: &str = "FORWARDER_TESTS_STRICT";
 
@@ -297,6 +300,7 @@ impl Kernel {
         self.set_array(map_name::HANDSHAKES, &tables.handshakes)?;
         self.set_hash(map_name::SOURCE_RATES, &tables.source_rates)?;
         self.set_array(map_name::FLOWS, &tables.flows)?;
+        self.set_array(map_name::FLOW_HINTS, &tables.hints)?;
         if self.held > 0 {
             self.drain_held_fragments()?;
         }
@@ -306,8 +310,8 @@ impl Kernel {
             queue.push(AsPod(*id), 0)?;
         }
         self.set_counters(map_name::ICMP_BUDGET, &[tables.icmp_budget])?;
-        self.set_counters(map_name::LISTENER_COUNTERS, &tables.listener_counters)?;
-        self.set_counters(map_name::BACKEND_COUNTERS, &tables.backend_counters)?;
+        self.set_traffic(LISTENER_MAPS, &tables.listener_counters)?;
+        self.set_traffic(BACKEND_MAPS, &tables.backend_counters)?;
         self.set_counters(map_name::REASON_COUNTERS, &tables.reason_counters)
     }
 
@@ -327,12 +331,8 @@ impl Kernel {
             fragments: self.hash::<FragmentKey, FragmentFlow>(map_name::FRAGMENTS)?,
             listeners_live: self.array::<Live>(map_name::LISTENER_LIVE)?,
             backends_live: self.array::<Live>(map_name::BACKEND_LIVE)?,
-            listener_counters: self.counters::<TrafficCounters, 15>(
-                map_name::LISTENER_COUNTERS,
-                tables.listener_counters.len(),
-            )?,
-            backend_counters: self
-                .counters::<TrafficCounters, 15>(map_name::BACKEND_COUNTERS, tables.backend_counters.len())?,
+            listener_counters: self.traffic(LISTENER_MAPS, tables.listener_counters.len())?,
+            backend_counters: self.traffic(BACKEND_MAPS, tables.backend_counters.len())?,
             reason_counters: self.reason_counters()?,
             ..tables.clone()
         })
@@ -517,6 +517,38 @@ impl Kernel {
             array.set(index, PerCpuValues::try_from(per_cpu)?, 0)?;
         }
         Ok(())
+    }
+
+    fn set_traffic(&mut self, [carried, events]: [&str; 2], values: &[TrafficCounters]) -> Result<()> {
+        let parts = |value: &TrafficCounters| {
+            let mut value = *value;
+            let (carried, events) = value.parts();
+            (*carried, *events)
+        };
+        let (first, rest): (Vec<_>, Vec<_>) = values.iter().map(parts).unzip();
+        let mut array: Array<_, AsPod<CarriedCounters>> = Array::try_from(self.map(carried)?)?;
+        // As many for each CPU; all of it is the first one's.
+        for index in 0..array.len() {
+            let value = first.get(index as usize).copied().unwrap_or_default();
+            array.set(index, AsPod(value), 0)?;
+        }
+        self.set_counters(events, &rest)
+    }
+
+    /// The first `count` values of each CPU, summed.
+    fn traffic(&mut self, [carried, events]: [&str; 2], count: usize) -> Result<Vec<TrafficCounters>> {
+        let all = self.array::<CarriedCounters>(carried)?;
+        let events = self.counters::<EventCounters, 11>(events, count)?;
+        let per_cpu = all.len() / nr_cpus().map_err(|(_, error)| error)?;
+        let mut sums = Vec::new();
+        for (index, events) in events.into_iter().enumerate() {
+            let mut sum = TrafficCounters::new(CarriedCounters::default(), events);
+            for carried in all.iter().skip(index).step_by(per_cpu) {
+                sum.add_all(&TrafficCounters::new(*carried, EventCounters::default()));
+            }
+            sums.push(sum);
+        }
+        Ok(sums)
     }
 
     /// The first `count` values, summed over the CPUs; a value consists of `WORDS` counters.

@@ -31,7 +31,10 @@ use forwarder_common::{
         snat::SnatRange,
         tunnel::{PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHopKey, TunnelPeer, TunnelPort},
     },
-    datapath::{Env, Gauge, Hook, Outcome, Packet, Route, Tables, TrafficEvent, Walk, express},
+    datapath::{
+        Env, Gauge, Hook, Outcome, Packet, Route, Tables, TrafficEvent, Walk, express,
+        hint::{self, Fingerprint, Hints},
+    },
     wire::{Be16, IpAddress, LinkPair, MacAddress},
 };
 use forwarder_user::{
@@ -87,6 +90,8 @@ pub struct MemoryTables {
     /// How many keys the flow index holds.
     pub flow_keys: usize,
     pub flows: Vec<FlowEntry>,
+    /// A power of two, or none.
+    pub hints: Vec<Hints>,
     pub free_flows: VecDeque<FlowId>,
     pub listeners_live: Vec<Live>,
     pub backends_live: Vec<Live>,
@@ -128,6 +133,7 @@ impl Default for MemoryTables {
             flow_index: HashMap::new(),
             flow_keys: SIZES.flow_keys as usize,
             flows: vec![FlowEntry::zeroed(); SIZES.flows as usize],
+            hints: vec![Hints::default(); hint::buckets(SIZES.flows) as usize],
             free_flows: (0..SIZES.flows).map(FlowId).collect(),
             listeners_live: vec![Live(0); SIZES.listeners as usize],
             backends_live: vec![Live(0); SIZES.backends as usize],
@@ -605,6 +611,11 @@ impl Tables for MemoryTables {
 
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry> {
         self.flows.get_mut(id.0 as usize)
+    }
+
+    fn hints(&mut self, fingerprint: Fingerprint) -> Option<&mut Hints> {
+        let last = self.hints.len().wrapping_sub(1);
+        self.hints.get_mut(fingerprint.bucket() as usize & last)
     }
 
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool {

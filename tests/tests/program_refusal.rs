@@ -14,7 +14,7 @@ use bytemuck::{Pod, Zeroable as _};
 use forwarder_common::{
     abi::{
         backend::{BackendId, GroupId},
-        counter::TrafficCounters,
+        counter::EventCounters,
         interface::Interface,
         tunnel::{
             PeerId, TunnelEndpoint, TunnelEndpointKey, TunnelHop, TunnelHopKey, TunnelKind, TunnelPeer,
@@ -340,10 +340,11 @@ fn whichever_write_the_kernel_refuses_its_maps_are_what_they_were() {
 /// Flows that a backend has opened.
 fn count(counters: &mut CounterMaps, id: BackendId, flows_opened: u64) {
     let cpus = aya::util::nr_cpus().unwrap();
-    let mut values = vec![AsPod(TrafficCounters::default()); cpus];
+    let mut values = vec![AsPod(EventCounters::default()); cpus];
     values[0].0.flows_opened = flows_opened;
     counters
         .backends
+        .events
         .set(id.0, PerCpuValues::try_from(values).unwrap(), 0)
         .unwrap();
 }

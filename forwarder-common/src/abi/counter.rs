@@ -2,15 +2,16 @@
 
 use bytemuck::{Pod, Zeroable};
 
-/// What is counted per listener and per backend. Bytes are IP bytes: header and payload, no link header.
+/// What is counted per listener and per backend: [`CarriedCounters`] and [`EventCounters`], in this order. Bytes are IP
+/// bytes: header and payload, no link header.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 pub struct TrafficCounters {
-    pub flows_opened: u64,
     pub request_packets: u64,
     pub request_bytes: u64,
     pub reply_packets: u64,
     pub reply_bytes: u64,
+    pub flows_opened: u64,
     /// TCP resets that came from clients.
     pub client_resets: u64,
     /// TCP resets that came from backends.
@@ -32,6 +33,66 @@ pub struct TrafficCounters {
     pub cookies_invalid: u64,
     /// New flows that came too fast from one prefix of clients.
     pub flows_limited: u64,
+}
+
+/// What every packet is counted in: as short as can be, so that those of many backends stay in a CPU's cache.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct CarriedCounters {
+    pub request_packets: u64,
+    pub request_bytes: u64,
+    pub reply_packets: u64,
+    pub reply_bytes: u64,
+}
+
+/// What few packets are counted in; see [`TrafficCounters`].
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct EventCounters {
+    pub flows_opened: u64,
+    pub client_resets: u64,
+    pub backend_resets: u64,
+    pub flows_refused: u64,
+    pub gateway_resets: u64,
+    pub flows_answered: u64,
+    pub flows_rejected: u64,
+    pub cookies_sent: u64,
+    pub cookies_accepted: u64,
+    pub cookies_invalid: u64,
+    pub flows_limited: u64,
+}
+
+/// Numbers of each.
+const CARRIED: usize = size_of::<CarriedCounters>() / 8;
+const EVENTS: usize = size_of::<EventCounters>() / 8;
+
+impl TrafficCounters {
+    /// Of both parts.
+    pub fn new(carried: CarriedCounters, events: EventCounters) -> Self {
+        let mut words = [0; CARRIED + EVENTS];
+        words[..CARRIED].copy_from_slice(&bytemuck::cast::<_, [u64; CARRIED]>(carried));
+        words[CARRIED..].copy_from_slice(&bytemuck::cast::<_, [u64; EVENTS]>(events));
+        bytemuck::cast(words)
+    }
+
+    /// Both parts.
+    pub fn parts(&mut self) -> (&mut CarriedCounters, &mut EventCounters) {
+        let words: &mut [u64; CARRIED + EVENTS] = bytemuck::cast_mut(self);
+        let (carried, events) = words.split_at_mut(CARRIED);
+        (
+            bytemuck::from_bytes_mut(bytemuck::cast_slice_mut(carried)),
+            bytemuck::from_bytes_mut(bytemuck::cast_slice_mut(events)),
+        )
+    }
+
+    /// Adds what another counts; wraps around after centuries.
+    pub fn add_all(&mut self, other: &Self) {
+        let words: &mut [u64; CARRIED + EVENTS] = bytemuck::cast_mut(self);
+        let others: &[u64; CARRIED + EVENTS] = bytemuck::cast_ref(other);
+        for (word, other) in words.iter_mut().zip(others) {
+            *word = word.wrapping_add(*other);
+        }
+    }
 }
 
 /// ICMP messages of our own in the current second, per CPU.

@@ -24,6 +24,10 @@ pub const BACKENDS: &str = "BACKENDS";
 pub const FLOW_INDEX: &str = "FLOW_INDEX";
 /// Hash from `FlowKey` to `FlowReference`, for IPv6.
 pub const FLOW_INDEX_V6: &str = "FLOW_INDEX_V6";
+/// Array of `datapath::hint::Hints`.
+pub const FLOW_HINTS: &str = "FLOW_HINTS";
+/// Number of the last of them, which the programs know when they are loaded.
+pub const LAST_HINTS: &str = "LAST_HINTS";
 /// Array of `FlowEntry`, mapped into the agent's memory.
 pub const FLOWS: &str = "FLOWS";
 /// Queue of free `FlowId`; the agent fills it with all there are.
@@ -42,10 +46,20 @@ pub const TUNNEL_PEERS: &str = "TUNNEL_PEERS";
 pub const LISTENER_LIVE: &str = "LISTENER_LIVE";
 /// The same by `BackendId`.
 pub const BACKEND_LIVE: &str = "BACKEND_LIVE";
-/// Per-CPU array of `TrafficCounters` by `ListenerId`.
-pub const LISTENER_COUNTERS: &str = "LISTENER_COUNT";
-/// Per-CPU array of `TrafficCounters` by `BackendId`.
-pub const BACKEND_COUNTERS: &str = "BACKEND_COUNT";
+/// Array of `CarriedCounters` by CPU and `ListenerId`: first those of CPU 0. Mapped into the agent's memory.
+///
+/// Of a per-CPU array the kernel keeps a pointer for each entry, which misses the cache as often as the entry does.
+pub const LISTENER_CARRIED: &str = "LISTENER_CARRY";
+/// The same by `BackendId`.
+pub const BACKEND_CARRIED: &str = "BACKEND_CARRY";
+/// How many listeners each CPU has in it, which the programs know when they are loaded.
+pub const LISTENERS_PER_CPU: &str = "LISTENERS_A_CPU";
+/// The same of backends.
+pub const BACKENDS_PER_CPU: &str = "BACKENDS_A_CPU";
+/// Per-CPU array of `EventCounters` by `ListenerId`.
+pub const LISTENER_EVENTS: &str = "LISTENER_EVENTS";
+/// Per-CPU array of `EventCounters` by `BackendId`.
+pub const BACKEND_EVENTS: &str = "BACKEND_EVENTS";
 /// Per-CPU array of one `datapath::Walk`: what stages hand on.
 pub const WALK: &str = "WALK";
 /// LRU hash from `FragmentKey` to `FragmentFlow`.

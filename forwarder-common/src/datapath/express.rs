@@ -11,7 +11,10 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    ChecksumOffload, Env, Outcome, Packet, Stop, Tables, TrafficEvent, next_hop, transport_checksum::sent,
+    ChecksumOffload, Env, Outcome, Packet, Stop, Tables, TrafficEvent,
+    hint::{Fingerprint, Hint},
+    next_hop,
+    transport_checksum::sent,
 };
 use crate::{
     abi::{
@@ -77,6 +80,7 @@ trait Headers: WireHeader {
     fn ip(&self) -> Option<Ip>;
     fn destination(&self) -> IpAddress;
     fn key(&self, protocol: u8) -> Self::Key;
+    fn fingerprint(key: &Self::Key) -> Fingerprint;
     fn reference<'t, T: Tables>(tables: &'t T, key: &Self::Key) -> Option<&'t FlowReference>;
     /// As [`SnatPool::flow`], of the packet's destination.
     fn pool_flow(&self, pool: &SnatPool) -> Option<Option<FlowId>>;
@@ -143,29 +147,39 @@ fn look_up<H: Headers, P: Packet, T: Tables, E: Env>(
     let is_seldom = is_opening_or_closing || ip.ttl <= 1;
     let key = headers.key(ip.protocol);
     let is_known = settings.own.may_have(headers.destination());
-    let (id, direction) = if is_known
-        && !is_seldom
-        && let Some(reference) = H::reference(tables, &key)
-    {
-        (reference.id, reference.direction)
-    } else {
-        match headers.pool_flow(&settings.pool) {
-            Some(id) if !is_seldom => (id?, Direction::REPLY),
-            None if !is_known && headers.has_ports() => {
-                let outcome = Stop::pass(Reason::NOT_OURS).0;
-                tables.count_reason(outcome.reason, frame_bytes);
-                return Some(outcome);
+    let is_looked_up = is_known && !is_seldom;
+    let fingerprint = H::fingerprint(&key);
+    let mut hint = Hint::NONE;
+    if is_looked_up && let Some(hints) = tables.hints(fingerprint) {
+        hint = hints.find(fingerprint);
+    }
+    if hint == Hint::NONE {
+        if is_looked_up && let Some(reference) = H::reference(tables, &key) {
+            hint = Hint::new(fingerprint, reference.id, reference.direction);
+            if let Some(hints) = tables.hints(fingerprint) {
+                hints.note(hint);
             }
-            _ => return None,
+        } else {
+            match headers.pool_flow(&settings.pool) {
+                Some(id) if !is_seldom => hint = Hint::new(fingerprint, id?, Direction::REPLY),
+                None if !is_known && headers.has_ports() => {
+                    let outcome = Stop::pass(Reason::NOT_OURS).0;
+                    tables.count_reason(outcome.reason, frame_bytes);
+                    return Some(outcome);
+                }
+                _ => return None,
+            }
         }
-    };
+    }
+    let id = hint.id();
     let arrival = Arrival {
         key,
+        fingerprint,
         ip,
         frame_bytes,
         is_tcp,
     };
-    if direction == Direction::REQUEST {
+    if hint.direction() == Direction::REQUEST {
         carry::<true, H, T, E>(headers, tables, env, settings, id, &arrival)
     } else {
         carry::<false, H, T, E>(headers, tables, env, settings, id, &arrival)
@@ -175,6 +189,7 @@ fn look_up<H: Headers, P: Packet, T: Tables, E: Env>(
 /// What was read of a packet.
 struct Arrival<K> {
     key: K,
+    fingerprint: Fingerprint,
     ip: Ip,
     frame_bytes: usize,
     is_tcp: bool,
@@ -193,16 +208,19 @@ fn carry<const REQUEST: bool, H: Headers, T: Tables, E: Env>(
 ) -> Option<Outcome> {
     let Arrival {
         key,
+        fingerprint,
         ip,
         frame_bytes,
         is_tcp,
     } = arrival;
     let entry = tables.flow(id)?;
-    let binding = &entry.binding;
-    if entry.state != FlowState::LIVE
-        || binding.families != H::FAMILIES
-        || H::key_of::<REQUEST>(binding) != *key
-    {
+    if entry.state != FlowState::LIVE || H::key_of::<REQUEST>(&entry.binding) != *key {
+        if let Some(hints) = tables.hints(*fingerprint) {
+            hints.forget(*fingerprint);
+        }
+        return None;
+    }
+    if entry.binding.families != H::FAMILIES {
         return None;
     }
     let hop = if REQUEST {
@@ -381,6 +399,11 @@ impl Headers for HeadersV4 {
     }
 
     #[inline(always)]
+    fn fingerprint(key: &FlowKeyV4) -> Fingerprint {
+        Fingerprint::of_v4(key)
+    }
+
+    #[inline(always)]
     fn reference<'t, T: Tables>(tables: &'t T, key: &FlowKeyV4) -> Option<&'t FlowReference> {
         tables.flow_reference_v4(key)
     }
@@ -482,6 +505,11 @@ impl Headers for HeadersV6 {
             destination_port: self.tcp.destination_port,
             protocol: u32::from(protocol),
         }
+    }
+
+    #[inline(always)]
+    fn fingerprint(key: &FlowKey) -> Fingerprint {
+        Fingerprint::of(key)
     }
 
     #[inline(always)]

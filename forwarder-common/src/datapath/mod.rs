@@ -19,7 +19,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::{
     abi::{
         backend::{Backend, BackendGroup, BackendId, GroupId},
-        counter::IcmpBudget,
+        counter::{CarriedCounters, EventCounters, IcmpBudget, TrafficCounters},
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         fragment::{FragmentFlow, FragmentKey, HeldKind},
         handshake::{Handshake, SynBudget},
@@ -34,6 +34,8 @@ use crate::{
     wire::{LinkPair, WireHeader, checksum::Delta},
 };
 
+use hint::{Fingerprint, Hints};
+
 pub mod admission;
 pub mod arp;
 pub mod backend;
@@ -45,6 +47,7 @@ pub mod flow;
 pub mod fragment;
 pub mod handshake;
 pub mod hash;
+pub mod hint;
 pub mod icmp;
 pub mod icmp_error;
 pub mod inquiry;
@@ -468,6 +471,11 @@ pub trait Tables {
         self.flow_reference(key)
     }
     fn flow(&mut self, id: FlowId) -> Option<&mut FlowEntry>;
+    /// The bucket that may have a hint at the flow of these packets; `None`: there are no hints.
+    #[inline(always)]
+    fn hints(&mut self, _fingerprint: Fingerprint) -> Option<&mut Hints> {
+        None
+    }
     /// Inserts unless the key exists; `false`: it does, or there is no room.
     fn insert_flow_reference(&mut self, key: &FlowKey, reference: FlowReference) -> bool;
     fn remove_flow_reference(&mut self, key: &FlowKey);
@@ -538,8 +546,51 @@ pub enum TrafficEvent {
     },
 }
 
-impl crate::abi::counter::TrafficCounters {
-    /// Adds one event; wraps around after centuries.
+impl TrafficEvent {
+    /// Is it nothing but a packet that was carried? Then [`CarriedCounters`] are all that it changes.
+    #[inline(always)]
+    pub const fn is_carried_only(self) -> bool {
+        matches!(
+            self,
+            Self::Request { reset: false, .. }
+                | Self::Reply {
+                    reset: false,
+                    first: false,
+                    ..
+                }
+        )
+    }
+}
+
+impl TrafficCounters {
+    /// Adds one event.
+    pub fn add(&mut self, event: TrafficEvent) {
+        let (carried, events) = self.parts();
+        carried.add(event);
+        events.add(event);
+    }
+}
+
+impl CarriedCounters {
+    /// Adds what of an event is of these; wraps around after centuries.
+    #[inline(always)]
+    pub fn add(&mut self, event: TrafficEvent) {
+        match event {
+            TrafficEvent::Request { bytes, .. } => {
+                self.request_packets = self.request_packets.wrapping_add(1);
+                self.request_bytes = self.request_bytes.wrapping_add(u64::from(bytes));
+            }
+            TrafficEvent::Reply { bytes, .. } => {
+                self.reply_packets = self.reply_packets.wrapping_add(1);
+                self.reply_bytes = self.reply_bytes.wrapping_add(u64::from(bytes));
+            }
+            _ => {}
+        }
+    }
+}
+
+impl EventCounters {
+    /// Adds what of an event is of these; wraps around after centuries.
     #[inline(always)]
     pub fn add(&mut self, event: TrafficEvent) {
         match event {
@@ -550,14 +601,10 @@ impl crate::abi::counter::TrafficCounters {
             TrafficEvent::CookieInvalid => self.cookies_invalid = self.cookies_invalid.wrapping_add(1),
             TrafficEvent::RateLimited => self.flows_limited = self.flows_limited.wrapping_add(1),
             TrafficEvent::FlowRefused => self.flows_refused = self.flows_refused.wrapping_add(1),
-            TrafficEvent::Request { bytes, reset } => {
-                self.request_packets = self.request_packets.wrapping_add(1);
-                self.request_bytes = self.request_bytes.wrapping_add(u64::from(bytes));
+            TrafficEvent::Request { reset, .. } => {
                 self.client_resets = self.client_resets.wrapping_add(u64::from(reset));
             }
-            TrafficEvent::Reply { bytes, reset, first } => {
-                self.reply_packets = self.reply_packets.wrapping_add(1);
-                self.reply_bytes = self.reply_bytes.wrapping_add(u64::from(bytes));
+            TrafficEvent::Reply { reset, first, .. } => {
                 self.backend_resets = self.backend_resets.wrapping_add(u64::from(reset));
                 self.flows_answered = self.flows_answered.wrapping_add(u64::from(first && !reset));
                 self.flows_rejected = self.flows_rejected.wrapping_add(u64::from(first && reset));

@@ -1,14 +1,22 @@
 //! Counters as numbers: the copies of all CPUs, added up.
 
-use aya::maps::{MapData, MapError, PerCpuArray};
+use aya::{
+    maps::{MapData, MapError, PerCpuArray, PerCpuValues},
+    util::nr_cpus,
+};
 use forwarder_common::abi::{
     backend::{BackendId, GroupId},
-    counter::{ReasonCounters, TrafficCounters},
+    counter::{CarriedCounters, EventCounters, ReasonCounters, TrafficCounters},
     listener::ListenerId,
     reason::Reason,
 };
 
-use super::{maps::CounterMaps, object::kernel_error, pod::AsPod};
+use super::{
+    maps::CounterMaps,
+    memory::CarriedMemory,
+    object::{kernel_error, possible_cpus},
+    pod::AsPod,
+};
 use crate::error::Error;
 
 impl CounterMaps {
@@ -17,7 +25,7 @@ impl CounterMaps {
     /// # Errors
     /// When the kernel refuses, which no state of the table explains.
     pub fn listener(&self, id: ListenerId) -> Result<TrafficCounters, Error> {
-        traffic(&self.listeners, id.0)
+        self.listeners.sum(id.0)
     }
 
     /// Sum over all CPUs.
@@ -25,7 +33,7 @@ impl CounterMaps {
     /// # Errors
     /// As for [`Self::listener`].
     pub fn backend(&self, id: BackendId) -> Result<TrafficCounters, Error> {
-        traffic(&self.backends, id.0)
+        self.backends.sum(id.0)
     }
 
     /// What backends of this group have counted that left it, and whose number is free again.
@@ -64,32 +72,50 @@ fn per_cpu<T: bytemuck::Pod>(
     }
 }
 
-pub(super) fn traffic(
-    map: &PerCpuArray<MapData, AsPod<TrafficCounters>>,
-    index: u32,
-) -> Result<TrafficCounters, Error> {
-    let mut sum = TrafficCounters::default();
-    for AsPod(one) in per_cpu(map, index)? {
-        add(&mut sum, &one);
-    }
-    Ok(sum)
+/// What is counted per listener, or per backend.
+pub struct TrafficMaps {
+    carried: CarriedMemory,
+    pub events: PerCpuArray<MapData, AsPod<EventCounters>>,
 }
 
-/// Adds what another counts.
-pub(super) fn add(sum: &mut TrafficCounters, one: &TrafficCounters) {
-    sum.flows_opened += one.flows_opened;
-    sum.request_packets += one.request_packets;
-    sum.request_bytes += one.request_bytes;
-    sum.reply_packets += one.reply_packets;
-    sum.reply_bytes += one.reply_bytes;
-    sum.client_resets += one.client_resets;
-    sum.backend_resets += one.backend_resets;
-    sum.flows_refused += one.flows_refused;
-    sum.gateway_resets += one.gateway_resets;
-    sum.flows_answered += one.flows_answered;
-    sum.flows_rejected += one.flows_rejected;
-    sum.cookies_sent += one.cookies_sent;
-    sum.cookies_accepted += one.cookies_accepted;
-    sum.cookies_invalid += one.cookies_invalid;
-    sum.flows_limited += one.flows_limited;
+impl TrafficMaps {
+    /// `carried`: of the same `ids` as `events`.
+    ///
+    /// # Errors
+    /// When the kernel refuses to map it into memory.
+    pub fn open(
+        carried: MapData,
+        events: PerCpuArray<MapData, AsPod<EventCounters>>,
+        ids: u32,
+        name: &str,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            carried: CarriedMemory::map(carried, ids, possible_cpus()?, name)?,
+            events,
+        })
+    }
+
+    /// Sum over all CPUs.
+    ///
+    /// # Errors
+    /// When the kernel refuses, which no state of the table explains.
+    pub fn sum(&self, id: u32) -> Result<TrafficCounters, Error> {
+        let mut sum = TrafficCounters::new(self.carried.sum(id), EventCounters::default());
+        for AsPod(one) in per_cpu(&self.events, id)? {
+            sum.add_all(&TrafficCounters::new(CarriedCounters::default(), one));
+        }
+        Ok(sum)
+    }
+
+    /// Takes all back to zero.
+    ///
+    /// # Errors
+    /// The kernel's, for the events; then nothing has changed.
+    pub fn clear(&mut self, id: u32) -> Result<(), MapError> {
+        let cpus = nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
+        let zeros = PerCpuValues::try_from(vec![AsPod(EventCounters::default()); cpus])?;
+        self.events.set(id, zeros, 0)?;
+        self.carried.clear(id);
+        Ok(())
+    }
 }

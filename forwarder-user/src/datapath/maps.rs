@@ -17,6 +17,7 @@ use forwarder_common::abi::{
 };
 
 use super::{
+    counters::TrafficMaps,
     memory::{FlowMemory, LiveMemory, SlotMemory},
     object::Sizes,
     object::kernel_error,
@@ -102,8 +103,8 @@ impl FlowIndex {
 
 /// What the programs count, and only the agent takes back to zero.
 pub struct CounterMaps {
-    pub listeners: PerCpuArray<MapData, AsPod<TrafficCounters>>,
-    pub backends: PerCpuArray<MapData, AsPod<TrafficCounters>>,
+    pub listeners: TrafficMaps,
+    pub backends: TrafficMaps,
     pub reasons: PerCpuArray<MapData, AsPod<ReasonCounters>>,
     /// What backends have counted that were in a group once: a group's counters do not fall when one leaves.
     pub past: Hash<GroupId, TrafficCounters>,
@@ -160,8 +161,18 @@ pub fn take(
         free: typed(ebpf, map_name::FREE_FLOWS)?,
     };
     let counters = CounterMaps {
-        listeners: typed(ebpf, map_name::LISTENER_COUNTERS)?,
-        backends: typed(ebpf, map_name::BACKEND_COUNTERS)?,
+        listeners: TrafficMaps::open(
+            array(ebpf, map_name::LISTENER_CARRIED)?,
+            typed(ebpf, map_name::LISTENER_EVENTS)?,
+            sizes.listeners,
+            map_name::LISTENER_CARRIED,
+        )?,
+        backends: TrafficMaps::open(
+            array(ebpf, map_name::BACKEND_CARRIED)?,
+            typed(ebpf, map_name::BACKEND_EVENTS)?,
+            sizes.backends,
+            map_name::BACKEND_CARRIED,
+        )?,
         reasons: typed(ebpf, map_name::REASON_COUNTERS)?,
         past: own(PAST, sizes.groups.saturating_mul(2), pins)?,
     };

@@ -13,6 +13,7 @@ use std::{
 use aya::maps::MapData;
 use forwarder_common::abi::{
     backend::BackendId,
+    counter::CarriedCounters,
     flow::{FlowEntry, FlowId, FlowState},
 };
 use memmap2::{MmapOptions, MmapRaw};
@@ -213,5 +214,55 @@ impl LiveMemory {
         self.memory
             .long(index as usize * size_of::<u64>())
             .fetch_sub(1, Relaxed);
+    }
+}
+
+/// What packets are counted in, by listener or by backend: an entry for each of them, of each CPU.
+pub struct CarriedMemory {
+    memory: Memory,
+    ids: u32,
+    cpus: u32,
+}
+
+const CARRIED: usize = stride(size_of::<CarriedCounters>());
+
+impl CarriedMemory {
+    /// Maps the counters of `ids` listeners or backends.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn map(data: MapData, ids: u32, cpus: u32, name: &str) -> Result<Self, Error> {
+        let len = ids as usize * cpus as usize * CARRIED;
+        Ok(Self {
+            memory: Memory::map(data, len, name)?,
+            ids,
+            cpus,
+        })
+    }
+
+    /// Where each CPU's copy begins.
+    fn copies(&self, id: u32) -> impl Iterator<Item = usize> + use<> {
+        let ids = self.ids as usize;
+        (0..self.cpus as usize).map(move |cpu| (cpu * ids + id as usize) * CARRIED)
+    }
+
+    /// Sum over all CPUs.
+    pub fn sum(&self, id: u32) -> CarriedCounters {
+        let mut sum = [0_u64; CARRIED / 8];
+        for offset in self.copies(id) {
+            for (number, word) in sum.iter_mut().enumerate() {
+                *word = word.wrapping_add(self.memory.long(offset + number * 8).load(Relaxed));
+            }
+        }
+        bytemuck::cast(sum)
+    }
+
+    /// Takes them back to zero. What a packet counts meanwhile may be lost, or be there still.
+    pub fn clear(&self, id: u32) {
+        for offset in self.copies(id) {
+            for number in 0..CARRIED / 8 {
+                self.memory.long(offset + number * 8).store(0, Relaxed);
+            }
+        }
     }
 }

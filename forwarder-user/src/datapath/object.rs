@@ -7,7 +7,10 @@ use aya::{
     maps::{Array, MapData, MapInfo},
     programs::{ProgramError, SchedClassifier, Xdp},
 };
-use forwarder_common::abi::{ABI_VERSION, map_name, settings::Settings};
+use forwarder_common::{
+    abi::{ABI_VERSION, map_name, settings::Settings},
+    datapath::hint,
+};
 use nix::errno::Errno;
 
 use super::{pin::PinDirectory, pod::AsPod};
@@ -61,7 +64,8 @@ impl Sizes {
                 &mut self.backends,
                 &[
                     map_name::BACKENDS,
-                    map_name::BACKEND_COUNTERS,
+                    map_name::BACKEND_CARRIED,
+                    map_name::BACKEND_EVENTS,
                     map_name::BACKEND_LIVE,
                 ],
             ),
@@ -69,7 +73,8 @@ impl Sizes {
                 &mut self.listeners,
                 &[
                     map_name::LISTENERS,
-                    map_name::LISTENER_COUNTERS,
+                    map_name::LISTENER_CARRIED,
+                    map_name::LISTENER_EVENTS,
                     map_name::LISTENER_LIVE,
                     map_name::SYN_BUDGETS,
                 ],
@@ -110,12 +115,23 @@ impl Sizes {
         self
     }
 
-    /// Number of entries by name of the map.
+    /// Number of entries by name of the map; see [`copies`].
     pub fn entries(mut self) -> Vec<(&'static str, u32)> {
+        let hints = hint::buckets(self.flows);
         self.maps()
             .into_iter()
             .flat_map(|(size, maps)| maps.iter().map(move |map| (*map, *size)))
+            .chain([(map_name::FLOW_HINTS, hints)])
             .collect()
+    }
+}
+
+/// How often a map has each of its entries: where every CPU has its own without the kernel knowing of it.
+pub fn copies(name: &str, cpus: u32) -> u32 {
+    if [map_name::LISTENER_CARRIED, map_name::BACKEND_CARRIED].contains(&name) {
+        cpus
+    } else {
+        1
     }
 }
 
@@ -165,9 +181,9 @@ pub fn layout() -> Result<Vec<MapLayout>, Error> {
 ///
 /// # Errors
 /// The kernel does not say.
-pub fn possible_cpus() -> Result<u64, Error> {
+pub fn possible_cpus() -> Result<u32, Error> {
     aya::util::nr_cpus()
-        .map(|cpus| cpus as u64)
+        .map(|cpus| cpus as u32)
         .map_err(|(path, error)| Error::host(format!("cannot count the CPUs: {path}: {error}")))
 }
 
@@ -178,6 +194,7 @@ pub fn possible_cpus() -> Result<u64, Error> {
 /// Their layout is another one: all differences, and the way out.
 pub fn adopt(pins: &PinDirectory, needed: &Sizes) -> Result<Sizes, Error> {
     let mut sizes = needed.with_room();
+    let cpus = possible_cpus()?;
     let needed = needed.entries();
     let mut differences = Vec::new();
     for map in layout()? {
@@ -199,7 +216,7 @@ pub fn adopt(pins: &PinDirectory, needed: &Sizes) -> Result<Sizes, Error> {
             ));
             continue;
         }
-        let has = info.max_entries();
+        let has = info.max_entries() / copies(&map.name, cpus);
         let size = sizes
             .maps()
             .into_iter()
@@ -281,7 +298,8 @@ fn abi_version(pins: &PinDirectory) -> Result<Option<u32>, Error> {
 /// # Errors
 /// When the kernel refuses: with its own words, and what to do about the usual causes.
 pub fn load(sizes: &Sizes) -> Result<Ebpf, Error> {
-    finish(&mut loader(sizes))
+    let constants = Constants::of(sizes)?;
+    finish(&mut loader(sizes, &constants))
 }
 
 /// As [`load`], on pinned maps; maps that are not there yet are made and pinned. `free_list` is the path of a list
@@ -291,7 +309,8 @@ pub fn load(sizes: &Sizes) -> Result<Ebpf, Error> {
 /// As for [`load`].
 pub fn load_pinned(sizes: &Sizes, pins: &PinDirectory, free_list: &Path) -> Result<Ebpf, Error> {
     let maps = layout()?;
-    let mut loader = loader(sizes);
+    let constants = Constants::of(sizes)?;
+    let mut loader = loader(sizes, &constants);
     for map in &maps {
         let path = if map.name == map_name::FREE_FLOWS {
             free_list.to_owned()
@@ -303,10 +322,33 @@ pub fn load_pinned(sizes: &Sizes, pins: &PinDirectory, free_list: &Path) -> Resu
     finish(&mut loader)
 }
 
-fn loader(sizes: &Sizes) -> EbpfLoader<'static> {
+/// What the programs know when they are loaded.
+struct Constants {
+    cpus: u32,
+    last_hints: u32,
+    listeners: u32,
+    backends: u32,
+}
+
+impl Constants {
+    fn of(sizes: &Sizes) -> Result<Self, Error> {
+        Ok(Self {
+            cpus: possible_cpus()?,
+            last_hints: hint::buckets(sizes.flows) - 1,
+            listeners: sizes.listeners,
+            backends: sizes.backends,
+        })
+    }
+}
+
+fn loader<'a>(sizes: &Sizes, constants: &'a Constants) -> EbpfLoader<'a> {
     let mut loader = EbpfLoader::new();
+    loader
+        .override_global(map_name::LAST_HINTS, &constants.last_hints, true)
+        .override_global(map_name::LISTENERS_PER_CPU, &constants.listeners, true)
+        .override_global(map_name::BACKENDS_PER_CPU, &constants.backends, true);
     for (name, entries) in sizes.entries() {
-        loader.map_max_entries(name, entries);
+        loader.map_max_entries(name, entries.saturating_mul(copies(name, constants.cpus)));
     }
     loader
 }

@@ -1,26 +1,22 @@
 //! Counters of backends, to be read many times a second.
 //!
-//! A copy per CPU cannot be mapped into memory, so each read is a system call. The number of a backend's live flows
+//! The copies per CPU of events cannot be mapped into memory, so each read is a system call. The number of a backend's live flows
 //! can, so it costs nothing to know whose counters may have changed: a flow is live until a sweep after its end, and
 //! the sweep comes once a second.
 
-use aya::{
-    Ebpf,
-    maps::{MapData, PerCpuArray},
-};
+use aya::Ebpf;
 use forwarder_common::abi::{backend::BackendId, counter::TrafficCounters, map_name};
 
 use super::{
-    counters::traffic,
+    counters::TrafficMaps,
     memory::LiveMemory,
-    pod::AsPod,
     view::{again, capacity, data},
 };
 use crate::error::Error;
 
 /// Handles of its own, so that it can be used on any thread.
 pub struct BackendWatch {
-    counters: PerCpuArray<MapData, AsPod<TrafficCounters>>,
+    counters: TrafficMaps,
     live: LiveMemory,
 }
 
@@ -33,7 +29,12 @@ impl BackendWatch {
         let live = data(ebpf, map_name::BACKEND_LIVE)?;
         let backends = capacity(&live)?;
         Ok(Self {
-            counters: again(ebpf, map_name::BACKEND_COUNTERS)?,
+            counters: TrafficMaps::open(
+                data(ebpf, map_name::BACKEND_CARRIED)?,
+                again(ebpf, map_name::BACKEND_EVENTS)?,
+                backends,
+                map_name::BACKEND_CARRIED,
+            )?,
             live: LiveMemory::map(live, backends, map_name::BACKEND_LIVE)?,
         })
     }
@@ -48,6 +49,6 @@ impl BackendWatch {
     /// # Errors
     /// When the kernel refuses, which no state of the table explains.
     pub fn counters(&self, id: BackendId) -> Result<TrafficCounters, Error> {
-        traffic(&self.counters, id.0)
+        self.counters.sum(id.0)
     }
 }

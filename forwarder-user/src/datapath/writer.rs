@@ -1,19 +1,14 @@
 //! The only code that writes the control maps: one write of a plan at a time.
 
-use aya::{
-    maps::{Array, HashMap, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie::Key},
-    util::nr_cpus,
-};
+use aya::maps::{Array, HashMap, MapData, MapError, lpm_trie::Key};
 use bytemuck::{Pod, Zeroable as _};
 use forwarder_common::abi::{
     backend::{Backend, BackendGroup, BackendId, GroupId},
-    counter::TrafficCounters,
     listener::Source,
     tunnel::{TunnelPeer, TunnelPort},
 };
 
 use super::{
-    counters::add,
     maps::{ControlMaps, CounterMaps, Trie},
     object::kernel_error,
     pod::AsPod,
@@ -88,7 +83,7 @@ impl Store for KernelTables<'_> {
             MapWrite::Listener(key, value) => exchange(&mut control.listeners, key, value.as_ref())
                 .map(|old| Some(MapWrite::Listener(*key, old))),
             // Nobody has the number.
-            MapWrite::ListenerCounters(id) => clear(&mut counters.listeners, id.0).map(|()| None),
+            MapWrite::ListenerCounters(id) => counters.listeners.clear(id.0).map(|()| None),
             MapWrite::BackendCounters(id, group) => {
                 return retire(counters, *id, *group).map(|()| None);
             }
@@ -161,21 +156,15 @@ fn replace<V: Pod>(map: &mut Array<MapData, AsPod<V>>, index: u32, value: V) -> 
 fn retire(counters: &mut CounterMaps, id: BackendId, group: Option<GroupId>) -> Result<(), Error> {
     let refused = |error: &MapError| kernel_error("clear the counters of a backend", error);
     let Some(group) = group else {
-        return clear(&mut counters.backends, id.0).map_err(|error| refused(&error));
+        return counters.backends.clear(id.0).map_err(|error| refused(&error));
     };
     let before = counters.past(group)?;
     let mut after = before;
-    add(&mut after, &counters.backend(id)?);
+    after.add_all(&counters.backend(id)?);
     exchange(&mut counters.past, &group, Some(&after)).map_err(|error| refused(&error))?;
-    clear(&mut counters.backends, id.0).map_err(|error| {
+    counters.backends.clear(id.0).map_err(|error| {
         // Or it would count twice. If this is refused as well, it does, and nothing else is wrong.
         let _ = exchange(&mut counters.past, &group, Some(&before));
         refused(&error)
     })
-}
-
-fn clear(map: &mut PerCpuArray<MapData, AsPod<TrafficCounters>>, index: u32) -> Result<(), MapError> {
-    let cpus = nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
-    let zeros = PerCpuValues::try_from(vec![AsPod(TrafficCounters::default()); cpus])?;
-    map.set(index, zeros, 0)
 }

@@ -12,6 +12,7 @@ use aya::{
     programs::{Program, ProgramFd, TestRun as _, TestRunOptions, Xdp},
 };
 use forwarder_bench_ebpf::{FloorEntry, FloorKey, Scenario};
+use forwarder_common::datapath::hint::{self, Hints};
 use forwarder_user::datapath::pod::AsPod;
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -271,7 +272,8 @@ impl Subject {
 
     /// Lets the gateway forget which flow a request belongs to.
     pub fn forget_flows(&mut self) -> Result<()> {
-        let tables = self.gateway.tables();
+        let mut tables = self.gateway.tables();
+        tables.hints = vec![Hints::default(); hint::buckets(self.gateway.flows) as usize];
         self.kernel.as_mut().context("a gateway")?.fill(&tables)
     }
 }

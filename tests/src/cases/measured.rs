@@ -169,6 +169,7 @@ impl Gateway {
         }
         tables.flow_keys = self.flows as usize * 2;
         tables.flows.clear();
+        tables.hints.clear();
         tables.handshakes.clear();
         tables.free_flows = (0..self.flows).map(FlowId).collect();
         if self.is_v6 {
