@@ -3,8 +3,13 @@
 use std::collections::HashSet;
 
 use forwarder_common::{
-    abi::{listener::VipKey, reason::Reason, settings::flag},
-    datapath::Action,
+    abi::{
+        flow::{FlowId, FlowState},
+        listener::VipKey,
+        reason::Reason,
+        settings::flag,
+    },
+    datapath::{Action, hint::Hints},
     wire::Ipv4Address,
 };
 use forwarder_tests::{
@@ -14,7 +19,7 @@ use forwarder_tests::{
     },
     invariants::{self, Arrival},
     packet::wrong_checksums,
-    tables::{CLIENT_SIDE, Program},
+    tables::{CLIENT_SIDE, MemoryTables, Program},
 };
 use proptest::prelude::*;
 
@@ -169,6 +174,49 @@ fn established_flows_and_strangers_take_the_short_way() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn a_hint_finds_its_flow_and_a_wrong_one_is_forgotten() {
+    for (way, is_v6) in [(Way::FullNat, false), (Way::FullNat, true), (Way::Dnat, false)] {
+        let gateway = Gateway {
+            way,
+            is_v6,
+            ..Gateway::PLAIN
+        };
+        let (stream, mut world) = gateway.stream_and_tables(Packets::Request).unwrap();
+        let none = vec![Hints::default(); 8];
+        world.hints = none.clone();
+        let forward =
+            |world: &mut MemoryTables| world.forward(Program::Native, stream.ifindex, &stream.frame);
+        let sent = forward(&mut world);
+        assert_ne!(world.hints, none, "{gateway:?}: noted");
+
+        let mut without_index = world.clone();
+        without_index.flow_index.clear();
+        assert!(
+            without_index.takes_the_short_way(stream.ifindex, &stream.frame),
+            "{gateway:?}"
+        );
+
+        // The flow ended, and the same connection came again under another number.
+        let mut moved = world.clone();
+        let again = FlowId(moved.flows.len() as u32);
+        moved.flows.push(moved.flows[0]);
+        moved.flows[0].state = FlowState::FREE;
+        for reference in moved.flow_index.values_mut() {
+            reference.id = again;
+        }
+        assert!(
+            !moved.takes_the_short_way(stream.ifindex, &stream.frame),
+            "{gateway:?}"
+        );
+        assert_eq!(forward(&mut moved), sent, "{gateway:?}");
+        assert_eq!(moved.hints, none, "{gateway:?}: forgotten");
+        assert_eq!(forward(&mut moved), sent, "{gateway:?}");
+        assert_ne!(moved.hints, none, "{gateway:?}: noted");
+        assert_ne!(moved.hints, world.hints, "{gateway:?}: another number");
     }
 }
 

@@ -345,6 +345,26 @@ const fn updated(checksum: Be16, change: u32) -> Be16 {
     Be16::from_raw(checksum::finish(!checksum.raw() as u32 + change))
 }
 
+/// What both families have.
+macro_rules! other_headers {
+    () => {
+        #[inline(always)]
+        fn ethernet(&mut self) -> &mut EthernetHeader {
+            &mut self.ethernet
+        }
+
+        #[inline(always)]
+        fn tcp(&self) -> &TcpHeader {
+            &self.tcp
+        }
+
+        #[inline(always)]
+        fn tcp_mut(&mut self) -> &mut TcpHeader {
+            &mut self.tcp
+        }
+    };
+}
+
 #[repr(C, packed)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct HeadersV4 {
@@ -446,20 +466,7 @@ impl Headers for HeadersV4 {
         self.ip.checksum = updated(self.ip.checksum, addresses + HOP_LESS);
     }
 
-    #[inline(always)]
-    fn ethernet(&mut self) -> &mut EthernetHeader {
-        &mut self.ethernet
-    }
-
-    #[inline(always)]
-    fn tcp(&self) -> &TcpHeader {
-        &self.tcp
-    }
-
-    #[inline(always)]
-    fn tcp_mut(&mut self) -> &mut TcpHeader {
-        &mut self.tcp
-    }
+    other_headers!();
 }
 
 #[repr(C, packed)]
@@ -555,18 +562,5 @@ impl Headers for HeadersV6 {
         self.ip.hop_limit -= 1;
     }
 
-    #[inline(always)]
-    fn ethernet(&mut self) -> &mut EthernetHeader {
-        &mut self.ethernet
-    }
-
-    #[inline(always)]
-    fn tcp(&self) -> &TcpHeader {
-        &self.tcp
-    }
-
-    #[inline(always)]
-    fn tcp_mut(&mut self) -> &mut TcpHeader {
-        &mut self.tcp
-    }
+    other_headers!();
 }

@@ -25,23 +25,7 @@ pub fn forward<T: Tables, E: Env>(
     env: &mut E,
     settings: &Settings,
 ) -> (Outcome, Vec<u8>) {
-    match kind {
-        AttachmentKind::XdpNative => forward_as::<Native, T, E>(frame, tables, env, settings),
-        AttachmentKind::XdpGeneric => forward_as::<Generic, T, E>(frame, tables, env, settings),
-        AttachmentKind::Tcx => forward_as::<Tunnel, T, E>(frame, tables, env, settings),
-    }
-}
-
-fn forward_as<K: Kind, T: Tables, E: Env>(
-    frame: &[u8],
-    tables: &mut T,
-    env: &mut E,
-    settings: &Settings,
-) -> (Outcome, Vec<u8>) {
-    let mut packet = MemoryPacket::<K>::new(frame.to_vec());
-    let mut walk = left_over();
-    let outcome = pipeline::forward(&mut packet, tables, env, settings, || Some(&mut walk));
-    (outcome, packet.bytes)
+    run(Way::Any, kind, frame, tables, env, settings)
 }
 
 /// The same, but every packet takes the long way; see `datapath::express`.
@@ -52,21 +36,42 @@ pub fn forward_the_long_way<T: Tables, E: Env>(
     env: &mut E,
     settings: &Settings,
 ) -> (Outcome, Vec<u8>) {
+    run(Way::Long, kind, frame, tables, env, settings)
+}
+
+enum Way {
+    Any,
+    Long,
+}
+
+fn run<T: Tables, E: Env>(
+    way: Way,
+    kind: AttachmentKind,
+    frame: &[u8],
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+) -> (Outcome, Vec<u8>) {
     match kind {
-        AttachmentKind::XdpNative => walk_as::<Native, T, E>(frame, tables, env, settings),
-        AttachmentKind::XdpGeneric => walk_as::<Generic, T, E>(frame, tables, env, settings),
-        AttachmentKind::Tcx => walk_as::<Tunnel, T, E>(frame, tables, env, settings),
+        AttachmentKind::XdpNative => run_as::<Native, T, E>(way, frame, tables, env, settings),
+        AttachmentKind::XdpGeneric => run_as::<Generic, T, E>(way, frame, tables, env, settings),
+        AttachmentKind::Tcx => run_as::<Tunnel, T, E>(way, frame, tables, env, settings),
     }
 }
 
-fn walk_as<K: Kind, T: Tables, E: Env>(
+fn run_as<K: Kind, T: Tables, E: Env>(
+    way: Way,
     frame: &[u8],
     tables: &mut T,
     env: &mut E,
     settings: &Settings,
 ) -> (Outcome, Vec<u8>) {
     let mut packet = MemoryPacket::<K>::new(frame.to_vec());
-    let outcome = pipeline::the_walk(&mut packet, tables, env, settings, &mut left_over());
+    let mut walk = left_over();
+    let outcome = match way {
+        Way::Any => pipeline::forward(&mut packet, tables, env, settings, || Some(&mut walk)),
+        Way::Long => pipeline::the_walk(&mut packet, tables, env, settings, &mut walk),
+    };
     (outcome, packet.bytes)
 }
 
