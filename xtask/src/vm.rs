@@ -129,13 +129,13 @@ struct Chosen<'a> {
 /// A lab takes half a minute on an emulated processor, so of tests that differ in nothing the kernel knows of, one runs.
 const TESTS: [Test; 31] = [
     Test::program("program_budget", &["--nocapture"], 120),
-    Test::program("program_cases", &[], 300),
-    Test::program("program_tables", &[], 240),
+    Test::program("program_cases", &[], 600),
+    Test::program("program_tables", &[], 300),
     // What lists a million flows in a second does not here.
     Test::program("program_explain", &["--skip", "a_million_flows"], 240),
     Test::program("program_handshakes", &[], 240),
     Test::program("program_agreement", &[], 600),
-    Test::program("program_refusal", &[], 240),
+    Test::program("program_refusal", &[], 300),
     Test::program("parity", &[], 300),
     Test::lab(
         "netns_forward",
