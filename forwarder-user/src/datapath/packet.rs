@@ -39,6 +39,7 @@ pub fn forward_the_long_way<T: Tables, E: Env>(
     run(Way::Long, kind, frame, tables, env, settings)
 }
 
+#[derive(Clone, Copy)]
 enum Way {
     Any,
     Long,
