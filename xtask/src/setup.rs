@@ -196,6 +196,22 @@ fn install() -> Result<()> {
         .map_err(anyhow::Error::msg)
 }
 
+/// Installs the packages of those programs that are missing, for what few machines do.
+///
+/// # Errors
+/// They can't be installed; the message says how to get them.
+pub(crate) fn install_programs(programs: &[(&str, &str)]) -> Result<()> {
+    let packages: Vec<&str> = programs
+        .iter()
+        .filter(|(program, _)| find_program(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    Apt::prepare(&packages)?.install(&packages, None)
+}
+
 fn has_cargo_tool(tool: &str) -> bool {
     succeeds(workspace::cargo(&[tool, "--version"]))
 }

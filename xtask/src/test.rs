@@ -40,7 +40,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Ring {
+pub(crate) enum Ring {
     /// Ring 1: the data path as a library, the agent's logic, its command line
     Library,
     /// Ring 2: the same packets through the kernel's programs; needs the right to load BPF
@@ -121,15 +121,15 @@ const LANES: usize = 2;
 
 /// Counts of finished tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Tally {
-    passed: usize,
-    failed: usize,
+pub(crate) struct Tally {
+    pub(crate) passed: usize,
+    pub(crate) failed: usize,
     ignored: usize,
 }
 
 impl Tally {
     /// Adds the counts of a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
-    fn add_line(&mut self, line: &str) {
+    pub(crate) fn add_line(&mut self, line: &str) {
         let Some(counts) = line.strip_prefix("test result: ") else {
             return;
         };
@@ -309,7 +309,7 @@ fn run_ring(
 }
 
 /// Names of the ring's files of integration tests, in any crate of the workspace.
-fn test_files(ring: Ring) -> Result<BTreeSet<String>> {
+pub(crate) fn test_files(ring: Ring) -> Result<BTreeSet<String>> {
     let mut files = BTreeSet::new();
     for package in ["forwarder-common", "forwarder-user", "tests", "xtask"] {
         let folder = workspace::root().join(package).join("tests");

@@ -6,6 +6,8 @@ use std::{
     path::Path,
 };
 
+use aya::util::KernelVersion;
+
 /// A configuration file under construction.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Configuration {
@@ -72,8 +74,16 @@ impl Configuration {
     }
 
     /// An interface that gets the XDP program, with `keys` whose values are strings: `mode`, `redirect`.
+    ///
+    /// Before Linux 6.3 the kernel does not say whether the other end of a veth takes frames, and an operator has to; those
+    /// of labs do.
     #[must_use]
     pub fn interface(self, name: &str, keys: &[(&str, &str)]) -> Self {
+        let is_told = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 3, 0));
+        let mut keys = keys.to_vec();
+        if !is_told && keys.iter().all(|(key, _)| *key != "redirect") {
+            keys.push(("redirect", "on"));
+        }
         let keys: Vec<_> = keys.iter().map(|(key, value)| (*key, quoted(value))).collect();
         let keys: Vec<_> = keys.iter().map(|(key, value)| (*key, value.as_str())).collect();
         self.table(&format!("interface.{name}"), &keys)
