@@ -202,9 +202,10 @@ fn table(map: &MapLayout, sizes: &Sizes, cpus: u32) -> TableNeeds {
         .entries()
         .into_iter()
         .find(|(name, _)| *name == map.name)
-        .map_or(map.entries, |(_, entries)| entries);
+        .map_or(map.entries, |(_, entries)| entries)
+        .saturating_mul(copies(&map.name, cpus));
     let (count, key, value) = (
-        u64::from(entries) * u64::from(copies(&map.name, cpus)),
+        u64::from(entries),
         u64::from(map.key_bytes),
         u64::from(map.value_bytes),
     );
