@@ -498,13 +498,21 @@ fn show(value: &DeValue<'_>) -> String {
             format!("{:?}...", text.chars().take(SHOWN_CHARACTERS).collect::<String>())
         }
         DeValue::String(text) => format!("{text:?}"),
-        DeValue::Integer(number) => number.to_string(),
-        DeValue::Float(number) => number.to_string(),
+        DeValue::Integer(number) => as_written(number.as_str()),
+        DeValue::Float(number) => as_written(number.as_str()),
         DeValue::Boolean(yes) => yes.to_string(),
         DeValue::Datetime(when) => when.to_string(),
         DeValue::Array(_) => "a list".to_owned(),
         DeValue::Table(_) => "a table".to_owned(),
     }
+}
+
+/// A number as a message repeats it. Of one that is none the parser hands on what stands there, whatever it is: a terminal
+/// would obey it.
+fn as_written(number: &str) -> String {
+    let shown: String = number.chars().take(SHOWN_CHARACTERS).collect();
+    let more = if shown.len() < number.len() { "..." } else { "" };
+    format!("{}{more}", shown.escape_debug())
 }
 
 /// The value of a TOML integer, where it fits.
