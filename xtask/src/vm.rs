@@ -127,7 +127,7 @@ struct Chosen<'a> {
 /// another kernel, one or a few labs of each kind.
 ///
 /// A lab takes half a minute on an emulated processor, so of tests that differ in nothing the kernel knows of, one runs.
-const TESTS: [Test; 31] = [
+const TESTS: [Test; 32] = [
     Test::program("program_budget", &["--nocapture"], 120),
     Test::program("program_cases", &[], 600),
     Test::program("program_tables", &[], 300),
@@ -136,6 +136,7 @@ const TESTS: [Test; 31] = [
     Test::program("program_handshakes", &[], 240),
     Test::program("program_agreement", &[], 600),
     Test::program("program_refusal", &[], 300),
+    Test::program("program_takeover", &[], 240),
     Test::program("parity", &[], 300),
     Test::lab(
         "netns_forward",
