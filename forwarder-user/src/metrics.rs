@@ -160,7 +160,6 @@ impl Family {
     }
 }
 
-/// Every metric there is, in the order of the text.
 /// What every listener of TCP has counted of something.
 fn of_tcp_listeners(status: &Status, count: fn(&ListenerStatus) -> u64) -> Vec<Sample> {
     let listeners = status
@@ -172,6 +171,7 @@ fn of_tcp_listeners(status: &Status, count: fn(&ListenerStatus) -> u64) -> Vec<S
         .collect()
 }
 
+/// Every metric there is, in the order of the text.
 fn families() -> Vec<Family> {
     let mut families: Vec<Family> = agent().into();
     for scope in [Scope::Listener, Scope::Group, Scope::Backend] {
