@@ -202,6 +202,8 @@ fn a_tunnel_that_is_cut_and_a_server_that_is_down_are_told_apart() -> Result<()>
     ensure!(text.contains("server 192.168.1.10"), "{text}");
     // Its whole host is gone: that is not the tunnel either.
     site.server("ecs02")?.namespace.run("ip link set eth0 down")?;
+    // Its router would believe for up to 45 s that it is there (RFC 4861 §6.3.2, which Linux follows for ARP too).
+    site.far_router.run("ip neigh flush to 192.168.1.10")?;
     let gone = await_cause(&agent, "quick", "ecs02", "server-down")?;
     let text = gone.diagnosis.map(|diagnosis| diagnosis.text).unwrap_or_default();
     ensure!(

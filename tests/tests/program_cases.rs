@@ -64,9 +64,8 @@ fn every_case_is_true_of_the_kernel_s_programs() {
             }
             ran += 1;
             let faults = faults(kernel, case).unwrap_or_else(|error| vec![format!("{error:#}")]);
-            if faults.is_empty() {
-                println!("ok      {}", case.sentence);
-            } else {
+            // What holds is not told: two thousand sentences would hide the one that does not.
+            if !faults.is_empty() {
                 failed += 1;
                 println!("FAILED  {}\n{}", case.sentence, faults.join("\n"));
             }

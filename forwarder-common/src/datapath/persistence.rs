@@ -23,7 +23,8 @@ pub fn recall<T: Tables>(tables: &mut T, id: GroupId, client: &IpAddress, now_se
     let Some(kept) = tables.persistence(&key).copied() else {
         return NONE;
     };
-    if now_secs.wrapping_sub(kept.used_secs) >= timeout_secs {
+    // Signed: another CPU may have used it in the second that begins here only now.
+    if now_secs.wrapping_sub(kept.used_secs) as i32 >= timeout_secs as i32 {
         return NONE;
     }
     let Some(backend) = tables.backend(kept.backend).copied() else {

@@ -34,9 +34,11 @@ pub fn charge<T: Tables>(tables: &mut T, walk: &Walk) -> Charged {
     let now_secs = tables.now_secs();
     let left = match tables.source_rate(&key) {
         Some(bucket) => {
-            let gained = u64::from(now_secs.wrapping_sub(bucket.second)) * u64::from(rate);
+            // Signed: another CPU may have charged it in the second that begins here only now.
+            let passed_secs = (now_secs.wrapping_sub(bucket.second) as i32).max(0) as u32;
+            let gained = u64::from(passed_secs) * u64::from(rate);
             let left = (u64::from(bucket.left) + gained).min(u64::from(burst)) as u32;
-            bucket.second = now_secs;
+            bucket.second = bucket.second.wrapping_add(passed_secs);
             bucket.left = left.saturating_sub(1);
             left
         }

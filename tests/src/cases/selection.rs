@@ -265,6 +265,16 @@ fn persistence() -> Vec<Case> {
         .then(opening(1, client(50_001), 1)),
         named(
             moved(32),
+            "With persistence, a client of a second that another CPU has begun first is not forgotten",
+        )
+        .change(|world| {
+            for kept in world.persistence.values_mut() {
+                kept.used_secs = kept.used_secs.wrapping_add(1);
+            }
+        })
+        .then(opening(1, client(50_001), 0)),
+        named(
+            moved(32),
             "With persistence, a client whose backend has failed goes where the table says, and stays there",
         )
         .change(|world| world.backends[0].state = BackendState::UNHEALTHY)
