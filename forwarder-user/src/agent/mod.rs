@@ -284,6 +284,8 @@ struct Agent {
     warnings: Vec<String>,
     /// Warnings about VLANs whose tags native XDP does not see.
     hidden_tags: Vec<String>,
+    /// The kernel did not answer when the network had changed.
+    has_to_look_again: bool,
     pool_watch: PoolWatch,
     passive: passive::PassiveChecks,
     /// What readers of the API over TCP have to show; none without `[agent.api]`.
@@ -386,7 +388,8 @@ impl Agent {
                     self.pins.note_sign_of_life();
                     self.take_sample()?;
                     self.sweep.check()?;
-                    self.look_for_trouble().await?;
+                    self.look_for_trouble().await;
+                    self.look_again().await?;
                     self.look_at_ways().await?;
                     self.announcer.tick();
                     self.forget_what_has_left()?;

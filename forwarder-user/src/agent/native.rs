@@ -105,12 +105,15 @@ impl Agent {
     /// not what it has learned by ICMP, nor that it has forgotten that; so it is asked.
     ///
     /// # Errors
-    /// The kernel does not answer.
+    /// The tables cannot be written.
     pub(super) async fn look_at_ways(&mut self) -> Result<(), Error> {
         if self.ways_carry().await == self.way_mtus {
             return Ok(());
         }
-        self.survey_tunnels().await?;
+        if let Err(error) = self.survey_tunnels().await {
+            warn!(%error, "the ways of tunnels are not known; asking again in a second");
+            return Ok(());
+        }
         // Flows remember what fits.
         self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
         self.reconcile()

@@ -196,6 +196,7 @@ impl Agent {
             backend_rates: HashMap::new(),
             warnings: Vec::new(),
             hidden_tags,
+            has_to_look_again: false,
             pool_watch: PoolWatch::default(),
             passive: PassiveChecks::start(backend_watch),
             names,
@@ -206,7 +207,7 @@ impl Agent {
             _fragments: fragments,
             is_ready: false,
         };
-        agent.look_for_trouble().await?;
+        agent.look_for_trouble().await;
         agent.survey_tunnels().await?;
         let mut tables = agent.tables.cache.now();
         let desired = Desired::with_tables(&agent.config, &applied.ids, &agent.observed, &mut tables);

@@ -1,6 +1,6 @@
 //! The host around the data path: links, routes, settings, the probe address.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, mem};
 
 use tracing::{debug, error, info, warn};
 
@@ -51,14 +51,16 @@ impl ProbeAddresses {
 
 impl Agent {
     /// Looks at the host's settings again; logs what is new.
-    pub(super) async fn look_for_trouble(&mut self) -> Result<(), Error> {
-        let mut warnings = warnings(&self.network, &self.config, &self.links_down).await?;
+    pub(super) async fn look_for_trouble(&mut self) {
+        let mut warnings = match warnings(&self.network, &self.config, &self.links_down).await {
+            Ok(warnings) => warnings,
+            Err(error) => vec![format!("this host's settings are not known: {error}")],
+        };
         warnings.extend_from_slice(&self.hidden_tags);
         for warning in warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
             warn!("{warning}");
         }
         self.warnings = warnings;
-        Ok(())
     }
 
     /// Makes every flow ask for its route anew, and says which attached links came or went.
@@ -89,10 +91,14 @@ impl Agent {
                 }
             }
         }
-        if changes.overrun || !changes.links.is_empty() {
-            (self.observed.interfaces, self.hidden_tags) = around(&self.network, &self.attachments).await?;
+        if let Err(error) = self
+            .look_around(changes.overrun || !changes.links.is_empty())
+            .await
+        {
+            // What was known before serves meanwhile, and an agent that goes would know no more.
+            warn!(%error, "what has changed in the network is not known; asking again in a second");
+            self.has_to_look_again = true;
         }
-        self.survey_tunnels().await?;
         self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
         self.reconcile()?;
         if changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty() {
@@ -103,6 +109,26 @@ impl Agent {
             self.look_where_to_announce(came_up).await;
         }
         Ok(())
+    }
+
+    /// Looks at tunnels, and at interfaces where those have changed.
+    async fn look_around(&mut self, at_interfaces: bool) -> Result<(), Error> {
+        if at_interfaces {
+            (self.observed.interfaces, self.hidden_tags) = around(&self.network, &self.attachments).await?;
+        }
+        self.survey_tunnels().await
+    }
+
+    /// Asks the kernel again what it did not answer.
+    pub(super) async fn look_again(&mut self) -> Result<(), Error> {
+        if !mem::take(&mut self.has_to_look_again) {
+            return Ok(());
+        }
+        let anything = network::Changes {
+            overrun: true,
+            ..network::Changes::default()
+        };
+        self.network_changed(&anything).await
     }
 
     /// Finds out which neighbours are to be told of which addresses; `again`: also those that have been told.

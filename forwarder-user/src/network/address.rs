@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use futures_util::TryStreamExt as _;
 use ipnet::IpNet;
 use nix::errno::Errno;
 use rtnetlink::{
@@ -17,9 +16,10 @@ impl Network {
     /// The addresses of the interface with number `interface`, with their prefix lengths, IPv4 first. Link-local IPv6
     /// addresses are left out: they are no names for other networks.
     pub async fn addresses(&self, interface: u32) -> Result<Vec<IpNet>, Error> {
-        let request = self.handle.address().get().set_link_index_filter(interface);
-        let messages = request.execute().try_collect::<Vec<_>>().await;
-        let messages = messages.map_err(|error| failed("list the addresses", &error))?;
+        let messages = self
+            .all(move |handle| handle.address().get().set_link_index_filter(interface).execute())
+            .await
+            .map_err(|error| failed("list the addresses", &error))?;
         let mut addresses: Vec<_> = messages.iter().filter_map(parse).collect();
         addresses.sort_by_key(|address| address.addr().is_ipv6());
         Ok(addresses)

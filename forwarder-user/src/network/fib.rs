@@ -4,7 +4,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use futures_util::TryStreamExt as _;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rtnetlink::{
     IpVersion, RouteMessageBuilder,
@@ -93,9 +92,8 @@ impl Network {
     pub async fn rules(&self) -> Result<Vec<Rule>, Error> {
         let mut rules = Vec::new();
         for version in [IpVersion::V4, IpVersion::V6] {
-            let messages = self.handle.rule().get(version).execute();
-            let messages: Vec<RuleMessage> = messages
-                .try_collect()
+            let messages: Vec<RuleMessage> = self
+                .all(move |handle| handle.rule().get(version).execute())
                 .await
                 .map_err(|error| failed("list the routing rules", &error))?;
             rules.extend(messages.iter().filter_map(rule));
@@ -112,9 +110,8 @@ impl Network {
             RouteMessageBuilder::<Ipv4Addr>::new().build(),
             RouteMessageBuilder::<Ipv6Addr>::new().build(),
         ] {
-            let routes = self.handle.route().get(question).execute();
-            let routes: Vec<RouteMessage> = routes
-                .try_collect()
+            let routes: Vec<RouteMessage> = self
+                .all(move |handle| handle.route().get(question).execute())
                 .await
                 .map_err(|error| failed("list the routes", &error))?;
             entries.extend(routes.iter().filter_map(entry));

@@ -2,7 +2,6 @@
 
 use std::{fmt, net::IpAddr};
 
-use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
 use rtnetlink::packet_route::link::{
     InfoData, InfoGeneve, InfoKind, InfoVlan, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
@@ -283,8 +282,10 @@ impl fmt::Display for InterfaceKind {
 impl Network {
     /// All interfaces, in the kernel's order.
     pub async fn interfaces(&self) -> Result<Vec<Interface>, Error> {
-        let messages = self.handle.link().get().execute().try_collect::<Vec<_>>().await;
-        let messages = messages.map_err(|error| failed("list the interfaces", &error))?;
+        let messages = self
+            .all(|handle| handle.link().get().execute())
+            .await
+            .map_err(|error| failed("list the interfaces", &error))?;
         let mut interfaces: Vec<_> = messages.iter().map(Interface::from_message).collect();
         interfaces.iter_mut().for_each(Interface::find_driver);
         Ok(interfaces)

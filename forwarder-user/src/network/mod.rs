@@ -14,7 +14,7 @@ use std::{fmt::Display, net::IpAddr, sync::Arc};
 use futures_util::{Stream, TryStreamExt as _};
 use nix::errno::Errno;
 use rtnetlink::{Handle, packet_route::AddressFamily};
-use tokio::task::AbortHandle;
+use tokio::{sync::Mutex, task::AbortHandle};
 
 use crate::{
     error::Error,
@@ -55,6 +55,8 @@ pub use xdp_features::{runs_programs, takes_redirects};
 #[derive(Clone, Debug)]
 pub struct Network {
     handle: Handle,
+    /// Held by who asks for a list, see [`Network::all`].
+    listing: Arc<Mutex<()>>,
     _connection: Arc<AbortOnDrop>,
 }
 
@@ -72,8 +74,31 @@ impl Network {
         let connection = AbortOnDrop(tokio::spawn(connection).abort_handle());
         Ok(Self {
             handle,
+            listing: Arc::default(),
             _connection: Arc::new(connection),
         })
+    }
+
+    /// The answers to a question that has many.
+    ///
+    /// One such question at a time, and to its end: on a socket where it still answers one, the kernel refuses the next
+    /// (EBUSY, `__netlink_dump_start` of net/netlink/af_netlink.c). Whoever asks may stop waiting, so the answers go to
+    /// a task of its own.
+    async fn all<T, S>(
+        &self,
+        ask: impl FnOnce(&Handle) -> S + Send + 'static,
+    ) -> Result<Vec<T>, rtnetlink::Error>
+    where
+        T: Send + 'static,
+        S: Stream<Item = Result<T, rtnetlink::Error>> + Send + 'static,
+    {
+        let (handle, listing) = (self.handle.clone(), self.listing.clone());
+        let answers = tokio::spawn(async move {
+            let _turn = listing.lock_owned().await;
+            ask(&handle).try_collect().await
+        });
+        // It fails as the runtime ends, as a request does then.
+        answers.await.unwrap_or(Err(rtnetlink::Error::RequestFailed))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, net::IpAddr};
 
-use futures_util::{StreamExt as _, TryStreamExt as _, future};
+use futures_util::StreamExt as _;
 use nix::errno::Errno;
 use rtnetlink::{
     packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
@@ -161,15 +161,15 @@ impl Network {
     /// All neighbours on the interface with number `interface`, but for groups and link-local addresses of IPv6: every
     /// link has those.
     pub async fn neighbours(&self, interface: u32) -> Result<Vec<Neighbour>, Error> {
-        let request = self.handle.neighbours().get();
-        request
-            .execute()
-            .try_filter(|message| future::ready(message.header.ifindex == interface))
-            .try_filter_map(|message| future::ok(Neighbour::from_message(&message)))
-            .try_filter(|neighbour| future::ready(!is_of_every_link(neighbour.address)))
-            .try_collect()
+        let entries = self
+            .all(|handle| handle.neighbours().get().execute())
             .await
-            .map_err(|error| failed("list the neighbours", &error))
+            .map_err(|error| failed("list the neighbours", &error))?;
+        let of_interface = entries.iter().filter(|entry| entry.header.ifindex == interface);
+        let neighbours = of_interface.filter_map(Neighbour::from_message);
+        Ok(neighbours
+            .filter(|neighbour| !is_of_every_link(neighbour.address))
+            .collect())
     }
 
     /// Asks the kernel to resolve `address` on the interface with number `interface`, or to confirm it if it is
@@ -199,6 +199,10 @@ impl Network {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
+    use futures_util::{FutureExt as _, future};
+
     use super::*;
     use crate::network::testing::{in_namespace, ip, veth_with_answering_peer};
 
@@ -243,6 +247,41 @@ mod tests {
             let asked = network.neighbour(index, absent).await.unwrap().unwrap();
             assert!(!asked.state.is_usable(), "{asked:?}");
             assert_eq!(network.neighbours(index).await.unwrap().len(), 2);
+        });
+    }
+
+    #[test]
+    fn many_may_ask_for_lists_at_the_same_time_and_stop_waiting() {
+        in_namespace(async {
+            ip("link add fa type veth peer name fb");
+            ip("link set fa up");
+            // More than the kernel answers at once, which is 32 kB.
+            let entries: String = (0..1000)
+                .map(|n| {
+                    let (high, low) = (n / 250, n % 250 + 1);
+                    format!("neigh add 10.7.{high}.{low} lladdr 02:00:00:00:{high:02x}:{low:02x} dev fa nud permanent\n")
+                })
+                .collect();
+            let mut batch = tempfile::NamedTempFile::new().unwrap();
+            batch.write_all(entries.as_bytes()).unwrap();
+            ip(&format!("-batch {}", batch.path().display()));
+            let network = Network::open().unwrap();
+            let index = network.interface("fa").await.unwrap().unwrap().index;
+            for _ in 0..20 {
+                let abandoned = network.neighbours(index);
+                assert!(abandoned.now_or_never().is_none());
+                // One after the other, so that the second question comes when the first has been asked, and before the
+                // runtime has looked whether there are answers.
+                let all = (0..8).map(async |turns| {
+                    for _ in 0..turns {
+                        tokio::task::yield_now().await;
+                    }
+                    network.neighbours(index).await
+                });
+                for listed in future::join_all(all).await {
+                    assert_eq!(listed.unwrap().len(), 1000);
+                }
+            }
         });
     }
 

@@ -11,7 +11,7 @@ use forwarder_common::{
     outer::DontFragment,
     wire::tunnel::{PROTOCOL_IPIP, PROTOCOL_IPV6},
 };
-use futures_util::{StreamExt as _, TryStreamExt as _, future};
+use futures_util::TryStreamExt as _;
 use rtnetlink::{
     RouteMessageBuilder,
     packet_route::{
@@ -483,28 +483,24 @@ impl Network {
 
     /// All tunnel devices of kinds that the programs know.
     pub(super) async fn tunnel_devices(&self) -> Result<Vec<TunnelDevice>, Error> {
-        let links = self.handle.link().get().execute();
-        links
-            .try_filter_map(|message| future::ok(TunnelDevice::from_message(&message)))
-            .try_collect()
+        let links = self
+            .all(|handle| handle.link().get().execute())
             .await
-            .map_err(|error| failed("list the tunnel devices", &error))
+            .map_err(|error| failed("list the tunnel devices", &error))?;
+        Ok(links.iter().filter_map(TunnelDevice::from_message).collect())
     }
 
     /// Where the tunnel device with number `interface` sends frames, as its forwarding table says.
     pub async fn far_ends(&self, interface: u32) -> Result<Vec<FarEnd>, Error> {
-        let request = self
-            .handle
-            .neighbours()
-            .get()
-            .set_address_family(AddressFamily::Bridge);
-        request
-            .execute()
-            .try_filter(|message| future::ready(message.header.ifindex == interface))
-            .try_filter_map(|message| future::ok(FarEnd::from_message(&message)))
-            .try_collect()
+        let entries = self
+            .all(|handle| {
+                let request = handle.neighbours().get();
+                request.set_address_family(AddressFamily::Bridge).execute()
+            })
             .await
-            .map_err(|error| failed("list the forwarding entries", &error))
+            .map_err(|error| failed("list the forwarding entries", &error))?;
+        let of_interface = entries.iter().filter(|entry| entry.header.ifindex == interface);
+        Ok(of_interface.filter_map(FarEnd::from_message).collect())
     }
 
     /// How packets to `remote` leave; `None`: no route.
@@ -556,12 +552,12 @@ impl Network {
     pub async fn neighbour_macs(&self, interface: u32) -> Result<Vec<[u8; 6]>, Error> {
         let mut macs = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let request = self.handle.neighbours().get().set_address_family(family);
-            let mut entries = std::pin::pin!(request.execute());
-            while let Some(entry) = entries.next().await {
-                let entry = entry.map_err(|error| failed("list the neighbours", &error))?;
-                macs.extend(usable_mac(&entry).filter(|_| entry.header.ifindex == interface));
-            }
+            let entries = self
+                .all(move |handle| handle.neighbours().get().set_address_family(family).execute())
+                .await
+                .map_err(|error| failed("list the neighbours", &error))?;
+            let of_interface = entries.iter().filter(|entry| entry.header.ifindex == interface);
+            macs.extend(of_interface.filter_map(usable_mac));
         }
         macs.sort_unstable();
         macs.dedup();
