@@ -112,13 +112,13 @@ fn part(stage: &Stage<'_>, is_rough: bool, length: Duration, seed: u64) -> Resul
 /// Judges what the witnesses have written.
 fn judge(stage: &Stage<'_>, seed: u64) -> Result<()> {
     let testimony = Testimony::of(stage.site)?;
-    let history = History {
-        services: stage.site.services(),
-        absences: stage.absences(),
-        faults: stage.faults(),
-        bound: BOUND,
-        idle: IDLE_TIMEOUT,
-    };
+    let history = History::new(
+        stage.site.services(),
+        stage.absences(),
+        stage.faults(),
+        BOUND,
+        IDLE_TIMEOUT,
+    );
     for (listener, totals) in &testimony.totals {
         println!("listener {listener}: {totals:?}");
     }
