@@ -110,6 +110,7 @@ impl Agent {
             attachments.push(attached(&mut ebpf, pins, link, &ports, &config)?);
         }
         attach::detach_others(pins, &attachments)?;
+        attach::remove_filters(&all_links, &attachments);
         pins.note_agent(&config.agent.control_socket)?;
         let found = handover.finish(&mut flow_maps, Some(pins))?;
         if is_takeover {

@@ -7,7 +7,7 @@ use super::{args::DetachArgs, output};
 use crate::{
     agent::{PROBE_INTERFACE, remove_rules},
     config::{load::load, validate::DEFAULT_PIN_DIRECTORY},
-    datapath::pin::PinDirectory,
+    datapath::{attach::remove_filters, pin::PinDirectory},
     error::{Error, Errors},
     network::Network,
 };
@@ -29,15 +29,17 @@ pub fn detach(args: &DetachArgs) -> Result<(), Errors> {
     let addresses = pins.probe_addresses();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Error::host(format!("cannot start the runtime: {error}")))?;
-    runtime.block_on(async {
+    let links = runtime.block_on(async {
         let network = Network::open()?;
         for address in addresses.iter() {
             network.remove_address(PROBE_INTERFACE, address).await?;
         }
         network.remove_made_tunnels(|_| false).await?;
-        remove_rules(&network).await
+        remove_rules(&network).await?;
+        network.interfaces().await
     })?;
     pins.remove()?;
+    remove_filters(&links, &[]);
     output::text(&format!(
         "detached: programs, maps and flows of {} are gone",
         directory.display()

@@ -317,12 +317,10 @@ pub fn attach_tunnel(
     };
     let path = pins.link(AttachmentKind::Tcx, link.index);
     let tunnel: &mut SchedClassifier = program(ebpf, map_name::PROGRAM_TUNNEL)?;
-    // Before Linux 6.6 there is no tcx and no link that could be pinned, but a queueing discipline with a filter that
-    // stays when an agent is killed. It may be there.
-    let is_tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
-    if !is_tcx {
+    if !has_tcx() {
+        // The discipline may be there.
         let _ = tc::qdisc_add_clsact(&link.name);
-        let _ = tc::qdisc_detach_program(&link.name, TcAttachType::Ingress, map_name::PROGRAM_TUNNEL);
+        remove_filter(&link.name);
         tunnel
             .attach(&link.name, TcAttachType::Ingress)
             .map_err(|error| refused(error.into()))?;
@@ -340,6 +338,29 @@ pub fn attach_tunnel(
         pin(attach(tunnel).map_err(refused)?, &path)?;
     }
     Ok(attachment(link, &[], AttachmentKind::Tcx, 0, 0))
+}
+
+/// Before Linux 6.6 there is no tcx and no link that could be pinned, but a queueing discipline with a filter that stays
+/// when an agent is killed.
+fn has_tcx() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+}
+
+/// Removes the tunnel program's filter from an interface that may have one.
+fn remove_filter(interface: &str) {
+    let _ = tc::qdisc_detach_program(interface, TcAttachType::Ingress, map_name::PROGRAM_TUNNEL);
+}
+
+/// Removes the filters that killed agents have left behind, where the kernel has no tcx, from all of these interfaces that
+/// are none of `attachments`.
+pub fn remove_filters(links: &[network::Interface], attachments: &[Attachment]) {
+    if has_tcx() {
+        return;
+    }
+    let is_ours = |link: &network::Interface| attachments.iter().any(|one| one.ifindex == link.index);
+    for link in links.iter().filter(|link| !is_ours(link)) {
+        remove_filter(&link.name);
+    }
 }
 
 /// Removes the pinned links that are none of `attachments`: of interfaces that have left the configuration, or the
