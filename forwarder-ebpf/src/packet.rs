@@ -492,7 +492,12 @@ impl Packet for SkbPacket {
                 BPF_HDR_START_NET,
             )
         };
-        let is_network = |start: &mut EthernetHeader| { start.link } == network;
+        // A frame may repeat its link addresses where an IP header would be.
+        let is_ip = |first: u8| first >> 4 == 4 || first >> 4 == 6;
+        let is_network = |start: &mut EthernetHeader| {
+            let link = { start.link };
+            link == network && is_ip(link.destination().octets()[0])
+        };
         status < 0 || !self.header(0).is_ok_and(is_network)
     }
 
