@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::{
-        backend::{Backend, BackendGroup, BackendId, GroupId},
+        backend::{Backend, BackendGroup, BackendHop, BackendId, GroupId},
         capture::{CaptureFilter, CaptureRoom, CapturedPacket},
         counter::{CarriedCounters, EventCounters, IcmpBudget, ReasonCounters},
         flow::{FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
@@ -110,6 +110,8 @@ static BACKENDS_A_CPU: u32 = 0;
 static LISTENER_EVENTS: PerCpuArray<EventCounters, 1> = PerCpuArray::new();
 #[btf_map]
 static BACKEND_EVENTS: PerCpuArray<EventCounters, 1> = PerCpuArray::new();
+#[btf_map]
+static BACKEND_HOPS: PerCpuArray<BackendHop, 1> = PerCpuArray::new();
 #[btf_map]
 static REASON_COUNT: PerCpuArray<ReasonCounters, { Reason::COUNT }> = PerCpuArray::new();
 
@@ -562,6 +564,12 @@ impl Tables for KernelTables {
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
         // SAFETY: this CPU's own element, as for `count_listener`.
         ICMP_BUDGET.get_ptr_mut(0).map(|budget| unsafe { &mut *budget })
+    }
+
+    #[inline(always)]
+    fn backend_hop(&mut self, id: BackendId) -> Option<&mut BackendHop> {
+        // SAFETY: this CPU's own element, as for `count_listener`.
+        BACKEND_HOPS.get_ptr_mut(id.0).map(|known| unsafe { &mut *known })
     }
 
     #[inline(always)]

@@ -123,7 +123,11 @@ impl History {
             bound,
             idle,
         };
-        history.felt = history.faults.iter().map(|fault| history.feeling(fault)).collect();
+        history.felt = history
+            .faults
+            .iter()
+            .map(|fault| history.feeling(fault))
+            .collect();
         history
     }
 
@@ -427,7 +431,8 @@ mod tests {
     #[test]
     fn an_hour_of_faults_and_failures_is_judged_in_no_time() {
         // Each failure would look at every fault's followers, a quarter of a million million pairs.
-        let hour = (0..5000).map(|number| killed(1 + (number % 2) as u16, 100 + 2 * number, 101 + 2 * number));
+        let hour =
+            (0..5000).map(|number| killed(1 + (number % 2) as u16, 100 + 2 * number, 101 + 2 * number));
         let history = history(hour.collect());
         for moment in 0..10_000 {
             let unknown = failure(Kind::Silence, Some(1), 100 + moment / 2, 100 + moment / 2);

@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 use forwarder_common::{
     abi::{
-        backend::{BackendId, BackendState, GroupId, NatMode},
+        backend::{BackendHop, BackendId, BackendState, GroupId, NatMode},
         flow::{Direction, FlowId, FlowKey, FlowReference, FlowState},
         interface::InterfaceKey,
         listener::{ListenerId, ListenerKey},
@@ -563,6 +563,7 @@ pub fn all() -> Vec<Case> {
         refusals(),
         limits(),
         next_hops(),
+        shared_ways(),
         tunnels(),
         arp(),
         icmp(),
@@ -1637,6 +1638,63 @@ fn next_hops() -> Vec<Case> {
         Case::new("A connection may move to another ingress interface", world())
             .all(web_handshake())
             .then(web_request(segment::ACK, 5).by(&TUNNEL_SIDE)),
+    ]
+}
+
+/// New flows that share the way to their backend.
+fn shared_ways() -> Vec<Case> {
+    /// Nobody would find this way; so who takes it has not asked.
+    fn divert(world: &mut MemoryTables) -> &mut BackendHop {
+        let known = &mut world.backend_hops[WEB.backend.0 as usize];
+        let [source, destination] = REMEMBERED.map(MacAddress::new);
+        known.hop.link = LinkPair::new(destination, source);
+        known
+    }
+    let mut sharing = world();
+    sharing.settings.flags |= flag::ONE_WAY;
+    let next = from_client(segment::SYN, OTHER_CLIENT, WEB);
+    let asks = to_server(&next, binding(1), SERVER);
+    let shares = asks.clone().link(REMEMBERED[0], REMEMBERED[1]);
+    let case = |sentence: &str, change: fn(&mut MemoryTables), out: &Builder| {
+        Case::new(sentence, sharing.clone())
+            .then(web_opening())
+            .change(change)
+            .then(Step::request(&next, out).counts(WEB.opened()))
+    };
+    vec![
+        case(
+            "A new flow takes the way that the last one to its backend has found",
+            |world| {
+                divert(world);
+            },
+            &shares,
+        ),
+        case(
+            "A backend's way of another route generation is not taken",
+            |world| {
+                divert(world);
+                world.settings.route_generation += 1;
+            },
+            &asks,
+        ),
+        case(
+            "A way to another backend that had the number is not taken",
+            |world| divert(world).address = UDP_SERVER.ip().to_owned().into(),
+            &asks,
+        ),
+        case(
+            "A backend's way that another hook has found is not taken",
+            |world| divert(world).hop.hook = Hook::Tcx as u8,
+            &asks,
+        ),
+        case(
+            "Where ways depend on more than the backend, each new flow asks for its own",
+            |world| {
+                divert(world);
+                world.settings.flags &= !flag::ONE_WAY;
+            },
+            &asks,
+        ),
     ]
 }
 

@@ -309,6 +309,7 @@ impl Kernel {
         for id in &tables.free_flows {
             queue.push(AsPod(*id), 0)?;
         }
+        self.set_on_each_cpu(map_name::BACKEND_HOPS, &tables.backend_hops)?;
         self.set_counters(map_name::ICMP_BUDGET, &[tables.icmp_budget])?;
         self.set_traffic(LISTENER_MAPS, &tables.listener_counters)?;
         self.set_traffic(BACKEND_MAPS, &tables.backend_counters)?;
@@ -515,6 +516,15 @@ impl Kernel {
             let mut per_cpu = vec![AsPod(V::zeroed()); cpus];
             per_cpu[0] = AsPod(*value);
             array.set(index, PerCpuValues::try_from(per_cpu)?, 0)?;
+        }
+        Ok(())
+    }
+
+    fn set_on_each_cpu<V: Pod>(&mut self, name: &str, values: &[V]) -> Result<()> {
+        let cpus = nr_cpus().map_err(|(_, error)| error)?;
+        let mut array: PerCpuArray<_, AsPod<V>> = PerCpuArray::try_from(self.map(name)?)?;
+        for (index, value) in (0..).zip(values) {
+            array.set(index, PerCpuValues::try_from(vec![AsPod(*value); cpus])?, 0)?;
         }
         Ok(())
     }

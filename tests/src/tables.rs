@@ -14,7 +14,7 @@ use forwarder_common::{
     abi::{
         ABI_VERSION,
         address_filter::AddressFilter,
-        backend::{Backend, BackendGroup, BackendId, BackendState, GroupId, NatMode},
+        backend::{Backend, BackendGroup, BackendHop, BackendId, BackendState, GroupId, NatMode},
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         fragment::{FragmentFlow, FragmentKey, HELD_BYTES, HeldKind},
@@ -99,6 +99,7 @@ pub struct MemoryTables {
     pub backend_counters: Vec<TrafficCounters>,
     pub reason_counters: Vec<ReasonCounters>,
     pub fragments: HashMap<FragmentKey, FragmentFlow>,
+    pub backend_hops: Vec<BackendHop>,
     pub icmp_budget: IcmpBudget,
     pub syn_budgets: Vec<SynBudget>,
     pub handshakes: Vec<Handshake>,
@@ -141,6 +142,7 @@ impl Default for MemoryTables {
             backend_counters: vec![TrafficCounters::default(); SIZES.backends as usize],
             reason_counters: vec![ReasonCounters::default(); Reason::COUNT],
             fragments: HashMap::new(),
+            backend_hops: vec![BackendHop::default(); SIZES.backends as usize],
             icmp_budget: IcmpBudget::default(),
             syn_budgets: vec![SynBudget::default(); SIZES.listeners as usize],
             handshakes: vec![Handshake::default(); SIZES.flows as usize],
@@ -649,6 +651,10 @@ impl Tables for MemoryTables {
 
     fn keep_fragment(&mut self, key: &FragmentKey, flow: FragmentFlow) {
         self.fragments.insert(*key, flow);
+    }
+
+    fn backend_hop(&mut self, id: BackendId) -> Option<&mut BackendHop> {
+        self.backend_hops.get_mut(id.0 as usize)
     }
 
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {

@@ -2,6 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::flow::NextHop;
 use crate::wire::{Be16, IpAddress};
 
 /// Index of a group in the group table.
@@ -95,4 +96,13 @@ pub struct Backend {
     pub max_flows: u32,
     /// Its share of the flows beside the others of its group; zero: none.
     pub weight: u32,
+}
+
+/// Where requests to a backend go next, as this CPU's last new flow found it; see `datapath::next_hop`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct BackendHop {
+    /// The backend's: its number may be another's by now.
+    pub address: IpAddress,
+    pub hop: NextHop,
 }

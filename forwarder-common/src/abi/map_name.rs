@@ -60,6 +60,8 @@ pub const BACKENDS_PER_CPU: &str = "BACKENDS_A_CPU";
 pub const LISTENER_EVENTS: &str = "LISTENER_EVENTS";
 /// Per-CPU array of `EventCounters` by `BackendId`.
 pub const BACKEND_EVENTS: &str = "BACKEND_EVENTS";
+/// Per-CPU array of `BackendHop` by `BackendId`.
+pub const BACKEND_HOPS: &str = "BACKEND_HOPS";
 /// Per-CPU array of one `datapath::Walk`: what stages hand on.
 pub const WALK: &str = "WALK";
 /// LRU hash from `FragmentKey` to `FragmentFlow`.

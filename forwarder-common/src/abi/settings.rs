@@ -20,6 +20,9 @@ pub mod flag {
     pub const TUNNELS: u32 = 16;
     /// Somebody wants to see packets.
     pub const CAPTURE: u32 = 32;
+    /// Which way packets to a backend of IPv4 leave depends on its address alone: no routing rule looks at anything
+    /// else, and no route to a backend has several next hops.
+    pub const ONE_WAY: u32 = 64;
 }
 
 /// The settings.

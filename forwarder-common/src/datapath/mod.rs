@@ -18,7 +18,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{
     abi::{
-        backend::{Backend, BackendGroup, BackendId, GroupId},
+        backend::{Backend, BackendGroup, BackendHop, BackendId, GroupId},
         counter::{CarriedCounters, EventCounters, IcmpBudget, TrafficCounters},
         flow::{FlowBinding, FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference},
         fragment::{FragmentFlow, FragmentKey, HeldKind},
@@ -507,6 +507,8 @@ pub trait Tables {
 
     /// This CPU's budget of ICMP messages.
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget>;
+    /// What this CPU knows of the way to a backend.
+    fn backend_hop(&mut self, id: BackendId) -> Option<&mut BackendHop>;
 
     fn count_listener(&mut self, id: ListenerId, event: TrafficEvent);
     fn count_backend(&mut self, id: BackendId, event: TrafficEvent);

@@ -3,14 +3,24 @@
 //! A flow remembers its next hop in each direction. It is valid for one *route generation*: whenever routes,
 //! neighbours or links change, the agent counts the generation up, and the next packet of each flow asks the
 //! kernel again. So a hit costs no route lookup and none is ever stale.
+//!
+//! Where the way to a backend depends on its address alone ([`ONE_WAY`]), a new flow takes the one that the last new
+//! flow to it has found, of the same generation: so the kernel is asked once for each backend, and not for each flow.
 
-use super::{Env, Hook, Packet, Route, Stop, Tables, Verdict, Walk, flow, translate};
+use super::{
+    Env, Hook, Packet, Route, Stop, Tables, Verdict, Walk,
+    flow::{self, Hit},
+    translate,
+};
 use crate::{
     abi::{
-        flow::{FlowKey, HopKind, NextHop},
+        flow::{Direction, FlowKey, HopKind, NextHop},
         interface::{Interface, InterfaceKey, flag},
         reason::Reason,
-        settings::{Settings, flag::TUNNELS},
+        settings::{
+            Settings,
+            flag::{ONE_WAY, TUNNELS},
+        },
         tunnel::{PeerId, TunnelHopKey},
     },
     wire::{Be16, MacAddress, WireHeader as _, ipv4::PROTOCOL_UDP, tcp::TcpHeader, udp::UdpHeader},
@@ -34,7 +44,7 @@ pub fn resolve<T: Tables, E: Env>(
     env.find_next_hop(tables, settings, walk)
 }
 
-/// Asks for a route.
+/// Takes the way that the backend's last new flow has found, or asks for a route.
 ///
 /// # Errors
 /// Always a drop: [`Reason::NO_ROUTE`], [`Reason::FORWARDING_DISABLED`].
@@ -46,7 +56,12 @@ pub fn find<T: Tables, E: Env>(
     walk: &mut Walk,
 ) -> Result<(), Stop> {
     let hook = env.hook();
+    let is_shared = is_shared(settings, walk);
     let Walk { hit, key, .. } = walk;
+    if is_shared && recall(tables, settings, hook, hit) {
+        flow::store_hop(tables, hit.id, hit.direction, &hit.hop);
+        return Ok(());
+    }
     let hop = &mut hit.hop;
     *key = FlowKey {
         source: hit.rewrite.source,
@@ -70,7 +85,7 @@ pub fn find<T: Tables, E: Env>(
         && let Some(id) = peer(tables, &route, key.is_v4())
     {
         if into_tunnel(tables, env, key, id, hop) {
-            flow::store_hop(tables, hit.id, hit.direction, hop);
+            remember(tables, is_shared, hit);
         }
         return Ok(());
     }
@@ -100,8 +115,42 @@ pub fn find<T: Tables, E: Env>(
         Route::None => return Err(Stop::drop(Reason::NO_ROUTE)),
         Route::ForwardingDisabled => return Err(Stop::drop(Reason::FORWARDING_DISABLED)),
     }
-    flow::store_hop(tables, hit.id, hit.direction, hop);
+    remember(tables, is_shared, hit);
     Ok(())
+}
+
+/// Is the packet's way that of all requests to its backend?
+#[inline(always)]
+fn is_shared(settings: &Settings, walk: &Walk) -> bool {
+    settings.flags & ONE_WAY != 0
+        && walk.hit.direction == Direction::REQUEST
+        && walk.hit.rewrite.destination.is_v4()
+}
+
+/// Takes the way to the hit's backend from what is known of it, if that holds.
+#[inline(always)]
+fn recall<T: Tables>(tables: &mut T, settings: &Settings, hook: Hook, hit: &mut Hit) -> bool {
+    let Some(known) = tables.backend_hop(hit.backend) else {
+        return false;
+    };
+    let holds = known.hop.kind != HopKind::UNKNOWN
+        && known.hop.generation == settings.route_generation
+        && known.hop.hook == hook as u8
+        && known.address == hit.rewrite.destination;
+    if holds {
+        hit.hop = known.hop.copied();
+    }
+    holds
+}
+
+/// Remembers where the hit's packets go, in its flow and for those of its backend that it shares its way with.
+#[inline(always)]
+fn remember<T: Tables>(tables: &mut T, is_shared: bool, hit: &Hit) {
+    flow::store_hop(tables, hit.id, hit.direction, &hit.hop);
+    if is_shared && let Some(known) = tables.backend_hop(hit.backend) {
+        known.address = hit.rewrite.destination.copied();
+        known.hop = hit.hop.copied();
+    }
 }
 
 /// The far end of a native tunnel that a route leads to.

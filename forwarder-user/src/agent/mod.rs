@@ -469,6 +469,7 @@ impl Agent {
         }
         self.watch(health, unheard);
         self.survey_tunnels().await?;
+        self.look_at_routes().await;
         self.reconcile()?;
         if self.tunnels_changed(tunnels, health) {
             self.reconcile()?;

@@ -210,6 +210,7 @@ impl Agent {
         };
         agent.look_for_trouble().await;
         agent.survey_tunnels().await?;
+        agent.look_at_routes().await;
         let mut tables = agent.tables.cache.now();
         let desired = Desired::with_tables(&agent.config, &applied.ids, &agent.observed, &mut tables);
         let tables = tables.finish();

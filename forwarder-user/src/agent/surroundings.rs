@@ -1,7 +1,8 @@
 //! The host around the data path: links, routes, settings, the probe address.
 
-use std::{collections::HashSet, mem};
+use std::{collections::HashSet, mem, net::IpAddr};
 
+use forwarder_common::abi::settings::flag;
 use tracing::{debug, error, info, warn};
 
 use super::{Agent, start::around};
@@ -99,9 +100,14 @@ impl Agent {
             warn!(%error, "what has changed in the network is not known; asking again in a second");
             self.has_to_look_again = true;
         }
+        let has_other_routes =
+            changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty();
+        if has_other_routes {
+            self.look_at_routes().await;
+        }
         self.observed.route_generation = self.observed.route_generation.wrapping_add(1);
         self.reconcile()?;
-        if changes.routes || changes.addresses || changes.overrun || !changes.links.is_empty() {
+        if has_other_routes {
             self.resolve_next_hops().await;
         }
         let came_up = changes.links.iter().any(|link| link.state == LinkState::Up);
@@ -137,6 +143,35 @@ impl Agent {
         if let Err(error) = self.announcer.look(&self.network, &self.config, again).await {
             warn!(%error, "addresses are not announced");
         }
+    }
+
+    /// Finds out whether the way to a backend depends on its address alone, so that new flows share it.
+    pub(super) async fn look_at_routes(&mut self) {
+        self.observed.flags &= !flag::ONE_WAY;
+        if self.has_one_way_each().await {
+            self.observed.flags |= flag::ONE_WAY;
+        }
+    }
+
+    async fn has_one_way_each(&self) -> bool {
+        // What is not known is not relied on.
+        if !self.network.routes_by_destination().await.unwrap_or(false) {
+            return false;
+        }
+        let backends = self
+            .config
+            .groups
+            .values()
+            .flat_map(|group| group.backends.values());
+        let addresses: HashSet<IpAddr> = backends.map(|backend| backend.address).collect();
+        for address in addresses {
+            if let IpAddr::V4(address) = address
+                && !self.network.has_one_next_hop(address).await
+            {
+                return false;
+            }
+        }
+        true
     }
 
     /// Asks the kernel to find out the link addresses of the backends' next hops, before traffic needs them.

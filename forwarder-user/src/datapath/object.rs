@@ -66,6 +66,7 @@ impl Sizes {
                     map_name::BACKENDS,
                     map_name::BACKEND_CARRIED,
                     map_name::BACKEND_EVENTS,
+                    map_name::BACKEND_HOPS,
                     map_name::BACKEND_LIVE,
                 ],
             ),

@@ -25,7 +25,7 @@ use bytemuck::{Pod, Zeroable as _};
 use elsa::FrozenMap;
 use forwarder_common::{
     abi::{
-        backend::{Backend, BackendGroup, BackendId, GroupId},
+        backend::{Backend, BackendGroup, BackendHop, BackendId, GroupId},
         counter::IcmpBudget,
         flow::{FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
         fragment::{FragmentFlow, FragmentKey, HELD_BYTES, HeldKind},
@@ -583,6 +583,11 @@ impl Tables for LiveView<'_> {
 
     // Whoever asks about a packet asks about one.
     fn keep_fragment(&mut self, _key: &FragmentKey, _flow: FragmentFlow) {}
+
+    // As of `syn_budget`; the kernel is asked for the route.
+    fn backend_hop(&mut self, _id: BackendId) -> Option<&mut BackendHop> {
+        None
+    }
 
     fn icmp_budget(&mut self) -> Option<&mut IcmpBudget> {
         Some(&mut self.changes.icmp_budget)

@@ -102,6 +102,15 @@ impl Network {
         Ok(rules)
     }
 
+    /// Whether the rules of IPv4 look at nothing but destinations.
+    pub async fn routes_by_destination(&self) -> Result<bool, Error> {
+        let rules = self.rules().await?;
+        let of_v4 = rules.iter().filter(|rule| matches!(rule.from, IpNet::V4(_)));
+        Ok(of_v4
+            .into_iter()
+            .all(|rule| !rule.is_conditional && rule.from.prefix_len() == 0))
+    }
+
     /// All rules and all routes.
     pub async fn policy(&self) -> Result<Policy, Error> {
         let rules = self.rules().await?;

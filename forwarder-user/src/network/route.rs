@@ -1,11 +1,12 @@
 //! Where the kernel would send a packet.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
+use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
 use rtnetlink::{
     RouteMessageBuilder,
-    packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType, RouteVia},
+    packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType, RouteVia},
 };
 use thiserror::Error as ThisError;
 
@@ -93,6 +94,23 @@ impl Network {
         self.look_up(destination, Some(source), Some(interface)).await
     }
 
+    /// Whether the route to `destination`, if there is one, has one next hop, which all packets take.
+    pub async fn has_one_next_hop(&self, destination: Ipv4Addr) -> bool {
+        let Ok(mut message) = question(destination.into(), None, None) else {
+            return false;
+        };
+        // The route itself, instead of what it says about one packet.
+        message.header.flags |= RouteFlags::FibMatch;
+        let mut answers = std::pin::pin!(self.handle.route().get(message).execute());
+        let Ok(Some(route)) = answers.try_next().await else {
+            return true;
+        };
+        // It names an interface, or several next hops, or the number of an object that may have several.
+        let has = |is_wanted: fn(&RouteAttribute) -> bool| route.attributes.iter().any(is_wanted);
+        has(|attribute| matches!(attribute, RouteAttribute::Oif(_)))
+            && !has(|attribute| matches!(attribute, RouteAttribute::MultiPath(_)))
+    }
+
     async fn look_up(
         &self,
         destination: IpAddr,
@@ -171,6 +189,50 @@ fn parse(message: &RouteMessage, destination: IpAddr) -> Result<Route, Error> {
 mod tests {
     use super::*;
     use crate::network::testing::{in_namespace, ip, set_sysctl};
+
+    #[test]
+    fn tells_routes_with_several_next_hops_and_rules_that_look_at_more_than_destinations() {
+        in_namespace(async {
+            ip("link set lo up");
+            ip("link add fa type veth peer name fb");
+            ip("link set fa up");
+            ip("link set fb up");
+            ip("address add 10.7.0.1/24 dev fa");
+            ip("route add 192.168.1.0/24 via 10.7.0.2");
+            ip("route add 192.168.2.0/24 nexthop via 10.7.0.2 nexthop via 10.7.0.3");
+            ip("nexthop add id 2 via 10.7.0.2 dev fa");
+            ip("nexthop add id 3 via 10.7.0.3 dev fa");
+            ip("nexthop add id 9 group 2/3");
+            ip("route add 192.168.3.0/24 nhid 9");
+            ip("route add 192.168.4.0/24 nhid 2");
+            ip("route add unreachable 192.168.5.0/24");
+            let network = Network::open().unwrap();
+            for (net, has_one) in [(1, true), (2, false), (3, false), (4, true), (5, true), (6, true)] {
+                let destination = Ipv4Addr::new(192, 168, net, 1);
+                assert_eq!(
+                    network.has_one_next_hop(destination).await,
+                    has_one,
+                    "{destination}"
+                );
+            }
+            // As an operator may set it: the kernel then names the object and nothing else.
+            set_sysctl("nexthop_compat_mode", "0");
+            assert!(!network.has_one_next_hop(Ipv4Addr::new(192, 168, 3, 1)).await);
+
+            assert!(network.routes_by_destination().await.unwrap());
+            ip("rule add to 192.168.9.0/24 lookup 9");
+            assert!(network.routes_by_destination().await.unwrap());
+            for rule in [
+                "from 10.7.0.0/24 lookup 9",
+                "fwmark 1 lookup 9",
+                "ipproto tcp lookup 9",
+            ] {
+                ip(&format!("rule add {rule}"));
+                assert!(!network.routes_by_destination().await.unwrap(), "{rule}");
+                ip(&format!("rule del {rule}"));
+            }
+        });
+    }
 
     #[test]
     fn tells_every_kind_of_route() {

@@ -10,11 +10,12 @@ use bytemuck::Zeroable as _;
 use forwarder_bench_ebpf::{CHECKED_BYTES, FloorEntry, FloorKey, Scenario, TEMPLATE_BYTES};
 use forwarder_common::abi::{
     address_filter::AddressFilter,
-    backend::{Backend, BackendId, BackendState, GroupId, NatMode},
+    backend::{Backend, BackendHop, BackendId, BackendState, GroupId, NatMode},
     counter::TrafficCounters,
     flow::{FlowEntry, FlowId},
     listener::{Listener, ListenerId, ListenerKey},
     reason::Reason,
+    settings,
     snat::{FIRST_PORT, PORTS_PER_ADDRESS},
 };
 use forwarder_common::wire::Be16;
@@ -157,6 +158,8 @@ impl Gateway {
     pub fn tables(&self) -> MemoryTables {
         let mut tables = self.setting().map_or_else(world, |setting| setting.world());
         tables.settings.pool.v4.runs[0].count = MOST_FLOWS.div_ceil(PORTS_PER_ADDRESS);
+        // As of a gateway whose routes are plain.
+        tables.settings.flags |= settings::flag::ONE_WAY;
         self.add_listeners(&mut tables);
         self.add_backends(&mut tables);
         if self.way != Way::Dnat {
@@ -203,6 +206,7 @@ impl Gateway {
         let count = (SIZES.backends + self.backends) as usize;
         tables.backends.resize(count, Backend::zeroed());
         tables.backends_live.resize(count, Live(0));
+        tables.backend_hops.resize(count, BackendHop::default());
         tables.backend_counters.resize(count, TrafficCounters::default());
         if self.backends > 1 {
             for number in 0..self.backends {
