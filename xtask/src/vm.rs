@@ -239,7 +239,7 @@ const PROCESSOR: &str = "max,cx16=off,la57=off";
 const CLOCK: &str = "tsc=reliable clocksource=tsc";
 
 /// Longest life of one machine.
-const LIFETIME: Duration = Duration::from_secs(3600);
+const LIFETIME: Duration = Duration::from_secs(2 * 3600);
 /// What the machine says before the name of a test program that it starts.
 const STARTED: &str = "== ";
 /// What it says after one, before its exit status.
