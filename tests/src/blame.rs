@@ -126,7 +126,7 @@ impl History {
         history.felt = history
             .faults
             .iter()
-            .map(|fault| history.feeling(fault))
+            .map(|fault| history.felt_of(fault))
             .collect();
         history
     }
@@ -184,7 +184,7 @@ impl History {
 
     /// From a fault's begin until nothing of it is felt any more. What it has broken is told to the other end when the way
     /// is free, so faults of the same servers that follow each other are one.
-    fn feeling(&self, fault: &Fault) -> Span {
+    fn felt_of(&self, fault: &Fault) -> Span {
         let Some(until_ns) = fault.span.until_ns else {
             return fault.span;
         };

@@ -105,10 +105,8 @@ impl Network {
     /// Whether the rules of IPv4 look at nothing but destinations.
     pub async fn routes_by_destination(&self) -> Result<bool, Error> {
         let rules = self.rules().await?;
-        let of_v4 = rules.iter().filter(|rule| matches!(rule.from, IpNet::V4(_)));
-        Ok(of_v4
-            .into_iter()
-            .all(|rule| !rule.is_conditional && rule.from.prefix_len() == 0))
+        let mut of_v4 = rules.iter().filter(|rule| matches!(rule.from, IpNet::V4(_)));
+        Ok(of_v4.all(|rule| !rule.is_conditional && rule.from.prefix_len() == 0))
     }
 
     /// All rules and all routes.

@@ -94,7 +94,8 @@ impl Network {
         self.look_up(destination, Some(source), Some(interface)).await
     }
 
-    /// Whether the route to `destination`, if there is one, has one next hop, which all packets take.
+    /// Whether the route to `destination`, if there is one, has one next hop, which all packets take. `false` as well where
+    /// the kernel does not answer.
     pub async fn has_one_next_hop(&self, destination: Ipv4Addr) -> bool {
         let Ok(mut message) = question(destination.into(), None, None) else {
             return false;
@@ -102,8 +103,19 @@ impl Network {
         // The route itself, instead of what it says about one packet.
         message.header.flags |= RouteFlags::FibMatch;
         let mut answers = std::pin::pin!(self.handle.route().get(message).execute());
-        let Ok(Some(route)) = answers.try_next().await else {
-            return true;
+        let route = match answers.try_next().await {
+            Ok(Some(route)) => route,
+            Ok(None) => return false,
+            // Nothing is sent there; see `look_up`.
+            Err(error) => {
+                let discards = [
+                    Errno::ENETUNREACH,
+                    Errno::EHOSTUNREACH,
+                    Errno::EACCES,
+                    Errno::EINVAL,
+                ];
+                return errno(&error).is_some_and(|errno| discards.contains(&errno));
+            }
         };
         // It names an interface, or several next hops, or the number of an object that may have several.
         let has = |is_wanted: fn(&RouteAttribute) -> bool| route.attributes.iter().any(is_wanted);
