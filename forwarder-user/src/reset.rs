@@ -7,6 +7,9 @@
 //!
 //! RFC 9260 §8.5.1: an ABORT is taken with the verification tag that all packets to its receiver carry. The flow
 //! keeps, as what an end "expects", the tag in the packets *of* that end, so it is the other end's that counts.
+//!
+//! And asks clients again that a SYN cookie has let in, as nobody else does: such a client takes its connection for
+//! established, and the data path, which makes the backend's SYN of the client's acknowledgment, repeats nothing.
 
 use std::net::SocketAddr;
 
@@ -20,7 +23,7 @@ use forwarder_common::{
         ipv4::{Ipv4Header, PROTOCOL_SCTP, PROTOCOL_TCP},
         ipv6::Ipv6Header,
         sctp::{CHUNK_ABORT, SctpChecksum, SctpHeader},
-        tcp::{FLAG_RST, TcpHeader},
+        tcp::{FLAG_ACK, FLAG_RST, TcpHeader},
     },
 };
 use tracing::debug;
@@ -65,6 +68,15 @@ impl ResetSender {
         });
         sent.count() as u64
     }
+
+    /// Asks the client of a connection without an answer ([`is_unanswered`]) to send its acknowledgment once more, by the
+    /// probe of a keepalive (RFC 9293 §3.8.4), which announces a window of zero as before.
+    pub fn ask_again(&self, entry: &FlowEntry) {
+        let (client, packet) = probe(entry);
+        if let Err(error) = self.sockets.send(&packet, client) {
+            debug!(%error, "no probe to {client}");
+        }
+    }
 }
 
 /// Is there a connection whose ends can be told?
@@ -101,10 +113,30 @@ fn resets(entry: &FlowEntry) -> [(SocketAddr, Vec<u8>); 2] {
             abort(to_backend.0, to_backend.1, entry.client_expects),
         ];
     }
+    let reset = |(from, to), expected| segment(FLAG_RST, from, to, expected, Be32::new(0));
     [
-        reset(to_client.0, to_client.1, entry.client_expects),
-        reset(to_backend.0, to_backend.1, entry.backend_expects),
+        reset(to_client, entry.client_expects),
+        reset(to_backend, entry.backend_expects),
     ]
+}
+
+/// The probe of a keepalive for the client: a segment that begins one byte before those that it expects.
+fn probe(entry: &FlowEntry) -> (SocketAddr, Vec<u8>) {
+    let FlowBinding {
+        client,
+        vip,
+        client_port,
+        vip_port,
+        ..
+    } = entry.binding;
+    let sequence = Be32::new(entry.client_expects.get().wrapping_sub(1));
+    segment(
+        FLAG_ACK,
+        (vip, vip_port),
+        (client, client_port),
+        sequence,
+        entry.backend_expects,
+    )
 }
 
 /// The IP header of a packet of our own before `len` bytes.
@@ -143,19 +175,22 @@ fn abort(
     )
 }
 
-fn reset(
+/// A TCP segment without data, options and window.
+fn segment(
+    flags: u8,
     (source, source_port): (IpAddress, Be16),
     (destination, destination_port): (IpAddress, Be16),
     sequence: Be32,
+    acknowledgment: Be32,
 ) -> (SocketAddr, Vec<u8>) {
     let mut packet = ip_header(PROTOCOL_TCP, source, destination, TcpHeader::LEN);
     let mut tcp = TcpHeader {
         source_port,
         destination_port,
         sequence,
-        acknowledgment: Be32::new(0),
+        acknowledgment,
         data_offset: ((TcpHeader::LEN / 4) << 4) as u8,
-        flags: FLAG_RST,
+        flags,
         window: Be16::new(0),
         checksum: Be16::new(0),
         urgent: Be16::new(0),
@@ -221,6 +256,18 @@ mod tests {
         assert!(is_unanswered(&entry) && !is_open(&entry));
         entry.tcp = entry.tcp.with(TcpEvents::ANSWERED.with(TcpEvents::ESTABLISHED));
         assert!(!is_unanswered(&entry) && is_open(&entry));
+    }
+
+    #[test]
+    fn a_client_that_waits_for_a_backend_is_asked_for_its_acknowledgment_again() {
+        let (to, packet) = probe(&entry(PROTOCOL_TCP));
+        assert_eq!(to, "192.0.2.7:51000".parse().unwrap());
+        assert_eq!(packet[12..20], [198, 51, 100, 10, 192, 0, 2, 7]);
+        // One less than the client expects, and what the backend expects; only ACK; no window.
+        assert_eq!(packet[24..36], [1, 2, 3, 3, 5, 6, 7, 8, 0x50, 0x10, 0, 0]);
+        let pseudo =
+            sum_bytes(&packet[12..20]) + u32::from(u16::from_ne_bytes([0, 6])) + u32::from(20_u16.to_be());
+        assert_eq!(fold(pseudo + sum_bytes(&packet[20..])), 0xffff);
     }
 
     #[test]

@@ -171,6 +171,9 @@ impl SweepThread {
                     let sent = sender.end(entry);
                     lock(ended).add_resets(entry, sent);
                 }
+                for entry in outcome.iter().flat_map(|census| &census.unanswered) {
+                    sender.ask_again(entry);
+                }
                 *lock(latest) = outcome;
                 next_sweep = Instant::now() + INTERVAL;
             }

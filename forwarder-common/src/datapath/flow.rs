@@ -247,6 +247,7 @@ pub fn open<T: Tables>(
         hit,
         binding,
         key,
+        room,
         ..
     } = walk;
     let (address_delta, port_delta) = Rewrite::deltas(binding);
@@ -269,12 +270,14 @@ pub fn open<T: Tables>(
     entry.port_delta = port_delta.folded();
     entry.request_hop.kind = HopKind::UNKNOWN;
     entry.reply_hop.kind = HopKind::UNKNOWN;
-    entry.client_expects = if is_by_cookie {
-        frame.acknowledgment
+    // Of a cookie's flow both are known; the backend is to expect what comes behind the SYN that it gets.
+    let (client_expects, backend_expects) = if is_by_cookie {
+        (frame.acknowledgment, Be32::new(room.client_first.wrapping_add(1)))
     } else {
-        Be32::new(0)
+        (Be32::new(0), Be32::new(0))
     };
-    entry.backend_expects = Be32::new(0);
+    entry.client_expects = client_expects;
+    entry.backend_expects = backend_expects;
     entry.request_bytes = u64::from(frame.total_len);
     entry.reply_bytes = 0;
     entry.request_packets = 1;

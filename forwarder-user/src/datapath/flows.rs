@@ -75,6 +75,9 @@ pub struct Census {
     pub used: u64,
     /// Idle connections that both ends were told to give up, in this sweep.
     pub ended_idle: Vec<FlowEntry>,
+    /// Connections that a SYN cookie opened, whose clients are to be asked once more for what becomes the SYN to the
+    /// backend: none has answered for 1, 3, 7, 15… seconds, as TCP repeats a SYN (RFC 6298 §5.5).
+    pub unanswered: Vec<FlowEntry>,
     /// Sweeps before this one.
     pub number: u64,
 }
@@ -254,7 +257,7 @@ impl<S: FlowStore> Sweeper<S> {
         now: Duration,
         timeouts: impl Fn(ListenerId) -> Timeouts,
     ) -> Result<Census, Error> {
-        self.times.set_now(now.as_secs() as u32);
+        let since_last_secs = self.times.set_now(now.as_secs() as u32);
         let mut census = Census {
             number: self.sweeps,
             ..Census::default()
@@ -293,6 +296,10 @@ impl<S: FlowStore> Sweeper<S> {
                     census.ended_idle.push(entry);
                 }
                 continue;
+            }
+            let is_silent = is_unanswered(&entry) && !entry.tcp.has(TcpEvents::ANSWERED);
+            if is_silent && !was_seen && self.has_doubled(id, since_last_secs) {
+                census.unanswered.push(entry);
             }
             let is_closed = is_connection(&entry) && entry.tcp.phase() == Phase::Closed;
             if is_closed {
@@ -336,6 +343,13 @@ impl<S: FlowStore> Sweeper<S> {
         self.store.set_state(id, FlowState::UNLINKED);
         self.leave(id, entry);
         true
+    }
+
+    /// Has one of the ages 1, 3, 7, 15… seconds come since the sweep before?
+    fn has_doubled(&self, id: FlowId, since_last_secs: u32) -> bool {
+        let age_secs = self.times.age_secs(id).unwrap_or_default();
+        let before_secs = age_secs.saturating_sub(since_last_secs);
+        (age_secs + 1).ilog2() > (before_secs + 1).ilog2()
     }
 
     /// Counts a flow out, once.

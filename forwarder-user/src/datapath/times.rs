@@ -31,9 +31,9 @@ impl FlowTimes {
         }
     }
 
-    /// A sweep begins.
-    pub fn set_now(&self, now_secs: u32) {
-        self.now_secs.store(now_secs, Relaxed);
+    /// A sweep begins; returns the seconds since the one before.
+    pub fn set_now(&self, now_secs: u32) -> u32 {
+        now_secs.saturating_sub(self.now_secs.swap(now_secs, Relaxed))
     }
 
     /// The entry is in use; `was_seen`: a packet has come since the sweep before.
