@@ -22,8 +22,10 @@ use forwarder_tests::{
     lab::{
         self,
         agent::{self, ShowLog},
+        trace::Resets,
         wait_until,
     },
+    witness::Kind,
 };
 use rand::{SeedableRng as _, rngs::StdRng};
 
@@ -43,6 +45,9 @@ const BOUND: Duration = Duration::from_secs(3);
 const HOLD: Duration = Duration::from_secs(60 + 45 + 15);
 /// Without faults, at the end of each part.
 const CALM: Duration = Duration::from_secs(4);
+
+/// How long before a client knows of a reset the kernel's word about it may be.
+const BEFORE_RESET_NS: u64 = 20_000_000;
 
 fn variable(name: &str, default: u64) -> Result<u64> {
     match std::env::var(name) {
@@ -110,7 +115,8 @@ fn part(stage: &Stage<'_>, is_rough: bool, length: Duration, seed: u64) -> Resul
 }
 
 /// Judges what the witnesses have written.
-fn judge(stage: &Stage<'_>, seed: u64) -> Result<()> {
+/// `resets`: the kernel's word about them, if it has one.
+fn judge(stage: &Stage<'_>, resets: Option<&Resets>, seed: u64) -> Result<()> {
     let testimony = Testimony::of(stage.site)?;
     let history = History::new(
         stage.site.services(),
@@ -165,6 +171,11 @@ fn judge(stage: &Stage<'_>, seed: u64) -> Result<()> {
             }
         }
     }
+    for failure in unexplained.iter().filter(|failure| failure.kind == Kind::Reset) {
+        let around = [failure.at_ns.saturating_sub(BEFORE_RESET_NS), failure.at_ns];
+        let lines = resets.map_or(Ok(Vec::new()), |resets| resets.between(around[0], around[1]))?;
+        println!("resets before {:.6} s: {lines:#?}", seconds(failure.at_ns));
+    }
     ensure!(
         testimony.violations.is_empty(),
         "seed {seed}: {:#?}",
@@ -201,19 +212,22 @@ fn no_byte_is_wrong_and_every_failure_is_explained() -> Result<()> {
     println!("seed {seed}: FORWARDER_FAULTS_SEED={seed} plays the same faults again");
     let site = Site::new()?;
     let show_log = ShowLog::of(&site.lab);
+    let resets =
+        Resets::record(&site.lab).inspect_err(|error| println!("without the kernel's word: {error:#}"));
+    let resets = resets.as_ref().ok();
     let stage = Stage::set(&site)?;
     stage.await_health()?;
     let before = tables(&site)?;
 
     if !soak.is_zero() {
         let samples = part(&stage, false, soak, seed)?;
-        judge(&stage, seed)?;
+        judge(&stage, resets, seed)?;
         ensure_flat(&samples)?;
     }
     if !length.is_zero() {
         stage.go_on();
         part(&stage, true, length, seed + 1)?;
-        judge(&stage, seed)?;
+        judge(&stage, resets, seed)?;
     }
 
     // Flows end, and nothing of them is left.

@@ -32,6 +32,7 @@ pub mod nginx;
 mod process;
 pub mod status;
 pub mod topology;
+pub mod trace;
 pub mod tunnel;
 pub mod udp;
 mod undo;

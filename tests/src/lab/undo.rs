@@ -34,6 +34,8 @@ const PREFIX: &str = "fwd-";
 const DIRECTORIES: &str = "/tmp";
 /// Where every system has its BPF file system.
 const BPF_FILE_SYSTEM: &str = "/sys/fs/bpf";
+/// Where the kernel's tracing has places of their own for several readers.
+const TRACES: &str = "/sys/kernel/tracing/instances";
 /// File in a lab's directory that says: do not sweep this.
 const KEPT: &str = "kept";
 /// Exit status of a process that ended because it was interrupted, as shells count it.
@@ -66,6 +68,11 @@ impl LabId {
         Path::new(BPF_FILE_SYSTEM).join(self.to_string())
     }
 
+    /// Where the kernel records for the lab.
+    pub(super) fn trace_directory(&self) -> PathBuf {
+        Path::new(TRACES).join(self.to_string())
+    }
+
     /// Name of the lab's namespace for `role`.
     pub(super) fn namespace(&self, role: &str) -> String {
         format!("{self}-{role}")
@@ -94,6 +101,7 @@ pub(super) enum Undo {
     Process(Arc<Running>),
     Namespace(String),
     Directory(PathBuf),
+    Trace(PathBuf),
 }
 
 impl Undo {
@@ -106,6 +114,7 @@ impl Undo {
             }
             Self::Namespace(name) => remove_namespace(name),
             Self::Directory(path) => remove_directory(path),
+            Self::Trace(path) => remove_trace(path),
         };
         if let Err(error) = done {
             eprintln!("warning: the lab could not remove {self:?}: {error:#}");
@@ -301,6 +310,7 @@ fn dismantle(lab: &LabId) -> Result<()> {
     for name in &own {
         remove_namespace(name)?;
     }
+    remove_trace(&lab.trace_directory())?;
     remove_directory(&lab.pin_directory())?;
     remove_directory(&lab.directory())
 }
@@ -310,6 +320,16 @@ fn remove_namespace(name: &str) -> Result<()> {
         command::run("ip", &["netns", "delete", name])?;
     }
     Ok(())
+}
+
+/// Ends a record of the kernel's; what is below goes with it.
+fn remove_trace(path: &Path) -> Result<()> {
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Removes a directory and what is below it, be it on disks of the lab's own.

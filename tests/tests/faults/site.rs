@@ -382,6 +382,8 @@ fn segment(
         let address = Ipv4Addr::new(a, b, c, 10 + number);
         namespace.address("eth0", &format!("{address}/24"))?;
         namespace.route("default", router)?;
+        // Else the kernel of a server or client resets a connection now and then.
+        namespace.steer("eth0")?;
         hosts.push(Host {
             number: u16::from(number) + 1,
             namespace,

@@ -213,6 +213,8 @@ struct Connection<'a> {
     manner: &'a Manner,
     number: u64,
     is_open: bool,
+    /// The client's.
+    port: u16,
     server: Option<u16>,
     /// Bytes so far.
     sent: u64,
@@ -228,6 +230,7 @@ fn connection(target: Target, manner: &Manner) -> Result<(), Record> {
         manner,
         number: target.connection(),
         is_open: false,
+        port: 0,
         server: None,
         sent: 0,
         received: 0,
@@ -256,8 +259,8 @@ fn connection(target: Target, manner: &Manner) -> Result<(), Record> {
             server: this.server,
             connection: this.number,
             what: format!(
-                "{}, after {} requests, {} bytes sent and {} received: {error}",
-                manner.name, this.totals.requests, this.sent, this.received
+                "{} from port {}, after {} requests, {} bytes sent and {} received: {error}",
+                manner.name, this.port, this.totals.requests, this.sent, this.received
             ),
         }),
     })
@@ -272,6 +275,7 @@ impl Connection<'_> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
+        self.port = stream.local_addr()?.port();
         self.totals.connections += 1;
         self.is_open = true;
         self.good_at_ns = now_ns();
