@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use aya::util::KernelVersion;
 use forwarder_tests::lab::{
     self, Lifetime,
     agent::{self, ShowLog},
@@ -54,9 +55,16 @@ fn play(mode: &str, shown: &str) -> Result<()> {
     Ok(())
 }
 
+/// Before Linux 6.3 native XDP redirects no frame that is in several buffers, so that the agent must take the other mode,
+/// although labs say there that frames can leave.
 #[test]
 fn jumbo_frames_are_forwarded_in_native_mode() -> Result<()> {
-    play("native", " xdp ")
+    let can_redirect = KernelVersion::current()? >= KernelVersion::new(6, 3, 0);
+    if can_redirect {
+        play("native", " xdp ")
+    } else {
+        play("auto", "xdpgeneric")
+    }
 }
 
 #[test]

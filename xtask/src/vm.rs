@@ -167,12 +167,18 @@ const TESTS: [Test; 32] = [
     Test::lab(
         "netns_families",
         &["transfers_arrive", "fragmented_datagrams"],
-        400,
+        // A site for each way.
+        900,
     ),
     Test::lab(
         "netns_restart",
-        &["survives_a_killed_agent", "changes_its_mode", "another_layout"],
-        500,
+        &[
+            "survives_a_killed_agent",
+            "survives_a_stop",
+            "changes_its_mode",
+            "another_layout",
+        ],
+        600,
     ),
     Test::lab("netns_reload", &["backends_come_and_go", "refuses_half_way"], 400),
     Test::lab("netns_drain", &["are_reset_if", "udp_flows"], 400),

@@ -28,7 +28,7 @@ use crate::{
     api::{self, Credentials, Request, Requests, StatusSource},
     config::{Config, OnStop},
     datapath::{
-        attach::Attachment,
+        attach::{Attachment, remove_filters},
         maps::{ControlMaps, CounterMaps},
         pin::PinDirectory,
     },
@@ -94,7 +94,7 @@ pub async fn run(config: Config, file: &Path, premises: Premises) -> Result<(), 
             outcome
         }
         Ok((OnStop::Detach, outcome)) => {
-            pins.remove()?;
+            remove_data_path(&pins).await?;
             info!("stopped: programs detached, nothing left behind");
             outcome
         }
@@ -102,10 +102,17 @@ pub async fn run(config: Config, file: &Path, premises: Premises) -> Result<(), 
         Err(error) if is_takeover => Err(error),
         Err(error) => {
             // The error that ended it is the one to tell.
-            let _ = pins.remove();
+            let _ = remove_data_path(&pins).await;
             Err(error)
         }
     }
+}
+
+/// Removes programs, maps and flows.
+async fn remove_data_path(pins: &PinDirectory) -> Result<(), Error> {
+    pins.remove()?;
+    remove_filters(&Network::open()?.interfaces().await?, &[]);
+    Ok(())
 }
 
 async fn run_on(

@@ -239,27 +239,18 @@ fn try_native(
             "set mode = \"auto\" or \"generic\" for this interface, or use a driver with native XDP"
         })
     })?;
-    let sends = match wanted.redirect {
-        config::Redirect::On => true,
-        config::Redirect::Off => false,
-        config::Redirect::Auto => can_send(link, ports),
-    };
-    if !sends && wanted.redirect == config::Redirect::Auto {
+    if let Some(obstacle) = obstacle(link, ports, wanted.redirect) {
         drop(made);
         pins.unpin(&path)?;
-        return Err(Error::host(format!(
-            "frames cannot leave \"{}\" ({}) straight from native XDP",
-            link.name, link.kind
-        ))
-        .hint("for a veth: switch GRO on for its other end (ethtool -K PEER gro on)"));
+        return Err(obstacle);
     }
     if let Some(made) = made {
         pin(made, &path)?;
     }
-    let flags = if sends {
-        flag::SEND_NATIVE | flag::SEND_GENERIC
-    } else {
+    let flags = if wanted.redirect == config::Redirect::Off {
         0
+    } else {
+        flag::SEND_NATIVE | flag::SEND_GENERIC
     };
     let redirects = if has_veth(link, ports) {
         settings::flag::TRANSMIT_BY_REDIRECT
@@ -321,9 +312,12 @@ pub fn attach_tunnel(
         // The discipline may be there.
         let _ = tc::qdisc_add_clsact(&link.name);
         remove_filter(&link.name);
-        tunnel
-            .attach(&link.name, TcAttachType::Ingress)
-            .map_err(|error| refused(error.into()))?;
+        let attach = |tunnel: &mut SchedClassifier| {
+            let id = tunnel.attach(&link.name, TcAttachType::Ingress)?;
+            tunnel.take_link(id).map_err(Refused::from)
+        };
+        // It would go with this process, and the data path is to go on without.
+        std::mem::forget(attach(tunnel).map_err(refused)?);
         return Ok(attachment(link, &[], AttachmentKind::Tcx, 0, 0));
     }
     let is_replaced = replace(pins, &path, |found| {
@@ -341,7 +335,7 @@ pub fn attach_tunnel(
 }
 
 /// Before Linux 6.6 there is no tcx and no link that could be pinned, but a queueing discipline with a filter that stays
-/// when an agent is killed.
+/// until somebody removes it.
 fn has_tcx() -> bool {
     KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
 }
@@ -351,7 +345,7 @@ fn remove_filter(interface: &str) {
     let _ = tc::qdisc_detach_program(interface, TcAttachType::Ingress, map_name::PROGRAM_TUNNEL);
 }
 
-/// Removes the filters that killed agents have left behind, where the kernel has no tcx, from all of these interfaces that
+/// Removes the filters that agents have left behind, where the kernel has no tcx, from all of these interfaces that
 /// are none of `attachments`.
 pub fn remove_filters(links: &[network::Interface], attachments: &[Attachment]) {
     if has_tcx() {
@@ -414,10 +408,51 @@ fn attachment(
     }
 }
 
-/// Can frames leave the interface straight from native XDP?
-fn can_send(link: &network::Interface, ports: &[&network::Interface]) -> bool {
-    // Where the kernel does not say (before 6.3), a veth is the one driver in doubt.
-    network::takes_redirects(link.index).unwrap_or(!has_veth(link, ports))
+/// Why frames that are to leave the interface straight from native XDP cannot.
+fn obstacle(
+    link: &network::Interface,
+    ports: &[&network::Interface],
+    redirect: config::Redirect,
+) -> Option<Error> {
+    let network::Interface { name, mtu_bytes, .. } = link;
+    let cannot = |what: &str| {
+        Error::host(format!(
+            "{what} cannot leave \"{name}\" ({}, MTU {mtu_bytes}) straight from native XDP",
+            link.kind
+        ))
+    };
+    let is_told = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 3, 0));
+    match redirect {
+        config::Redirect::Off => return None,
+        // `xdp_do_redirect` before Linux 6.3, whatever anybody says.
+        _ if !is_told && network::takes_several_buffers(*mtu_bytes) => {
+            return Some(
+                cannot("frames in several buffers")
+                    .hint("Linux can from 6.3 on; before, lower the MTU to 3000, or set mode = \"generic\""),
+            );
+        }
+        config::Redirect::On => return None,
+        config::Redirect::Auto => {}
+    }
+    match network::takes_redirects(link.index, *mtu_bytes) {
+        Some(true) => None,
+        Some(false) => Some(
+            cannot("frames")
+                .hint("for a veth: switch GRO on for its other end (ethtool -K PEER gro on)"),
+        ),
+        // A veth is the one driver in doubt.
+        None if has_veth(link, ports) => Some(
+            Error::host(format!(
+                "the kernel does not say whether frames can leave \"{name}\" ({}) straight from native XDP",
+                link.kind
+            ))
+            .hint(
+                "Linux says so from 6.3 on; before, switch GRO on for its other end (ethtool -K PEER gro on), and set \
+                 redirect = \"on\" for this interface",
+            ),
+        ),
+        None => None,
+    }
 }
 
 /// Is it a veth, or a bond with one?

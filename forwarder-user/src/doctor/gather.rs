@@ -246,7 +246,7 @@ async fn device(network: &Network, link: network::Interface, is_ours: bool) -> R
         device.offloads = network::offloads(link.index);
         device.queues = network::queues(link.index);
         device.runs_programs = network::runs_programs(link.index);
-        device.takes_redirects = network::takes_redirects(link.index);
+        device.takes_redirects = network::takes_redirects(link.index, link.mtu_bytes);
         if let Some(remote) = link.remote
             && let Ok(route) = network.route_to(remote, None).await
             && let Some(carrier) = network.interface_by_index(route.interface).await?

@@ -49,7 +49,7 @@ pub use rule::{MAIN_TABLE, PolicyRule, RULE_PRIORITY, Selector};
 pub use sysctl::RpFilter;
 pub use tunnel::{FarEnd, TunnelDevice, Way};
 pub use watch::{Changes, LinkChange, LinkState, Watch};
-pub use xdp_features::{runs_programs, takes_redirects};
+pub use xdp_features::{runs_programs, takes_redirects, takes_several_buffers};
 
 /// A connection to the kernel's routing tables. Cheap to clone; the last clone closes it.
 #[derive(Clone, Debug)]
