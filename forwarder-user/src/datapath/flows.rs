@@ -286,7 +286,14 @@ impl<S: FlowStore> Sweeper<S> {
             }
             let entry = self.store.read(id);
             let timeouts = timeouts(entry.listener);
-            if idle >= timeout(&entry, &timeouts) {
+            // Its client answers when it is asked again, so what counts is since when the backend is silent.
+            let is_silent = is_unanswered(&entry) && !entry.tcp.has(TcpEvents::ANSWERED);
+            let waited = if is_silent {
+                Duration::from_secs(u64::from(self.times.age_secs(id).unwrap_or_default()))
+            } else {
+                idle
+            };
+            if waited >= timeout(&entry, &timeouts) {
                 let is_unlinked = self.unlink(id, &entry);
                 let is_open =
                     is_connection(&entry) && matches!(entry.tcp.phase(), Phase::Established | Phase::Closing);
@@ -297,7 +304,6 @@ impl<S: FlowStore> Sweeper<S> {
                 }
                 continue;
             }
-            let is_silent = is_unanswered(&entry) && !entry.tcp.has(TcpEvents::ANSWERED);
             if is_silent && !was_seen && self.has_doubled(id, since_last_secs) {
                 census.unanswered.push(entry);
             }
