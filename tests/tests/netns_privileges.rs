@@ -58,7 +58,11 @@ fn configuration(site: &Site, pins: &Path) -> Result<Configuration> {
     let report = directory.join(REPORT);
     fs::write(
         &script,
-        format!("#!/bin/sh\nexec cat /proc/self/status > {}\n", report.display()),
+        // Whoever reads it finds it whole, also while the next check runs.
+        format!(
+            "#!/bin/sh\ncat /proc/self/status > {0}.new && mv {0}.new {0}\n",
+            report.display()
+        ),
     )?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
     let server = &site.servers[0];

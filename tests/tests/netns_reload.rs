@@ -46,7 +46,12 @@ fn with(site: &Site, servers: &[(&str, u16)]) -> Configuration {
         let address = site.server(name).expect("a server of the site").address;
         configuration = configuration.backend(GROUP, name, address, PORT, *weight);
     }
-    configuration.listener("web", site.vip, PORT, "tcp", GROUP)
+    let configuration = configuration.listener("web", site.vip, PORT, "tcp", GROUP);
+    // A slow machine needs longer for its orders than the ten seconds that flows may be idle in labs.
+    let text = configuration
+        .to_string()
+        .replace("idle_timeout = \"10s\"", "idle_timeout = \"300s\"");
+    Configuration::from_text(text)
 }
 
 /// Writes the configuration to a file of its own and runs a verb on it.
