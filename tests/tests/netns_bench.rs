@@ -110,7 +110,7 @@ fn packets_of_flows_that_are_not_there_are_an_error() {
 #[test]
 fn a_frame_that_does_not_arrive_is_an_error() {
     let Some(object) = object() else { return };
-    let site = NatSite::build(Contender::Nftables).unwrap();
+    let site = NatSite::build(Contender::Nftables, &object).unwrap();
     let mut ways = Ways::open(&object, &site).unwrap();
     for (_, way) in &mut ways.ways {
         way.trial(FEW).unwrap();
@@ -132,7 +132,7 @@ fn a_frame_that_does_not_arrive_is_an_error() {
 #[test]
 fn a_frame_that_is_not_translated_is_an_error() {
     let Some(object) = object() else { return };
-    let site = NatSite::build(Contender::Nftables).unwrap();
+    let site = NatSite::build(Contender::Nftables, &object).unwrap();
     let mut ways = Ways::open(&object, &site).unwrap();
     // Flows that exist go on; new ones go where the servers are not meant to be.
     let rule = "flush ruleset
@@ -159,7 +159,7 @@ fn a_frame_that_is_not_translated_is_an_error() {
 #[test]
 fn a_gateway_that_has_opened_no_flow_gives_no_figure() {
     let Some(object) = object() else { return };
-    let site = NatSite::build(Contender::Nftables).unwrap();
+    let site = NatSite::build(Contender::Nftables, &object).unwrap();
     // The VIP answers for itself, as there are no rules.
     site.gateway.run("nft flush ruleset").unwrap();
     assert!(Ways::open(&object, &site).is_err());
@@ -169,7 +169,7 @@ fn a_gateway_that_has_opened_no_flow_gives_no_figure() {
 fn a_gateway_as_fast_as_the_generator_is_told() {
     let Some(object) = object() else { return };
     // No gateway at all is as fast as one can be.
-    let site = NatSite::build(Contender::Nobody).unwrap();
+    let site = NatSite::build(Contender::Nobody, &object).unwrap();
     let mut ways = Ways::open(&object, &site).unwrap();
     let (_, way) = &mut ways.ways[0];
     let mut best = || {
@@ -218,7 +218,7 @@ fn with_a_burner<T>(work: impl FnOnce() -> T) -> (T, Duration) {
 #[test]
 fn cpu_time_of_another_program_is_not_in_a_frames_cost() {
     let Some(object) = object() else { return };
-    let site = NatSite::build(Contender::Nobody).unwrap();
+    let site = NatSite::build(Contender::Nobody, &object).unwrap();
     let mut ways = Ways::open(&object, &site).unwrap();
     let (_, way) = &mut ways.ways[0];
     let (trial, burnt) = with_a_burner(|| way.trial(400_000).unwrap());
@@ -230,10 +230,8 @@ fn cpu_time_of_another_program_is_not_in_a_frames_cost() {
 
 #[test]
 fn cpu_time_of_another_program_is_not_in_a_requests_cost_and_is_told() {
-    if object().is_none() {
-        return;
-    }
-    let mut site = NatSite::build(Contender::Nobody).unwrap();
+    let Some(object) = object() else { return };
+    let mut site = NatSite::build(Contender::Nobody, &object).unwrap();
     let (trial, burnt) = with_a_burner(|| nat::trial(&mut site, Work::KeepAlive, "/", SECOND).unwrap());
     assert!(burnt > trial.took / 10, "{burnt:?} of {:?}", trial.took);
     let most = trial.took.saturating_sub(burnt.mul_f64(0.5));
@@ -243,10 +241,8 @@ fn cpu_time_of_another_program_is_not_in_a_requests_cost_and_is_told() {
 
 #[test]
 fn answers_that_say_no_are_an_error() {
-    if object().is_none() {
-        return;
-    }
-    let mut site = NatSite::build(Contender::Haproxy).unwrap();
+    let Some(object) = object() else { return };
+    let mut site = NatSite::build(Contender::Haproxy, &object).unwrap();
     nat::trial(&mut site, Work::KeepAlive, "/", SECOND).unwrap();
     let error = nat::trial(&mut site, Work::KeepAlive, "/missing", SECOND).unwrap_err();
     says(&error, "answers that say no");
@@ -254,10 +250,8 @@ fn answers_that_say_no_are_an_error() {
 
 #[test]
 fn answers_that_the_servers_did_not_give_are_an_error() {
-    if object().is_none() {
-        return;
-    }
-    let mut site = NatSite::build(Contender::Nginx).unwrap();
+    let Some(object) = object() else { return };
+    let mut site = NatSite::build(Contender::Nginx, &object).unwrap();
     nat::trial(&mut site, Work::KeepAlive, "/", SECOND).unwrap();
     // A gateway that answers itself is fast.
     let path = site.lab.directory();

@@ -6,7 +6,7 @@
 //! [`bench_empty`] behind it.
 //!
 //! The floors: [`bench_swap`]; [`bench_minimal`], the least that a NAT with state could do per packet;
-//! [`bench_insert`], the least that a new flow takes.
+//! [`bench_insert`], the least that a new flow takes; [`bench_wire`], the least that a gateway could do.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 

@@ -11,10 +11,11 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use forwarder_bench_ebpf::{Arrivals, CHECKED_BYTES, FloorEntry, FloorKey, Scenario, TEMPLATE_BYTES};
-use forwarder_common::wire::checksum::fold;
+use forwarder_common::{abi::flow::FlowEntry, wire::checksum::fold};
 
-/// At most; the benchmark says how many there are.
-const FLOWS: u32 = 1 << 20;
+/// The benchmark says how many there are.
+const FLOWS: u32 = 1;
+const STATE_WORDS: usize = size_of::<FlowEntry>() / size_of::<u64>();
 
 #[map]
 static SCENARIO: Array<Scenario> = Array::with_max_entries(1, 0);
@@ -29,6 +30,12 @@ static FLOOR_FLOWS: HashMap<FloorKey, u32> = HashMap::with_max_entries(FLOWS, 0)
 static FLOOR_ENTRIES: LruHashMap<FloorKey, FloorEntry> = LruHashMap::with_max_entries(FLOWS, 0);
 #[map]
 static FLOOR_FREE: Queue<u32> = Queue::with_max_entries(FLOWS, 0);
+/// As large as the data path's entry of a flow.
+#[map]
+static FLOOR_STATES: Array<[u64; STATE_WORDS]> = Array::with_max_entries(FLOWS, 0);
+/// The interfaces of a gateway that is a wire.
+#[map]
+static WIRE: Array<[u32; 2]> = Array::with_max_entries(1, 0);
 /// Packets and bytes, of two objects.
 #[map]
 static COUNTERS: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(2, 0);
@@ -336,9 +343,24 @@ pub(crate) fn bench_minimal(ctx: XdpContext) -> u32 {
     xdp_action::XDP_TX
 }
 
-/// A new flow's inserts: a number from a queue, one key. With a second key where `TWO`.
+/// Hands each frame over to the other interface as it is.
+#[xdp(frags)]
+pub(crate) fn bench_wire(ctx: XdpContext) -> u32 {
+    let Some([near, far]) = WIRE.get(0).copied() else {
+        return xdp_action::XDP_ABORTED;
+    };
+    let other = if ctx.ingress_ifindex() as u32 == near {
+        far
+    } else {
+        near
+    };
+    // SAFETY: takes two numbers.
+    unsafe { bpf_redirect(other, 0) as u32 }
+}
+
+/// A new flow's inserts: a number from a queue, one key, or two, and the entry that the number stands for.
 #[inline(always)]
-fn insert(ctx: &XdpContext, has_second: bool) -> u32 {
+fn insert(ctx: &XdpContext, has_second: bool, has_entry: bool) -> u32 {
     let Some(segment) = segment(ctx) else {
         return xdp_action::XDP_PASS;
     };
@@ -355,17 +377,39 @@ fn insert(ctx: &XdpContext, has_second: bool) -> u32 {
             return xdp_action::XDP_DROP;
         }
     }
+    if !has_entry {
+        return xdp_action::XDP_TX;
+    }
+    let Some(state) = FLOOR_STATES.get_ptr_mut(number) else {
+        return xdp_action::XDP_DROP;
+    };
+    let addresses = u64::from(key.source) << 32 | u64::from(key.destination);
+    for word in 0..STATE_WORDS {
+        // SAFETY: within the entry, whose number nobody else has. Volatile, or it would be a call of a function that BPF
+        // has not.
+        unsafe { core::ptr::addr_of_mut!((*state)[word]).write_volatile(addresses) };
+    }
     xdp_action::XDP_TX
 }
 
 #[xdp(frags)]
 pub(crate) fn bench_insert(ctx: XdpContext) -> u32 {
-    insert(&ctx, false)
+    insert(&ctx, false, true)
 }
 
 #[xdp(frags)]
 pub(crate) fn bench_insert_two(ctx: XdpContext) -> u32 {
-    insert(&ctx, true)
+    insert(&ctx, true, true)
+}
+
+#[xdp(frags)]
+pub(crate) fn bench_insert_key(ctx: XdpContext) -> u32 {
+    insert(&ctx, false, false)
+}
+
+#[xdp(frags)]
+pub(crate) fn bench_insert_keys(ctx: XdpContext) -> u32 {
+    insert(&ctx, true, false)
 }
 
 #[panic_handler]

@@ -70,7 +70,7 @@ pub fn run(object: &Path, only: &str, effort: Effort) -> Result<Measured> {
         .into_iter()
         .map(|contender| {
             eprintln!("preparing: {} ...", contender.name());
-            NatSite::build(contender).with_context(|| contender.name())
+            NatSite::build(contender, object).with_context(|| contender.name())
         })
         .collect::<Result<Vec<_>>>()?;
     if "packets".contains(only) {
@@ -111,7 +111,7 @@ impl Ways {
         let client = site.client_address(CLIENT_PORT);
         let (near, far) = (site.client_end(), site.server_end());
         let one_way = |flows: u32| -> Result<OneWay> {
-            let mut way = if site.contender == Contender::Nobody {
+            let mut way = if site.contender.is_floor() {
                 between_neighbours(object, (near, client), (far, site.udp_target()), flows)?
             } else {
                 let frame = Builder::udp(client, site.udp_target())
@@ -132,7 +132,7 @@ impl Ways {
         let seen = single.seen()?;
         ways.insert(0, ("requests, 1 flow", single));
         let server = std::net::SocketAddrV4::new(seen.destination, site::UDP_PORT);
-        let mut replies = if site.contender == Contender::Nobody {
+        let mut replies = if site.contender.is_floor() {
             between_neighbours(object, (far, server), (near, client), 1)?
         } else {
             let frame = Builder::udp(server, seen.source)
@@ -187,6 +187,7 @@ fn packets(object: &Path, sites: &[NatSite], extent: Extent, measured: &mut Meas
             spread(trials, |trial| trial.nanoseconds)
         };
         let floor = own_of(Contender::Nobody)?.median;
+        let wire = own_of(Contender::Wire)?.median;
         let nftables = own_of(Contender::Nftables)?.median - floor;
         let alone = spread(&outcomes[0], |trial| trial.packets_per_second)?.median;
         for (colour, (ways, trials)) in all.iter().zip(&outcomes).enumerate() {
@@ -194,8 +195,7 @@ fn packets(object: &Path, sites: &[NatSite], extent: Extent, measured: &mut Meas
             let rate = spread(trials, |trial| trial.packets_per_second)?;
             let cpu = spread(trials, |trial| trial.nanoseconds)?;
             let own = cpu.map(|value| value - floor);
-            let is_floor = contender == Contender::Nobody;
-            if !is_floor {
+            if !contender.is_floor() {
                 measured.figure(&format!("{name}, {}", contender.name()), own.median);
                 bars.push(Bar {
                     label: format!("{name}, {}", contender.name()),
@@ -214,12 +214,9 @@ fn packets(object: &Path, sites: &[NatSite], extent: Extent, measured: &mut Meas
                 contender.name().to_owned(),
                 format!("{:.0}", rate.median / 1000.0),
                 cpu.show(0),
-                format!("{:.0}", own.median),
-                if is_floor {
-                    String::new()
-                } else {
-                    times(nftables, own.median)
-                },
+                blank_if(contender == Contender::Nobody, format!("{:.0}", own.median)),
+                blank_if(contender.is_floor(), format!("{:.0}", cpu.median - wire)),
+                blank_if(contender.is_floor(), times(nftables, own.median)),
             ]);
         }
     }
@@ -236,6 +233,7 @@ fn packets(object: &Path, sites: &[NatSite], extent: Extent, measured: &mut Meas
         "1000 packets/s, median",
         "CPU per packet, ns: median (min to max)",
         "less no gateway",
+        "less a wire",
         "packets per CPU second, nftables = 1",
     ];
     measured.tables.push(Table::new(&caption, header, rows));
@@ -246,6 +244,11 @@ fn packets(object: &Path, sites: &[NatSite], extent: Extent, measured: &mut Meas
         kind: PlotKind::Bars(bars),
     });
     Ok(())
+}
+
+/// A cell that some rows have.
+fn blank_if(is_blank: bool, text: String) -> String {
+    if is_blank { String::new() } else { text }
 }
 
 /// What wrk does.
@@ -381,7 +384,8 @@ fn requests(sites: &mut [NatSite], extent: Extent, measured: &mut Measured) -> R
         let found = Contender::ALL.iter().position(|one| *one == wanted);
         found.context("a contender")
     };
-    let (nobody, haproxy) = (position(Contender::Nobody)?, position(Contender::Haproxy)?);
+    let (nobody, wire) = (position(Contender::Nobody)?, position(Contender::Wire)?);
+    let haproxy = position(Contender::Haproxy)?;
     for work in Work::ALL {
         eprintln!("{} trials of {} ...", extent.request_trials, work.name());
         let outcomes = in_turns(sites, extent.request_trials, |site| {
@@ -390,9 +394,9 @@ fn requests(sites: &mut [NatSite], extent: Extent, measured: &mut Measured) -> R
                 .with_context(|| format!("{}, {}", contender.name(), work.name()))
         })?;
         let micros = |trial: &Trial| trial.cpu_per_request.as_secs_f64() * 1e6;
-        // Each trial less the one without a gateway of the same turn.
-        let own = |trials: &[Trial]| {
-            let pairs = trials.iter().zip(&outcomes[nobody]);
+        // Each trial less the floor's of the same turn.
+        let less = |floor: usize, trials: &[Trial]| {
+            let pairs = trials.iter().zip(&outcomes[floor]);
             Spread::of(
                 pairs
                     .map(|(trial, floor)| micros(trial) - micros(floor))
@@ -404,14 +408,15 @@ fn requests(sites: &mut [NatSite], extent: Extent, measured: &mut Measured) -> R
             Spread::of(trials.iter().map(of).collect()).context("no trial")
         };
         let alone = spread_of(&outcomes[nobody], |trial| trial.requests_per_second)?.median;
-        let reference = own(&outcomes[haproxy])?.median;
+        let reference = less(nobody, &outcomes[haproxy])?.median;
         for (colour, (site, trials)) in sites.iter().zip(&outcomes).enumerate() {
             disturbed += trials.iter().filter(|trial| trial.is_disturbed()).count();
             all += trials.len();
             let contender = site.contender;
             let spread = |of| spread_of(trials, of);
             let cpu = spread(|trial| trial.cpu_per_request.as_secs_f64() * 1e6)?;
-            let own = own(trials)?;
+            let own = less(nobody, trials)?;
+            let at_work = less(wire, trials)?;
             let rate = spread(|trial| trial.requests_per_second)?;
             let done = if work == Work::Large {
                 let bytes = spread(|trial| trial.bytes_per_second / 1e6)?;
@@ -419,9 +424,10 @@ fn requests(sites: &mut [NatSite], extent: Extent, measured: &mut Measured) -> R
             } else {
                 rate.show(0)
             };
-            let is_floor = contender == Contender::Nobody;
-            if !is_floor {
-                measured.figure(&format!("{}, {}", work.name(), contender.name()), own.median);
+            if !contender.is_floor() {
+                let name = format!("{}, {}", work.name(), contender.name());
+                measured.figure(&name, own.median);
+                measured.figure(&format!("{name}, less a wire"), at_work.median);
                 bars.push((work, colour, contender, own));
                 if is_the_generator(rate.median, alone) {
                     measured.remarks.push(format!(
@@ -433,7 +439,6 @@ fn requests(sites: &mut [NatSite], extent: Extent, measured: &mut Measured) -> R
                 }
             }
             let milliseconds = |spread: Spread| format!("{:.2}", spread.median * 1e3);
-            let blank_or = |text: String| if is_floor { String::new() } else { text };
             rows.push([
                 work.name().to_owned(),
                 contender.name().to_owned(),
@@ -441,8 +446,9 @@ fn requests(sites: &mut [NatSite], extent: Extent, measured: &mut Measured) -> R
                 milliseconds(spread(|trial| trial.half_within.as_secs_f64())?),
                 milliseconds(spread(|trial| trial.most_within.as_secs_f64())?),
                 cpu.show(1),
-                blank_or(own.show(1)),
-                blank_or(times(reference, own.median)),
+                blank_if(contender == Contender::Nobody, own.show(1)),
+                blank_if(contender.is_floor(), at_work.show(1)),
+                blank_if(contender.is_floor(), times(reference, own.median)),
             ]);
         }
     }
@@ -454,6 +460,7 @@ fn requests(sites: &mut [NatSite], extent: Extent, measured: &mut Measured) -> R
         "p99, ms",
         "CPU per request, µs: median (min to max)",
         "less no gateway",
+        "less a wire",
         "requests per CPU second of the gateway, HAProxy = 1",
     ];
     let caption = format!(

@@ -101,7 +101,7 @@ struct Caller(Ebpf);
 impl Caller {
     fn load(object: &Path, floor_flows: u32) -> Result<Self> {
         let mut loader = EbpfLoader::new();
-        for map in ["FLOOR_FLOWS", "FLOOR_ENTRIES", "FLOOR_FREE"] {
+        for map in ["FLOOR_FLOWS", "FLOOR_ENTRIES", "FLOOR_FREE", "FLOOR_STATES"] {
             loader.map_max_entries(map, floor_flows);
         }
         let mut ebpf = loader
@@ -462,11 +462,26 @@ fn plans(effort: Effort) -> Vec<(String, Plan)> {
         let name = format!("request, full NAT, backends: {backends}");
         plans.push(gateway(&name, Gateway { backends, ..many }, Packets::Request));
     }
-    for (name, program, way) in [
-        ("inserts of a flow with one key", "bench_insert", Way::FullNat),
-        ("inserts of a flow with two keys", "bench_insert_two", Way::Dnat),
+    for (keys, program, inserts, all, way) in [
+        (
+            "one key",
+            "bench_insert_key",
+            "one key and its entry",
+            "bench_insert",
+            Way::FullNat,
+        ),
+        (
+            "two keys",
+            "bench_insert_keys",
+            "two keys and its entry",
+            "bench_insert_two",
+            Way::Dnat,
+        ),
     ] {
-        plans.push(floor(name, program, many_flows(MOST_FLOWS), true));
+        for (what, program) in [(keys, program), (inserts, all)] {
+            let name = format!("inserts of a flow with {what}");
+            plans.push(floor(&name, program, many_flows(MOST_FLOWS), true));
+        }
         let new = Gateway {
             flows: many_flows(MOST_FLOWS),
             way,

@@ -49,7 +49,7 @@ struct Target {
 const P: &str = packets::NAME;
 const N: &str = nat::NAME;
 
-const TARGETS: [Target; 8] = [
+const TARGETS: [Target; 10] = [
     Target {
         what: "established, full NAT, 1 flow: at most 1.3 × the minimal program",
         limit: Limit::AtMost(1.3),
@@ -88,6 +88,25 @@ const TARGETS: [Target; 8] = [
                 "full NAT",
                 P,
                 "new flow, full NAT @ 1048576",
+                "inserts of a flow with one key and its entry @ 1048576",
+            ),
+            part(
+                "DNAT",
+                P,
+                "new flow, DNAT @ 1048576",
+                "inserts of a flow with two keys and its entry @ 1048576",
+            ),
+        ],
+        reason: "the choice of the backend, limits, counters, the way back to the client",
+    },
+    Target {
+        what: "the same, of the inserts of its keys alone",
+        limit: Limit::AtMost(1.5),
+        parts: &[
+            part(
+                "full NAT",
+                P,
+                "new flow, full NAT @ 1048576",
                 "inserts of a flow with one key @ 1048576",
             ),
             part(
@@ -97,7 +116,7 @@ const TARGETS: [Target; 8] = [
                 "inserts of a flow with two keys @ 1048576",
             ),
         ],
-        reason: "two route lookups, the choice of the backend, limits and the entry itself, which misses the cache",
+        reason: "as above, and the entry itself, which misses the cache",
     },
     Target {
         what: "flat within 10 % from 1 to 10 000 listeners",
@@ -181,8 +200,33 @@ const TARGETS: [Target; 8] = [
                 "4 MiB each, 4 connections, forwarder",
             ),
         ],
-        reason: "what is left has one more veth link in it; of a large transfer HAProxy handles segments of up to 64 kB (GRO, \
-                 splice), the forwarder every frame",
+        reason: "most of what is left is one more veth link, see the next line; of a large transfer HAProxy handles segments \
+                 of up to 64 kB (GRO, splice), the forwarder every frame",
+    },
+    Target {
+        what: "the same, of what is done beyond a wire with as many links",
+        limit: Limit::AtLeast(10.0),
+        parts: &[
+            part(
+                "kept connections",
+                N,
+                "keep-alive, 32 connections, HAProxy, less a wire",
+                "keep-alive, 32 connections, forwarder, less a wire",
+            ),
+            part(
+                "new connections",
+                N,
+                "a connection per request, 32 at a time, HAProxy, less a wire",
+                "a connection per request, 32 at a time, forwarder, less a wire",
+            ),
+            part(
+                "large transfers",
+                N,
+                "4 MiB each, 4 connections, HAProxy, less a wire",
+                "4 MiB each, 4 connections, forwarder, less a wire",
+            ),
+        ],
+        reason: "of a large transfer HAProxy handles segments of up to 64 kB, the forwarder every frame",
     },
 ];
 

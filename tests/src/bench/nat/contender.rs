@@ -9,10 +9,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf,
+    maps::Array,
+    programs::{Xdp, xdp::XdpMode},
+};
 use nix::sys::signal::Signal;
 
 use super::site::{self, FAR, NEAR, SERVERS, UDP_PORT, VIP};
-use crate::bench::frames::CPU;
+use crate::bench::frames::{CPU, ifindex};
 use crate::lab::{
     Lab, Namespace, Process, Service,
     agent::{self, Agent},
@@ -31,6 +36,8 @@ const START_DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);
 pub enum Contender {
     /// Client and servers are neighbours.
     Nobody,
+    /// They still are, at both ends of an XDP program that hands each frame over as it is.
+    Wire,
     Forwarder,
     Nftables,
     Haproxy,
@@ -42,13 +49,16 @@ pub enum Running {
     /// The kernel alone.
     Kernel,
     Agent(Box<Agent>),
+    /// Attached for as long as they are held.
+    Programs(Box<Ebpf>),
     Proxy(Process),
 }
 
 impl Contender {
     /// In the order of the tables.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Nobody,
+        Self::Wire,
         Self::Forwarder,
         Self::Nftables,
         Self::Haproxy,
@@ -58,11 +68,17 @@ impl Contender {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Nobody => "no gateway",
+            Self::Wire => "a wire",
             Self::Forwarder => "forwarder",
             Self::Nftables => "nftables",
             Self::Haproxy => "HAProxy",
             Self::Nginx => "nginx",
         }
+    }
+
+    /// Changes nothing: what the others' figures are without.
+    pub const fn is_floor(self) -> bool {
+        matches!(self, Self::Nobody | Self::Wire)
     }
 
     /// Works on connections, not on packets.
@@ -73,7 +89,7 @@ impl Contender {
     /// Its configuration as a reader may take it, and the language that it is in.
     pub fn shown(self) -> (&'static str, String) {
         match self {
-            Self::Nobody => ("text", String::new()),
+            Self::Nobody | Self::Wire => ("text", String::new()),
             Self::Forwarder => {
                 let (socket, pins) = ("/run/forwarder/control.sock", "/sys/fs/bpf/forwarder");
                 let text = forwarder(Path::new(socket), Path::new(pins));
@@ -85,11 +101,12 @@ impl Contender {
         }
     }
 
-    /// Starts it; when this returns it takes connections.
-    pub fn start(self, lab: &Lab, gateway: &Namespace) -> Result<Running> {
+    /// Starts it; when this returns it takes connections. `object`: the benchmarks' programs.
+    pub fn start(self, lab: &Lab, gateway: &Namespace, object: &Path) -> Result<Running> {
         let directory = lab.directory();
         match self {
             Self::Nobody => Ok(Running::Kernel),
+            Self::Wire => Ok(Running::Programs(Box::new(wire(gateway, object)?))),
             Self::Forwarder => {
                 let configuration = forwarder(&agent::control_socket(lab), &lab.pin_directory());
                 let launcher = ["taskset", "-c", &CPU.to_string()];
@@ -117,6 +134,22 @@ impl Contender {
             }
         }
     }
+}
+
+/// Joins the gateway's interfaces.
+fn wire(gateway: &Namespace, object: &Path) -> Result<Ebpf> {
+    let mut ebpf = Ebpf::load_file(object).with_context(|| format!("{}", object.display()))?;
+    let ends = [ifindex((gateway, NEAR))?, ifindex((gateway, FAR))?];
+    let mut wire: Array<_, [u32; 2]> = Array::try_from(ebpf.map_mut("WIRE").context("WIRE")?)?;
+    wire.set(0, ends, 0)?;
+    let program: &mut Xdp = ebpf.program_mut("bench_wire").context("bench_wire")?.try_into()?;
+    program.load()?;
+    for interface in [NEAR, FAR] {
+        gateway
+            .inside(|| program.attach(interface, XdpMode::Driver))?
+            .with_context(|| format!("attach to {interface}"))?;
+    }
+    Ok(ebpf)
 }
 
 fn write(directory: &Path, name: &str, text: &str) -> Result<PathBuf> {

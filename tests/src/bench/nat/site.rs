@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddrV4, TcpStream},
+    path::Path,
     time::Duration,
 };
 
@@ -67,18 +68,21 @@ pub struct NatSite {
 }
 
 impl NatSite {
-    /// Builds the lab and starts servers and contender.
-    pub fn build(contender: Contender) -> Result<Self> {
+    /// Builds the lab and starts servers and contender. `object`: the benchmarks' programs.
+    pub fn build(contender: Contender, object: &Path) -> Result<Self> {
         let lab = Lab::open(Lifetime::Process)?;
         let client = lab.namespace("client")?;
         let gateway = lab.namespace("gateway")?;
         let servers = lab.namespace("servers")?;
         if contender == Contender::Nobody {
             lab.cable((&client, HOST), (&servers, HOST), MTU_BYTES)?;
-            client.address(HOST, &format!("{NEIGHBOUR}/24"))?;
         } else {
             lab.cable((&client, HOST), (&gateway, NEAR), MTU_BYTES)?;
             lab.cable((&gateway, FAR), (&servers, HOST), MTU_BYTES)?;
+        }
+        if contender.is_floor() {
+            client.address(HOST, &format!("{NEIGHBOUR}/24"))?;
+        } else {
             client.address(HOST, &format!("{CLIENT}/24"))?;
             gateway.address(NEAR, "172.16.0.1/24")?;
             gateway.address(FAR, &format!("{GATEWAY_FAR}/24"))?;
@@ -87,12 +91,12 @@ impl NatSite {
         for server in SERVERS {
             servers.address(HOST, &format!("{server}/24"))?;
         }
-        if contender != Contender::Nobody {
+        if !contender.is_floor() {
             for destination in ["172.16.0.0/24", POOL] {
                 servers.route(destination, GATEWAY_FAR)?;
             }
         }
-        if !matches!(contender, Contender::Nobody | Contender::Forwarder) {
+        if !contender.is_floor() && contender != Contender::Forwarder {
             // The data path answers for its VIP itself.
             gateway.address(NEAR, &format!("{VIP}/32"))?;
         }
@@ -116,7 +120,7 @@ impl NatSite {
             lab,
         };
         site.start_servers()?;
-        site.running = contender.start(&site.lab, &site.gateway)?;
+        site.running = contender.start(&site.lab, &site.gateway, object)?;
         Ok(site)
     }
 
@@ -194,7 +198,7 @@ http {{
             threads.extend(cpu::threads_of(server.pid())?);
         }
         match &self.running {
-            Running::Kernel => {}
+            Running::Kernel | Running::Programs(_) => {}
             Running::Agent(agent) => threads.extend(cpu::threads_of(agent.pid())?),
             Running::Proxy(proxy) => threads.extend(cpu::threads_of(proxy.pid())?),
         }
@@ -237,7 +241,7 @@ http {{
     }
 
     pub(super) fn client_address(&self, port: u16) -> SocketAddrV4 {
-        let address = if self.contender == Contender::Nobody {
+        let address = if self.contender.is_floor() {
             NEIGHBOUR
         } else {
             CLIENT
@@ -246,7 +250,7 @@ http {{
     }
 
     fn target(&self, port: u16) -> SocketAddrV4 {
-        let address = if self.contender == Contender::Nobody {
+        let address = if self.contender.is_floor() {
             SERVERS[0]
         } else {
             VIP
