@@ -135,7 +135,7 @@ reasons! {
     35 UNTRANSLATABLE "untranslatable" Drop
         "A packet of a flow between IPv4 and IPv6 cannot be translated (RFC 7915): an ICMP error that the other family has no equal of, a fragmented datagram without checksum, or more than the agent can cut." "Lower the sender's MTU, or use backends of the clients' family.";
     36 FRAGMENTED "fragmented" Drop
-        "A packet from IPv4 that routers may cut is too large as IPv6; the agent sends it in fragments." "Lower the sender's MTU by 20 bytes, as the agent is slower than the data path.";
+        "A packet from IPv4 that routers may cut is too large as IPv6; the agent sends it in fragments." "Lower the sender's MTU by 28 bytes, as the agent is slower than the data path.";
     37 SYN_COOKIE_SENT "syn_cookie_sent" Send
         "A SYN was answered with a cookie instead of opening a flow, as the listener gets more of them than `syn_cookies` lets through." "Expected in a flood; else raise the listener's `syn_cookies`.";
     38 SYN_COOKIE_INVALID "syn_cookie_invalid" Drop
