@@ -7,7 +7,11 @@
 //!
 //! Times are moments of the monotonic clock in nanoseconds ([`crate::witness::now_ns`]).
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    time::Duration,
+};
 
 use crate::witness::{Failure, Kind};
 
@@ -96,8 +100,11 @@ pub struct History {
     pub absences: Vec<Span>,
     /// In order.
     pub faults: Vec<Fault>,
-    /// Of each fault; computed once, as there are thousands of faults in an hour, and of failures.
-    felt: Vec<Span>,
+    /// Of each fault, by the client that may feel it; computed once, as there are thousands of faults in an hour, and of
+    /// failures.
+    felt: BTreeMap<u16, Vec<Span>>,
+    /// The same of clients whose links have no faults.
+    felt_elsewhere: Vec<Span>,
     bound: Duration,
     idle: Duration,
 }
@@ -119,28 +126,43 @@ impl History {
             services,
             absences,
             faults,
-            felt: Vec::new(),
+            felt: BTreeMap::new(),
+            felt_elsewhere: Vec::new(),
             bound,
             idle,
         };
-        history.felt = history
+        let felt_by = |client: Option<u16>| -> Vec<Span> {
+            let faults = history.faults.iter();
+            faults.map(|fault| history.felt_of(fault, client)).collect()
+        };
+        let clients: BTreeSet<u16> = history
             .faults
             .iter()
-            .map(|fault| history.felt_of(fault))
+            .filter_map(|fault| match fault.place {
+                Place::Client(client) => Some(client),
+                _ => None,
+            })
             .collect();
+        let felt = clients
+            .into_iter()
+            .map(|client| (client, felt_by(Some(client))))
+            .collect();
+        history.felt_elsewhere = felt_by(None);
+        history.felt = felt;
         history
     }
 
     /// The fault that explains a failure.
     pub fn explanation(&self, failure: &Failure) -> Option<&Fault> {
-        self.felt()
+        self.felt(failure)
             .find(|(fault, felt)| self.explains(fault, *felt, failure))
             .map(|(fault, _)| fault)
     }
 
-    /// All faults, and when something of them was felt.
-    fn felt(&self) -> impl Iterator<Item = (&Fault, Span)> {
-        self.faults.iter().zip(self.felt.iter().copied())
+    /// All faults, and when something of them was felt by the client whose request failed.
+    fn felt(&self, failure: &Failure) -> impl Iterator<Item = (&Fault, Span)> {
+        let felt = self.felt.get(&failure.client).unwrap_or(&self.felt_elsewhere);
+        self.faults.iter().zip(felt.iter().copied())
     }
 
     /// Faults that were in force around a failure, for messages.
@@ -161,14 +183,15 @@ impl History {
         if !felt.meets(failure.since_ns, failure.at_ns) || !hits(fault, failure, service) {
             return false;
         }
+        let reset = service.resets && matches!(fault.place, Place::Servers(_));
         if !failure.is_new {
-            let reset = service.resets && matches!(fault.place, Place::Servers(_));
             let is_cause = fault.old.contains(&failure.kind) || (reset && failure.kind == Kind::Reset);
             // A datagram's flow that has moved is a new one.
             let has_moved = failure.is_udp && service.moves && fault.new.contains(&failure.kind);
             return is_cause || has_moved && self.has_moved(failure, service);
         }
-        if !fault.new.contains(&failure.kind) {
+        // A connection that was reset as soon as it was there may be one that its client takes for new.
+        if !fault.new.contains(&failure.kind) && !(reset && failure.kind == Kind::Reset) {
             return false;
         }
         let Place::Servers(_) = &fault.place else {
@@ -183,14 +206,16 @@ impl History {
     }
 
     /// From a fault's begin until nothing of it is felt any more. What it has broken is told to the other end when the way
-    /// is free, so faults of the same servers that follow each other are one.
-    fn felt_of(&self, fault: &Fault) -> Span {
+    /// is free, so faults of the same servers, and of this client's link, that follow each other are one.
+    fn felt_of(&self, fault: &Fault, client: Option<u16>) -> Span {
         let Some(until_ns) = fault.span.until_ns else {
             return fault.span;
         };
         let mut due_ns = self.settled(until_ns);
         for other in &self.faults {
-            if other.span.meets(fault.span.from_ns, due_ns) && fault.place.meets(&other.place) {
+            let is_on_the_way = matches!(other.place, Place::Client(other) if client == Some(other))
+                || fault.place.meets(&other.place);
+            if other.span.meets(fault.span.from_ns, due_ns) && is_on_the_way {
                 let Some(until_ns) = other.span.until_ns else {
                     return Span {
                         until_ns: None,
@@ -223,7 +248,7 @@ impl History {
     /// Whether no server of a listener was without a fault all the time.
     fn is_everybody_hit(&self, failure: &Failure, service: &Service) -> bool {
         service.servers.iter().all(|server| {
-            self.felt().any(|(fault, felt)| {
+            self.felt(failure).any(|(fault, felt)| {
                 let is_out = match &fault.place {
                     Place::Servers(servers) => servers.contains(server) && !fault.new.is_empty(),
                     Place::Backend {
@@ -240,7 +265,7 @@ impl History {
     /// Whether a datagram's flow may have gone to another server.
     fn has_moved(&self, failure: &Failure, service: &Service) -> bool {
         let since_ns = failure.since_ns.saturating_sub(self.idle.as_nanos() as u64);
-        self.felt().any(|(fault, felt)| {
+        self.felt(failure).any(|(fault, felt)| {
             matches!(&fault.place, Place::Servers(servers) if servers.iter().any(|one| service.servers.contains(one)))
                 && felt.meets(since_ns, failure.at_ns)
         })
@@ -384,6 +409,39 @@ mod tests {
         );
         faults.push(cut(1));
         assert!(history(faults).explanation(&late).is_some());
+    }
+
+    #[test]
+    fn what_a_server_said_last_arrives_when_the_link_of_its_client_is_back() {
+        let late = failure(Kind::Reset, Some(1), 117, 117);
+        let cut = |client: u16| Fault {
+            name: format!("the link of client {client} is down"),
+            place: Place::Client(client),
+            old: vec![Kind::Silence],
+            new: vec![Kind::Silence],
+            ..killed(0, 112, 116)
+        };
+        let judged = |cut: Fault| {
+            history(vec![killed(1, 100, 110), cut])
+                .explanation(&late)
+                .is_some()
+        };
+        assert!(judged(cut(1)));
+        assert!(!judged(cut(2)), "another client's");
+    }
+
+    #[test]
+    fn a_group_that_resets_may_reset_what_has_just_begun() {
+        let reset = failure(Kind::Reset, None, 101, 101);
+        let cut = || Fault {
+            old: vec![Kind::Silence],
+            new: vec![Kind::Silence],
+            ..killed(1, 100, 110)
+        };
+        let mut history = history(vec![cut()]);
+        assert!(history.explanation(&reset).is_none());
+        history.services.get_mut(&80).expect("a service").resets = true;
+        assert!(history.explanation(&reset).is_some());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::{
     config::OnUnhealthy,
     datapath::{flows::FlowCount, times::monotonic_secs},
     error::Error,
+    health::Health,
     orders::{BackendOrder, BackendPath, Order},
     state::desired::takes_new_flows,
     status::{BackendStatus, DrainStatus, LeavingStatus},
@@ -172,29 +173,47 @@ impl Agent {
 
     /// Ends or moves the flows of backends that have just failed, where their group says so. The data path knows
     /// already.
-    pub(super) fn end_flows_of_failed(&self, before: &BTreeMap<BackendId, Backend>) {
-        let is_failure = |id: &BackendId| {
-            let state =
-                |backends: &BTreeMap<BackendId, Backend>| backends.get(id).map(|backend| backend.state);
-            state(&self.applied.desired.backends) == Some(BackendState::UNHEALTHY)
-                && state(before).is_some_and(|state| state != BackendState::UNHEALTHY)
-        };
+    pub(super) fn end_flows_of_failed(&mut self, before: &BTreeMap<BackendId, Backend>) {
+        let suspects = std::mem::replace(&mut self.suspects, self.observed.ejected.clone());
         let mut failed: BTreeMap<EndCause, HashSet<BackendId>> = BTreeMap::new();
         for (group, settings) in &self.config.groups {
-            let cause = match settings.on_unhealthy {
-                OnUnhealthy::Keep => continue,
-                OnUnhealthy::Reset => EndCause::Reset,
-                OnUnhealthy::Rehash => EndCause::Rehash,
-            };
-            let names = settings.backends.keys().map(|name| (group.clone(), name.clone()));
-            let ids = names.filter_map(|key| self.applied.ids.backends.get(&key).copied());
-            for id in ids.filter(is_failure) {
-                failed.entry(cause).or_default().insert(id);
+            for backend in settings.backends.keys() {
+                let key = (group.clone(), backend.clone());
+                let Some(id) = self.applied.ids.backends.get(&key) else {
+                    continue;
+                };
+                let state = |backends: &BTreeMap<BackendId, Backend>| Some(backends.get(id)?.state);
+                let states = [state(before), state(&self.applied.desired.backends)];
+                let is_suspect = [&suspects, &self.observed.ejected]
+                    .iter()
+                    .all(|ejected| ejected.contains(&key));
+                let passes =
+                    settings.health.is_none() || self.observed.health.get(&key) == Some(&Health::Healthy);
+                if let Some(cause) = end_cause(settings.on_unhealthy, states, is_suspect && passes) {
+                    failed.entry(cause).or_default().insert(*id);
+                }
             }
         }
         for (cause, backends) in failed {
             self.sweep.handle().end(backends, cause);
         }
+    }
+}
+
+/// Which of its flows a backend loses as its state changes. `was_last_resort`: it was ejected before, passes its probes,
+/// and only had new flows while its group had nobody better. Then it is no failure that it has no more of them, and those
+/// that it has answered go on.
+fn end_cause(
+    on_unhealthy: OnUnhealthy,
+    [before, now]: [Option<BackendState>; 2],
+    was_last_resort: bool,
+) -> Option<EndCause> {
+    let is_failure = now == Some(BackendState::UNHEALTHY) && before? != BackendState::UNHEALTHY;
+    match on_unhealthy {
+        _ if !is_failure => None,
+        OnUnhealthy::Keep => None,
+        OnUnhealthy::Reset if !was_last_resort => Some(EndCause::Reset),
+        OnUnhealthy::Reset | OnUnhealthy::Rehash => Some(EndCause::Rehash),
     }
 }
 
@@ -206,6 +225,25 @@ fn flows_left(census: &Census, id: BackendId) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_was_better_than_none_keeps_what_it_has_answered() {
+        let (healthy, unhealthy) = (Some(BackendState::HEALTHY), Some(BackendState::UNHEALTHY));
+        let reset = |states, was_last_resort| end_cause(OnUnhealthy::Reset, states, was_last_resort);
+        assert_eq!(reset([healthy, unhealthy], false), Some(EndCause::Reset));
+        assert_eq!(reset([healthy, unhealthy], true), Some(EndCause::Rehash));
+        for states in [
+            [healthy, healthy],
+            [unhealthy, unhealthy],
+            [None, unhealthy],
+            [unhealthy, healthy],
+        ] {
+            assert_eq!(reset(states, false), None, "{states:?}");
+        }
+        assert_eq!(end_cause(OnUnhealthy::Keep, [healthy, unhealthy], false), None);
+        let moved = end_cause(OnUnhealthy::Rehash, [healthy, unhealthy], false);
+        assert_eq!(moved, Some(EndCause::Rehash));
+    }
 
     #[test]
     fn connections_that_have_ended_are_not_left() {

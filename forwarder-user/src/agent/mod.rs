@@ -295,6 +295,8 @@ struct Agent {
     has_to_look_again: bool,
     pool_watch: PoolWatch,
     passive: passive::PassiveChecks,
+    /// Who was ejected when flows were ended last.
+    suspects: HashSet<BackendName>,
     /// What readers of the API over TCP have to show; none without `[agent.api]`.
     credentials: Option<watch::Sender<Credentials>>,
     /// For those who look at the live maps.

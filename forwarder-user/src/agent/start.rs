@@ -200,6 +200,7 @@ impl Agent {
             has_to_look_again: false,
             pool_watch: PoolWatch::default(),
             passive: PassiveChecks::start(backend_watch),
+            suspects: HashSet::new(),
             names,
             started_at,
             timing: Timing::default(),

@@ -64,8 +64,8 @@ pub struct Observations {
 }
 
 impl Observations {
-    /// The backends of a group that take new flows: those that neither active nor passive checks took out. If none is
-    /// left, an ejected one is better than none.
+    /// The backends of a group that take new flows as far as checks are concerned: those that neither active nor passive
+    /// ones took out. If none is left that operators let take any, an ejected one is better than none.
     pub fn healthy<'a>(&self, name: &str, group: &'a config::Group) -> HashSet<&'a str> {
         let mut key = (name.to_owned(), String::new());
         let (mut healthy, mut ejected) = (HashSet::new(), HashSet::new());
@@ -80,7 +80,15 @@ impl Observations {
                 healthy.insert(backend.as_str());
             }
         }
-        if healthy.is_empty() { ejected } else { healthy }
+        let takes_flows = |backend: &&str| {
+            let key = (name.to_owned(), (*backend).to_owned());
+            let orders = self.overrides.get(&key).copied().unwrap_or_default();
+            takes_new_flows(&group.backends[*backend], &orders)
+        };
+        if !ejected.is_empty() && !healthy.iter().any(takes_flows) {
+            healthy.extend(ejected);
+        }
+        healthy
     }
 }
 
@@ -489,6 +497,30 @@ mod tests {
         assert_eq!(healthy(&["a", "b", "c"], &["b"]), "ac");
         assert_eq!(healthy(&["b"], &["b", "c"]), "b", "a suspect is better than none");
         assert_eq!(healthy(&[], &["b"]), "", "but not one that fails its probes");
+    }
+
+    #[test]
+    fn an_ejected_backend_takes_new_flows_while_all_others_drain() {
+        let text = "[snat]\nprefixes = [\"100.64.0.0/26\"]\n[interface.eth0]\n\
+            [group.web.backend]\na = { address = \"10.0.0.1\", port = 80 }\nb = { address = \"10.0.0.2\", port = 80 }\n\
+            c = { address = \"10.0.0.3\", port = 80, weight = 0 }\n\
+            [listener.web]\nvip = \"10.0.0.100\"\nport = 80\ngroup = \"web\"\n";
+        let config = config::load::parse(text, Path::new("test.toml")).unwrap();
+        let key = |name: &str| ("web".to_owned(), name.to_owned());
+        let mut observed = Observations {
+            health: ["a", "b", "c"].map(|name| (key(name), Health::Healthy)).into(),
+            ejected: HashSet::from([key("b")]),
+            ..Observations::default()
+        };
+        let takes_flows =
+            |observed: &Observations| observed.healthy("web", &config.groups["web"]).contains("b");
+        assert!(!takes_flows(&observed));
+        let drained = Override {
+            is_drained: true,
+            ..Override::default()
+        };
+        observed.overrides.insert(key("a"), drained);
+        assert!(takes_flows(&observed));
     }
 
     #[test]
