@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use aya::util::KernelVersion;
 use forwarder_tests::lab::{
     self, Lifetime, Namespace,
     agent::{self, Agent, ShowLog},
@@ -209,6 +210,10 @@ fn full_nat_to_a_local_server() -> Result<()> {
 
 #[test]
 fn full_nat_to_a_remote_server() -> Result<()> {
+    if KernelVersion::current()? < KernelVersion::new(6, 12, 0) {
+        println!("SKIP: the client's SCTP socket crashes in the kernel (Linux 6.1.192, sctp_chunk_put)");
+        return Ok(());
+    }
     for offload in [true, false] {
         association("native", "full", "ecs02", offload)?;
     }

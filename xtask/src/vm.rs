@@ -608,7 +608,7 @@ impl Kernel {
                 .get(*name)
                 .with_context(|| format!("no test program {name}"))?;
             run += &format!(
-                "echo '{STARTED}{name}'\ntimeout {limit_secs} {} {} {}\necho \"{ENDED}$?\"\n",
+                "echo '{STARTED}{name}'\ntimeout --kill-after=60 {limit_secs} {} {} {}\necho \"{ENDED}$?\"\n",
                 program.display(),
                 options.join(" "),
                 parts.join(" ")
