@@ -191,7 +191,8 @@ impl History {
             return is_cause || has_moved && self.has_moved(failure, service);
         }
         // A connection that was reset as soon as it was there may be one that its client takes for new.
-        if !fault.new.contains(&failure.kind) && !(reset && failure.kind == Kind::Reset) {
+        let is_cause = fault.new.contains(&failure.kind) || (reset && failure.kind == Kind::Reset);
+        if !is_cause {
             return false;
         }
         let Place::Servers(_) = &fault.place else {

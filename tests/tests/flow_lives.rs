@@ -389,7 +389,8 @@ fn asked_at(tcp: TcpEvents) -> (Vec<u64>, u64) {
         server: SERVERS[0],
         last_packet_secs: 0,
     };
-    world.send_request(segment::SYN, &connection).unwrap();
+    let forwarded = world.send_request(segment::SYN, &connection);
+    assert!(forwarded.is_ok(), "{forwarded:?}");
     let is_open = |flow: &&mut FlowEntry| flow.counted != 0;
     let mut flows = world.sweeper.store().flows.iter_mut();
     flows.find(is_open).expect("an open flow").tcp = tcp;
@@ -399,7 +400,7 @@ fn asked_at(tcp: TcpEvents) -> (Vec<u64>, u64) {
         let census = world
             .sweeper
             .sweep(Duration::from_secs(age_secs + 1), |_: ListenerId| TIMEOUTS)
-            .unwrap();
+            .expect("a sweep in memory");
         let Some(flow) = world.sweeper.store().flows.iter_mut().find(is_open) else {
             return (asked, age_secs);
         };
