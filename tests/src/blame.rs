@@ -92,6 +92,9 @@ pub struct Service {
     pub moves: bool,
 }
 
+/// Of TCP, before a client loses its patience: that is twice as long.
+const LONGEST_PAUSE: Duration = Duration::from_secs(6);
+
 /// Everything that happened.
 #[derive(Clone, Debug)]
 pub struct History {
@@ -212,7 +215,7 @@ impl History {
         let Some(until_ns) = fault.span.until_ns else {
             return fault.span;
         };
-        let mut due_ns = self.settled(until_ns);
+        let mut due_ns = self.told(fault, fault.span.from_ns, until_ns);
         for other in &self.faults {
             let is_on_the_way = matches!(other.place, Place::Client(other) if client == Some(other))
                 || fault.place.meets(&other.place);
@@ -223,13 +226,26 @@ impl History {
                         ..fault.span
                     };
                 };
-                due_ns = due_ns.max(self.settled(until_ns));
+                let from_ns = fault.span.from_ns.min(other.span.from_ns);
+                due_ns = due_ns.max(self.told(other, from_ns, until_ns));
             }
         }
         Span {
             until_ns: Some(due_ns),
             ..fault.span
         }
+    }
+
+    /// When everybody has heard of what was broken between two moments, at the end of which a fault has ended: an agent, and
+    /// those to whom TCP repeats what was lost, after a pause as long as it was silent (RFC 6298 §5.5: each pause is twice
+    /// the one before).
+    fn told(&self, fault: &Fault, from_ns: u64, until_ns: u64) -> u64 {
+        let pause_ns = if fault.old.contains(&Kind::Silence) {
+            (until_ns - from_ns).min(LONGEST_PAUSE.as_nanos() as u64)
+        } else {
+            0
+        };
+        self.settled(until_ns).max(until_ns + pause_ns)
     }
 
     /// When an agent has had the time to adapt to what happened at `moment_ns`.
@@ -429,6 +445,22 @@ mod tests {
         };
         assert!(judged(cut(1)));
         assert!(!judged(cut(2)), "another client's");
+    }
+
+    #[test]
+    fn what_was_lost_is_repeated_after_a_pause_as_long_as_the_way_was_cut() {
+        let cut = Fault {
+            name: "the way is cut".to_owned(),
+            old: vec![Kind::Silence],
+            ..killed(1, 99, 104)
+        };
+        let history = history(vec![killed(1, 100, 102), cut]);
+        let explained = |second: u64| {
+            let told = failure(Kind::Reset, Some(1), second, second);
+            history.explanation(&told).is_some()
+        };
+        assert!(explained(109), "five seconds later");
+        assert!(!explained(110));
     }
 
     #[test]
