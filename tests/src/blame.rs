@@ -103,11 +103,9 @@ pub struct History {
     pub absences: Vec<Span>,
     /// In order.
     pub faults: Vec<Fault>,
-    /// Of each fault, by the client that may feel it; computed once, as there are thousands of faults in an hour, and of
-    /// failures.
-    felt: BTreeMap<u16, Vec<Span>>,
-    /// The same of clients whose links have no faults.
-    felt_elsewhere: Vec<Span>,
+    /// Of each fault, by the client that may feel it, if its link has faults, and whether its connection was open; computed
+    /// once, as there are thousands of faults in an hour, and of failures.
+    felt: BTreeMap<(Option<u16>, bool), Vec<Span>>,
     bound: Duration,
     idle: Duration,
 }
@@ -130,13 +128,8 @@ impl History {
             absences,
             faults,
             felt: BTreeMap::new(),
-            felt_elsewhere: Vec::new(),
             bound,
             idle,
-        };
-        let felt_by = |client: Option<u16>| -> Vec<Span> {
-            let faults = history.faults.iter();
-            faults.map(|fault| history.felt_of(fault, client)).collect()
         };
         let clients: BTreeSet<u16> = history
             .faults
@@ -146,11 +139,16 @@ impl History {
                 _ => None,
             })
             .collect();
-        let felt = clients
-            .into_iter()
-            .map(|client| (client, felt_by(Some(client))))
-            .collect();
-        history.felt_elsewhere = felt_by(None);
+        let mut felt = BTreeMap::new();
+        for client in clients.into_iter().map(Some).chain([None]) {
+            for is_open in [true, false] {
+                let spans = history
+                    .faults
+                    .iter()
+                    .map(|fault| history.felt_of(fault, client, is_open));
+                felt.insert((client, is_open), spans.collect());
+            }
+        }
         history.felt = felt;
         history
     }
@@ -164,8 +162,9 @@ impl History {
 
     /// All faults, and when something of them was felt by the client whose request failed.
     fn felt(&self, failure: &Failure) -> impl Iterator<Item = (&Fault, Span)> {
-        let felt = self.felt.get(&failure.client).unwrap_or(&self.felt_elsewhere);
-        self.faults.iter().zip(felt.iter().copied())
+        let of = |client| self.felt.get(&(client, !failure.is_new));
+        let felt = of(Some(failure.client)).or_else(|| of(None));
+        self.faults.iter().zip(felt.into_iter().flatten().copied())
     }
 
     /// Faults that were in force around a failure, for messages.
@@ -211,11 +210,18 @@ impl History {
 
     /// From a fault's begin until nothing of it is felt any more. What it has broken is told to the other end when the way
     /// is free, so faults of the same servers, and of this client's link, that follow each other are one.
-    fn felt_of(&self, fault: &Fault, client: Option<u16>) -> Span {
+    fn felt_of(&self, fault: &Fault, client: Option<u16>, is_open: bool) -> Span {
         let Some(until_ns) = fault.span.until_ns else {
             return fault.span;
         };
-        let mut due_ns = self.told(fault, fault.span.from_ns, until_ns);
+        let told = |fault: &Fault, from_ns, until_ns| {
+            if is_open {
+                self.told(fault, from_ns, until_ns)
+            } else {
+                self.settled(until_ns)
+            }
+        };
+        let mut due_ns = told(fault, fault.span.from_ns, until_ns);
         for other in &self.faults {
             let is_on_the_way = matches!(other.place, Place::Client(other) if client == Some(other))
                 || fault.place.meets(&other.place);
@@ -227,7 +233,7 @@ impl History {
                     };
                 };
                 let from_ns = fault.span.from_ns.min(other.span.from_ns);
-                due_ns = due_ns.max(self.told(other, from_ns, until_ns));
+                due_ns = due_ns.max(told(other, from_ns, until_ns));
             }
         }
         Span {
@@ -236,9 +242,9 @@ impl History {
         }
     }
 
-    /// When everybody has heard of what was broken between two moments, at the end of which a fault has ended: an agent, and
-    /// those to whom TCP repeats what was lost, after a pause as long as it was silent (RFC 6298 §5.5: each pause is twice
-    /// the one before).
+    /// When both ends of an open connection have heard of what was broken between two moments, at the end of which a fault has
+    /// ended: an agent, and those to whom TCP repeats what was lost, after a pause as long as it was silent (RFC 6298 §5.5:
+    /// each pause is twice the one before).
     fn told(&self, fault: &Fault, from_ns: u64, until_ns: u64) -> u64 {
         let pause_ns = if fault.old.contains(&Kind::Silence) {
             (until_ns - from_ns).min(LONGEST_PAUSE.as_nanos() as u64)
@@ -461,6 +467,11 @@ mod tests {
         };
         assert!(explained(109), "five seconds later");
         assert!(!explained(110));
+        let new = failure(Kind::Refused, None, 109, 109);
+        assert!(
+            history.explanation(&new).is_none(),
+            "nobody pauses before a new one"
+        );
     }
 
     #[test]

@@ -436,10 +436,10 @@ fn obstacle(
     }
     match network::takes_redirects(link.index, *mtu_bytes) {
         Some(true) => None,
-        Some(false) => Some(
-            cannot("frames")
-                .hint("for a veth: switch GRO on for its other end (ethtool -K PEER gro on)"),
-        ),
+        Some(false) => Some(cannot("frames").hint(
+            "for a veth: switch GRO on for its other end (ethtool -K PEER gro on); for a driver that takes no frames in several \
+             buffers: lower the MTU to 3000",
+        )),
         // A veth is the one driver in doubt.
         None if has_veth(link, ports) => Some(
             Error::host(format!(

@@ -88,25 +88,6 @@ const TARGETS: [Target; 10] = [
                 "full NAT",
                 P,
                 "new flow, full NAT @ 1048576",
-                "inserts of a flow with one key and its entry @ 1048576",
-            ),
-            part(
-                "DNAT",
-                P,
-                "new flow, DNAT @ 1048576",
-                "inserts of a flow with two keys and its entry @ 1048576",
-            ),
-        ],
-        reason: "the choice of the backend, limits, counters, the way back to the client",
-    },
-    Target {
-        what: "the same, of the inserts of its keys alone",
-        limit: Limit::AtMost(1.5),
-        parts: &[
-            part(
-                "full NAT",
-                P,
-                "new flow, full NAT @ 1048576",
                 "inserts of a flow with one key @ 1048576",
             ),
             part(
@@ -116,7 +97,26 @@ const TARGETS: [Target; 10] = [
                 "inserts of a flow with two keys @ 1048576",
             ),
         ],
-        reason: "as above, and the entry itself, which misses the cache",
+        reason: "the entry itself, which misses the cache, the choice of the backend, limits, counters, the way back to the client",
+    },
+    Target {
+        what: "the same, of the inserts of its keys and its entry",
+        limit: Limit::AtMost(1.5),
+        parts: &[
+            part(
+                "full NAT",
+                P,
+                "new flow, full NAT @ 1048576",
+                "inserts of a flow with one key and its entry @ 1048576",
+            ),
+            part(
+                "DNAT",
+                P,
+                "new flow, DNAT @ 1048576",
+                "inserts of a flow with two keys and its entry @ 1048576",
+            ),
+        ],
+        reason: "as above, without the entry",
     },
     Target {
         what: "flat within 10 % from 1 to 10 000 listeners",

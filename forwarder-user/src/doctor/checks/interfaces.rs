@@ -78,7 +78,11 @@ fn expected_mode(device: &Device, wanted: &config::Interface) -> (&'static str, 
         };
         ("generic", why)
     } else if wanted.redirect == config::Redirect::Auto && !device.takes_redirects.unwrap_or(!is_veth) {
-        generic("frames cannot leave straight from XDP: the other end of the veth has neither XDP nor GRO")
+        generic(if is_veth {
+            "frames cannot leave straight from XDP: the other end of the veth has neither XDP nor GRO"
+        } else {
+            "frames of this MTU cannot leave straight from XDP: the driver, or Linux before 6.3, takes none in several buffers"
+        })
     } else if device.runs_programs.is_none() {
         ("native", "the kernel does not say, the agent tries".to_owned())
     } else {
