@@ -107,6 +107,18 @@ impl Env for KernelEnv {
     }
 
     #[inline(always)]
+    fn pass_through<P: Packet, T: Tables>(
+        &mut self,
+        _: &mut P,
+        _: &mut T,
+        _: &Settings,
+        walk: &Walk,
+    ) -> Option<Outcome> {
+        maps::lend(walk);
+        functions::pass_through(self)
+    }
+
+    #[inline(always)]
     fn capture<P: Packet>(&mut self, _: &mut P, walk: &mut Walk) {
         maps::lend(walk);
         capture::before(self);

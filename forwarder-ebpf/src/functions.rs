@@ -9,10 +9,14 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use forwarder_common::{
-    abi::{flow::FlowId, reason::Reason},
+    abi::{
+        flow::{Direction, FlowId},
+        reason::Reason,
+        tunnel::PeerId,
+    },
     datapath::{
-        Action, Hook, Outcome, Stop, Verdict, handshake, icmp, next_hop, overlay, refuse, rewrite, translate,
-        translate_error,
+        Action, Hook, Outcome, Stop, Verdict, express, handshake, icmp, next_hop, overlay, refuse, rewrite,
+        translate, translate_error,
     },
 };
 
@@ -249,6 +253,76 @@ extern "C" fn forwarder_inside(ctx: *mut xdp_md) -> i64 {
     };
     overlay::recognise(&mut packet, &KernelTables, walk);
     DONE
+}
+
+/// `datapath::express::through` for a frame in native XDP.
+#[inline(always)]
+pub(crate) fn pass_through(env: &KernelEnv) -> Option<Outcome> {
+    match forwarder_through(env.ctx.cast(), env.ingress_ifindex) {
+        NOTHING => None,
+        outcome => Some(unpack(outcome)),
+    }
+}
+
+/// In place of an outcome: nothing has become of the packet yet.
+const NOTHING: u64 = u64::MAX;
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_through(ctx: *mut xdp_md, ingress_ifindex: u32) -> u64 {
+    let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
+        return NOTHING;
+    };
+    let mut packet = XdpPacket::<false> {
+        ctx: XdpContext::new(ctx),
+    };
+    let env = KernelEnv {
+        ctx: ctx.cast(),
+        hook: Hook::Xdp,
+        ingress_ifindex,
+    };
+    express::through(&mut packet, &mut KernelTables, &env, settings, &walk.inside).map_or(NOTHING, pack)
+}
+
+/// `datapath::overlay::enter` for a frame in native XDP.
+#[inline(always)]
+pub(crate) fn enter_tunnel(ctx: *mut xdp_md, entrant: &overlay::Entrant) -> Result<(), Stop> {
+    let overlay::Entrant {
+        id,
+        direction,
+        peer,
+        total_len,
+    } = *entrant;
+    let is_request = u32::from(direction == Direction::REQUEST);
+    outcome(forwarder_enter(
+        ctx,
+        id.0,
+        is_request,
+        u32::from(peer.0),
+        u32::from(total_len),
+    ))
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn forwarder_enter(ctx: *mut xdp_md, id: u32, is_request: u32, peer: u32, total_len: u32) -> i64 {
+    let Some(settings) = KernelTables::settings() else {
+        return i64::from(Reason::INTERNAL.0);
+    };
+    let mut packet = XdpPacket::<false> {
+        ctx: XdpContext::new(ctx),
+    };
+    let entrant = overlay::Entrant {
+        id: FlowId(id),
+        direction: if is_request != 0 {
+            Direction::REQUEST
+        } else {
+            Direction::REPLY
+        },
+        peer: PeerId(peer as u16),
+        total_len: total_len as u16,
+    };
+    number(overlay::enter(&mut packet, &mut KernelTables, settings, &entrant))
 }
 
 /// `datapath::rewrite::leave` for a frame in XDP.

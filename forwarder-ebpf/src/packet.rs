@@ -22,7 +22,7 @@ use aya_ebpf::{
 };
 use forwarder_common::{
     abi::{flow::FlowId, reason::Reason, settings::Settings},
-    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, handshake, translate},
+    datapath::{ChecksumOffload, Hook, Packet, Stop, Tables, Walk, handshake, overlay, translate},
     wire::{
         Field16, LinkPair, WireHeader,
         checksum::{Delta, fold},
@@ -398,6 +398,16 @@ impl<const GENERIC: bool> Packet for XdpPacket<GENERIC> {
     fn recognise<T: Tables>(&mut self, _tables: &T, walk: &mut Walk) {
         maps::lend(walk);
         functions::recognise(self.ctx.ctx);
+    }
+
+    #[inline(always)]
+    fn enter_tunnel<T: Tables>(
+        &mut self,
+        _tables: &mut T,
+        _settings: &Settings,
+        entrant: &overlay::Entrant,
+    ) -> Result<(), Stop> {
+        functions::enter_tunnel(self.ctx.ctx, entrant)
     }
 
     #[inline(always)]

@@ -34,6 +34,7 @@ use forwarder_common::{
     datapath::{
         Env, Gauge, Hook, Outcome, Packet, Route, Tables, TrafficEvent, Walk, express,
         hint::{self, Fingerprint, Hints},
+        overlay,
     },
     wire::{Be16, IpAddress, LinkPair, MacAddress},
 };
@@ -477,7 +478,14 @@ impl MemoryTables {
             hook: Hook::Xdp,
             ingress_ifindex: ifindex,
         };
-        express::forward(&mut packet, &mut self.clone(), &env, &self.settings).is_some()
+        let (settings, mut tables) = (&self.settings, self.clone());
+        if express::forward(&mut packet, &mut tables, &env, settings).is_some() {
+            return true;
+        }
+        let mut walk = Walk::zeroed();
+        overlay::recognise(&mut packet, self, &mut walk);
+        walk.inside.is_tunnel()
+            && express::through(&mut packet, &mut tables, &env, settings, &walk.inside).is_some()
     }
 
     /// Runs the library on a frame as one of the programs would: what becomes of it, and its bytes then.

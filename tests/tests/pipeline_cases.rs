@@ -141,7 +141,10 @@ fn expected_frames_have_valid_checksums_where_they_leave() {
 #[test]
 fn established_flows_and_strangers_take_the_short_way() {
     use Packets::{Answer, NoListener, Opening, Others, Reply, Request};
-    for (way, is_v6) in [(Way::FullNat, false), (Way::FullNat, true), (Way::Dnat, false)] {
+    let tunnels = ["VXLAN", "Geneve", "GRE", "GRETAP", "IPIP", "GUE", "FOU"];
+    let tunnels = tunnels.into_iter().map(|name| (Way::Tunnel(name, false), false));
+    let ways = [(Way::FullNat, false), (Way::FullNat, true), (Way::Dnat, false)];
+    for (way, is_v6) in ways.into_iter().chain(tunnels) {
         let gateway = Gateway {
             way,
             is_v6,

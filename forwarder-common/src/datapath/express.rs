@@ -1,5 +1,6 @@
 //! The short way, which most packets take: IP without options, extension headers or tags, a segment of an established
-//! connection or a datagram, of a flow that is known with its next hop; and what is addressed to nobody here.
+//! connection or a datagram, of a flow that is known with its next hop, into a tunnel and out of one as well; and what is addressed to
+//! nobody here.
 //!
 //! It decides nothing that the walk would decide otherwise: the same packet comes out, the same is counted, the tables
 //! are left the same. What it does not know at first sight it leaves to the walk, unchanged. Tests hold every packet of
@@ -11,19 +12,23 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    ChecksumOffload, Env, Outcome, Packet, Stop, Tables, TrafficEvent,
+    ChecksumOffload, Env, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict,
     hint::{Fingerprint, Hint},
     next_hop,
+    overlay::{self, Entrant, Inside},
     transport_checksum::sent,
 };
 use crate::{
     abi::{
+        backend::BackendId,
         flow::{
             Direction, FlowBinding, FlowEntry, FlowId, FlowKey, FlowKeyV4, FlowReference, FlowState, HopKind,
         },
+        listener::ListenerId,
         reason::Reason,
         settings::{Settings, flag},
         snat::{SnatBinding, SnatPool},
+        tunnel::{PeerId, TunnelKind},
     },
     wire::{
         Be16, IpAddress, WireHeader, checksum,
@@ -50,9 +55,29 @@ pub fn forward<P: Packet, T: Tables, E: Env>(
         return None;
     }
     match packet.header::<EthernetHeader>(0).ok()?.ethertype {
-        ETHERTYPE_IPV4 => look_up::<HeadersV4, P, T, E>(packet, tables, env, settings),
-        ETHERTYPE_IPV6 => look_up::<HeadersV6, P, T, E>(packet, tables, env, settings),
+        ETHERTYPE_IPV4 => look_up::<false, HeadersV4, P, T, E>(packet, tables, env, settings, 0),
+        ETHERTYPE_IPV6 => look_up::<false, HeadersV6, P, T, E>(packet, tables, env, settings, 0),
         _ => None,
+    }
+}
+
+/// The same for what came through a tunnel of ours, in native XDP.
+#[inline(always)]
+pub fn through<P: Packet, T: Tables, E: Env>(
+    packet: &mut P,
+    tables: &mut T,
+    env: &E,
+    settings: &Settings,
+    inside: &Inside,
+) -> Option<Outcome> {
+    if settings.flags & flag::CAPTURE != 0 || overlay::may_carry_congestion(inside.outer_tos) {
+        return None;
+    }
+    let offset = (inside.network_offset as usize).checked_sub(EthernetHeader::LEN)?;
+    if inside.ethertype == ETHERTYPE_IPV4 {
+        look_up::<true, HeadersV4, P, T, E>(packet, tables, env, settings, offset)
+    } else {
+        look_up::<true, HeadersV6, P, T, E>(packet, tables, env, settings, offset)
     }
 }
 
@@ -71,6 +96,7 @@ struct Ip {
 /// real network is (IEEE 802.3 §3.2.8).
 trait Headers: WireHeader {
     type Key: PartialEq;
+    const ETHERTYPE: Be16;
     /// Length of the IP header, in bytes.
     const NETWORK_LEN: usize;
     /// `FlowBinding::families` of flows that have this family on both sides.
@@ -111,18 +137,20 @@ trait Headers: WireHeader {
     }
 }
 
-/// Finds the flow of a packet.
+/// Finds the flow of a packet, whose headers are at `offset`; `INSIDE`: behind those of a tunnel, where those of Ethernet
+/// may be any bytes.
 #[inline(always)]
-fn look_up<H: Headers, P: Packet, T: Tables, E: Env>(
+fn look_up<const INSIDE: bool, H: Headers, P: Packet, T: Tables, E: Env>(
     packet: &mut P,
     tables: &mut T,
     env: &E,
     settings: &Settings,
+    offset: usize,
 ) -> Option<Outcome> {
     let frame_bytes = packet.linear_len();
-    let headers = packet.header::<H>(0).ok()?;
+    let headers = packet.header::<H>(offset).ok()?;
     let ip = headers.ip()?;
-    if EthernetHeader::LEN + ip.total_len as usize > frame_bytes {
+    if offset + EthernetHeader::LEN + ip.total_len as usize > frame_bytes {
         return None;
     }
     let transport_len = ip.total_len - H::NETWORK_LEN as u32;
@@ -133,11 +161,14 @@ fn look_up<H: Headers, P: Packet, T: Tables, E: Env>(
         }
     } else {
         let claimed = u32::from(headers.udp().len.get());
+        if ip.protocol != PROTOCOL_UDP || claimed < UdpHeader::LEN as u32 || claimed > transport_len {
+            return None;
+        }
         // Tunnels come in UDP.
-        if ip.protocol != PROTOCOL_UDP
-            || settings.flags & flag::TUNNELS != 0
-            || claimed < UdpHeader::LEN as u32
-            || claimed > transport_len
+        let port = headers.udp().destination_port;
+        if !INSIDE
+            && settings.flags & flag::TUNNELS != 0
+            && tables.tunnel_port(port.get())?.kind != TunnelKind::NONE
         {
             return None;
         }
@@ -162,7 +193,7 @@ fn look_up<H: Headers, P: Packet, T: Tables, E: Env>(
         } else {
             match headers.pool_flow(&settings.pool) {
                 Some(id) if !is_seldom => hint = Hint::new(fingerprint, id?, Direction::REPLY),
-                None if !is_known && headers.has_ports() => {
+                None if !INSIDE && !is_known && headers.has_ports() => {
                     let outcome = Stop::pass(Reason::NOT_OURS).0;
                     tables.count_reason(outcome.reason, frame_bytes);
                     return Some(outcome);
@@ -180,9 +211,15 @@ fn look_up<H: Headers, P: Packet, T: Tables, E: Env>(
         is_tcp,
     };
     if hint.direction() == Direction::REQUEST {
-        carry::<true, H, T, E>(headers, tables, env, settings, id, &arrival)
+        let carried = carry::<INSIDE, true, H, T, E>(headers, tables, env, settings, id, &arrival)?;
+        Some(leave::<INSIDE, true, P, T>(
+            packet, tables, settings, offset, &carried,
+        ))
     } else {
-        carry::<false, H, T, E>(headers, tables, env, settings, id, &arrival)
+        let carried = carry::<INSIDE, false, H, T, E>(headers, tables, env, settings, id, &arrival)?;
+        Some(leave::<INSIDE, false, P, T>(
+            packet, tables, settings, offset, &carried,
+        ))
     }
 }
 
@@ -195,17 +232,30 @@ struct Arrival<K> {
     is_tcp: bool,
 }
 
-/// Carries a packet of a flow on, if there is nothing about it to decide; `REQUEST`: to the backend, else to the
-/// client.
+/// A packet that is ready to leave, but for outer headers.
+struct Carried {
+    id: FlowId,
+    listener: ListenerId,
+    backend: BackendId,
+    verdict: Verdict,
+    /// The far end of the tunnel that it leaves through, if any.
+    peer: PeerId,
+    /// IP header and payload, in bytes.
+    total_len: u32,
+    frame_bytes: usize,
+}
+
+/// Makes of a packet of a flow what it becomes, if there is nothing about it to decide; `REQUEST`: for the backend, else
+/// for the client.
 #[inline(always)]
-fn carry<const REQUEST: bool, H: Headers, T: Tables, E: Env>(
+fn carry<const INSIDE: bool, const REQUEST: bool, H: Headers, T: Tables, E: Env>(
     headers: &mut H,
     tables: &mut T,
     env: &E,
     settings: &Settings,
     id: FlowId,
     arrival: &Arrival<H::Key>,
-) -> Option<Outcome> {
+) -> Option<Carried> {
     let Arrival {
         key,
         fingerprint,
@@ -231,30 +281,15 @@ fn carry<const REQUEST: bool, H: Headers, T: Tables, E: Env>(
     if hop.kind != HopKind::DIRECT
         || hop.generation != settings.route_generation
         || hop.hook != env.hook() as u8
-        || !hop.is_plain()
+        || !(hop.is_plain() || hop.peer != 0 && !INSIDE)
         || (hop.mtu_bytes != 0 && ip.total_len > u32::from(hop.mtu_bytes))
     {
         return None;
     }
-    let (direction, event, reason) = if REQUEST {
-        (
-            Direction::REQUEST,
-            TrafficEvent::Request {
-                bytes: ip.total_len,
-                reset: false,
-            },
-            Reason::REQUEST_FORWARDED,
-        )
+    let direction = if REQUEST {
+        Direction::REQUEST
     } else {
-        (
-            Direction::REPLY,
-            TrafficEvent::Reply {
-                bytes: ip.total_len,
-                reset: false,
-                first: false,
-            },
-            Reason::REPLY_FORWARDED,
-        )
+        Direction::REPLY
     };
     // No other flag comes this way, which spares what the others would mean.
     let has_ack = *is_tcp && headers.tcp().flags & FLAG_ACK != 0;
@@ -274,7 +309,15 @@ fn carry<const REQUEST: bool, H: Headers, T: Tables, E: Env>(
 
     // From here on it goes. What is read of the entry is read before the packet is written: the compiler does not know
     // that these are different places.
-    let (listener, backend, verdict) = (entry.listener, entry.backend, next_hop::verdict(env, hop));
+    let carried = Carried {
+        id,
+        listener: entry.listener,
+        backend: entry.backend,
+        verdict: next_hop::verdict(env, hop),
+        peer: PeerId(hop.peer as u16),
+        total_len: ip.total_len,
+        frame_bytes: *frame_bytes,
+    };
     let link = hop.link.copied();
     if entry.seen == 0 {
         entry.seen = 1;
@@ -294,11 +337,74 @@ fn carry<const REQUEST: bool, H: Headers, T: Tables, E: Env>(
         entry.reply_bytes = entry.reply_bytes.wrapping_add(bytes);
     }
     rewrite::<REQUEST, H>(headers, entry, *is_tcp, checksum);
-    headers.ethernet().link = link;
+    if INSIDE {
+        let ethertype = H::ETHERTYPE;
+        *headers.ethernet() = EthernetHeader { link, ethertype };
+    } else if carried.peer == PeerId::NONE {
+        headers.ethernet().link = link;
+    }
+    Some(carried)
+}
+
+/// Takes off what is before `offset`, or puts a packet into its tunnel, if it has one, and counts it.
+#[inline(always)]
+fn leave<const INSIDE: bool, const REQUEST: bool, P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &mut T,
+    settings: &Settings,
+    offset: usize,
+    carried: &Carried,
+) -> Outcome {
+    let Carried {
+        id,
+        listener,
+        backend,
+        verdict,
+        peer,
+        total_len,
+        frame_bytes,
+    } = *carried;
+    let (direction, event, reason) = if REQUEST {
+        (
+            Direction::REQUEST,
+            TrafficEvent::Request {
+                bytes: total_len,
+                reset: false,
+            },
+            Reason::REQUEST_FORWARDED,
+        )
+    } else {
+        (
+            Direction::REPLY,
+            TrafficEvent::Reply {
+                bytes: total_len,
+                reset: false,
+                first: false,
+            },
+            Reason::REPLY_FORWARDED,
+        )
+    };
+    let moved = if INSIDE {
+        packet.move_start(offset as i32)
+    } else if peer != PeerId::NONE {
+        let entrant = Entrant {
+            id,
+            direction,
+            peer,
+            total_len: total_len as u16,
+        };
+        packet.enter_tunnel(tables, settings, &entrant)
+    } else {
+        Ok(())
+    };
+    if let Err(Stop(outcome)) = moved {
+        tables.count_reason(outcome.reason, frame_bytes);
+        return outcome;
+    }
     tables.count_listener(listener, event);
     tables.count_backend(backend, event);
-    tables.count_reason(reason, *frame_bytes);
-    Some(Outcome { verdict, reason })
+    tables.count_reason(reason, frame_bytes);
+    Outcome { verdict, reason }
 }
 
 /// New addresses, ports and checksums, and a hop less.
@@ -390,6 +496,7 @@ const HOP_LESS: u32 = 0xffff - u16::from_ne_bytes([1, 0]) as u32;
 
 impl Headers for HeadersV4 {
     type Key = FlowKeyV4;
+    const ETHERTYPE: Be16 = ETHERTYPE_IPV4;
     const NETWORK_LEN: usize = Ipv4Header::LEN;
     const FAMILIES: u32 = FlowBinding::BOTH_V4;
 
@@ -481,6 +588,7 @@ impl WireHeader for HeadersV6 {}
 
 impl Headers for HeadersV6 {
     type Key = FlowKey;
+    const ETHERTYPE: Be16 = ETHERTYPE_IPV6;
     const NETWORK_LEN: usize = Ipv6Header::LEN;
     const FAMILIES: u32 = FlowBinding::BOTH_V6;
 

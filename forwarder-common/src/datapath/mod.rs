@@ -350,6 +350,20 @@ pub trait Packet {
         handshake::next_option(&mut walk.room, place, len)
     }
 
+    /// [`overlay::enter`], wherever it runs.
+    #[inline(always)]
+    fn enter_tunnel<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        settings: &Settings,
+        entrant: &overlay::Entrant,
+    ) -> Result<(), Stop>
+    where
+        Self: Sized,
+    {
+        overlay::enter(self, tables, settings, entrant)
+    }
+
     /// [`rewrite::leave`], wherever it runs.
     #[inline(always)]
     fn leave<T: Tables>(
@@ -656,6 +670,21 @@ pub trait Env {
         Self: Sized,
     {
         next_hop::find(tables, self, settings, walk)
+    }
+
+    /// [`express::through`], wherever it runs; the walk has what is inside.
+    #[inline(always)]
+    fn pass_through<P: Packet, T: Tables>(
+        &mut self,
+        packet: &mut P,
+        tables: &mut T,
+        settings: &Settings,
+        walk: &Walk,
+    ) -> Option<Outcome>
+    where
+        Self: Sized,
+    {
+        express::through(packet, tables, self, settings, &walk.inside)
     }
 
     /// Captures a packet that comes, if the filter may be true of it (`capture`). The walk is room to work in.

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     abi::{
+        flow::{Direction, FlowBinding, FlowId},
         reason::Reason,
         settings::Settings,
         tunnel::{OUTER_BLOCK_LEN, PeerId, TunnelEndpointKey, TunnelKind, TunnelPeer, peer_flag},
@@ -354,6 +355,13 @@ pub const fn decapsulated_tos(inner_tos: u8, outer_tos: u8) -> u8 {
     }
 }
 
+/// May the inner packet's type of service change as it leaves a packet with this one? Not with ECT(0) and without ECN.
+#[inline(always)]
+pub const fn may_carry_congestion(outer_tos: u8) -> bool {
+    // Of ECT(1) and CE.
+    outer_tos & ECN_ECT_1 != 0
+}
+
 /// Carries a mark of congestion from the outer packet over to the inner one.
 #[inline(always)]
 pub fn carry_congestion<P: Packet>(packet: &mut P, inside: &Inside) -> Result<(), Stop> {
@@ -468,6 +476,57 @@ pub fn encapsulate<P: Packet, T: Tables>(
         hash: hash::flow_hash(&frame.key, settings.hash_seed),
     };
     push(packet, peer, hop.link, hop.tags(), &inner)
+}
+
+/// A packet of the short way, rewritten, that is about to leave through a tunnel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Entrant {
+    /// Its flow, and its direction in it.
+    pub id: FlowId,
+    pub direction: Direction,
+    /// Its next hop's.
+    pub peer: PeerId,
+    /// IP header and payload, in bytes.
+    pub total_len: u16,
+}
+
+/// [`encapsulate`] for a packet of the short way, whose headers have one place.
+///
+/// # Errors
+/// As [`encapsulate`].
+#[inline(always)]
+pub fn enter<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &mut T,
+    settings: &Settings,
+    entrant: &Entrant,
+) -> Result<(), Stop> {
+    let broken = Stop::drop(Reason::INTERNAL);
+    let entry = tables.flow(entrant.id).ok_or(broken)?;
+    let binding = &entry.binding;
+    let (hop, hash) = if entrant.direction == Direction::REQUEST {
+        let key = binding.request_key();
+        (&entry.request_hop, hash::flow_hash(&key, settings.hash_seed))
+    } else {
+        let key = binding.reply_key();
+        (&entry.reply_hop, hash::flow_hash(&key, settings.hash_seed))
+    };
+    let network_len = if binding.families == FlowBinding::BOTH_V4 {
+        Ipv4Header::LEN
+    } else {
+        Ipv6Header::LEN
+    };
+    let inner = Inner {
+        network_offset: EthernetHeader::LEN,
+        transport_offset: EthernetHeader::LEN + network_len,
+        total_len: entrant.total_len,
+        protocol: binding.protocol as u8,
+        is_fragment: false,
+        hash,
+    };
+    let (link, tags) = (hop.link.copied(), hop.tags());
+    let peer = tables.tunnel_peer(entrant.peer).ok_or(broken)?;
+    push(packet, peer, link, tags, &inner)
 }
 
 /// Puts the headers of `peer` in front of the inner packet, in a frame with these link addresses and tags. What stood

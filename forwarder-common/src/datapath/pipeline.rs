@@ -34,10 +34,16 @@ pub fn forward<'w, P: Packet, T: Tables, E: Env>(
     if let Some(outcome) = express::forward(packet, tables, env, settings) {
         return outcome;
     }
-    match room() {
-        Some(walk) => the_walk(packet, tables, env, settings, walk),
-        None => Stop::pass(Reason::INTERNAL).0,
+    let Some(walk) = room() else {
+        return Stop::pass(Reason::INTERNAL).0;
+    };
+    look_inside(packet, tables, env, settings, walk);
+    if walk.inside.is_tunnel()
+        && let Some(outcome) = env.pass_through(packet, tables, settings, walk)
+    {
+        return outcome;
     }
+    walk_on(packet, tables, env, settings, walk)
 }
 
 /// The way that every packet could take. `walk` is room to work in.
@@ -49,9 +55,21 @@ pub fn the_walk<P: Packet, T: Tables, E: Env>(
     settings: &Settings,
     walk: &mut Walk,
 ) -> Outcome {
+    look_inside(packet, tables, env, settings, walk);
+    walk_on(packet, tables, env, settings, walk)
+}
+
+/// The same from where it is known what is inside.
+#[inline(always)]
+fn walk_on<P: Packet, T: Tables, E: Env>(
+    packet: &mut P,
+    tables: &mut T,
+    env: &mut E,
+    settings: &Settings,
+    walk: &mut Walk,
+) -> Outcome {
     let frame_bytes = packet.frame_len();
     if settings.flags & flag::CAPTURE != 0 {
-        look_inside(packet, tables, env, settings, walk);
         env.capture(packet, walk);
     }
     let outcome = match stages(packet, tables, env, settings, walk, frame_bytes) {
@@ -83,7 +101,6 @@ fn stages<P: Packet, T: Tables, E: Env>(
     walk: &mut Walk,
     frame_bytes: usize,
 ) -> Result<Outcome, Stop> {
-    look_inside(packet, tables, env, settings, walk);
     walk.quote.transport_offset = Quote::NONE;
     let mut kind = parse::frame(packet, walk, frame_bytes)?;
     if kind == Kind::Icmp && !walk.inside.is_tunnel() {
