@@ -108,7 +108,7 @@ impl Env for KernelEnv {
 
     #[inline(always)]
     fn pass_through<P: Packet, T: Tables>(
-        &mut self,
+        &self,
         _: &mut P,
         _: &mut T,
         _: &Settings,

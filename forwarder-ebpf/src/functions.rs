@@ -58,7 +58,7 @@ fn unpack(number: u64) -> Outcome {
 }
 
 /// In place of an outcome: the walk goes on.
-const FOUND: u64 = u64::MAX;
+const ON: u64 = u64::MAX;
 
 /// `datapath::icmp::find` for the packet under way.
 #[inline(always)]
@@ -67,7 +67,7 @@ pub(crate) fn icmp(env: &KernelEnv) -> Result<(), Stop> {
         Hook::Xdp | Hook::XdpGeneric => forwarder_icmp_xdp(env.ctx.cast()),
         Hook::Tcx => forwarder_icmp_tcx(env.ctx.cast()),
     };
-    if found == FOUND {
+    if found == ON {
         Ok(())
     } else {
         Err(Stop(unpack(found)))
@@ -100,7 +100,7 @@ macro_rules! of_context {
                 return pack(Stop::pass(Reason::INTERNAL).0);
             };
             match icmp::find(&mut $packet(ctx), &mut KernelTables, settings, walk) {
-                Ok(()) => FOUND,
+                Ok(()) => ON,
                 Err(Stop(outcome)) => pack(outcome),
             }
         }
@@ -259,19 +259,16 @@ extern "C" fn forwarder_inside(ctx: *mut xdp_md) -> i64 {
 #[inline(always)]
 pub(crate) fn pass_through(env: &KernelEnv) -> Option<Outcome> {
     match forwarder_through(env.ctx.cast(), env.ingress_ifindex) {
-        NOTHING => None,
+        ON => None,
         outcome => Some(unpack(outcome)),
     }
 }
-
-/// In place of an outcome: nothing has become of the packet yet.
-const NOTHING: u64 = u64::MAX;
 
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn forwarder_through(ctx: *mut xdp_md, ingress_ifindex: u32) -> u64 {
     let (Some(settings), Some(walk)) = (KernelTables::settings(), KernelTables::walk()) else {
-        return NOTHING;
+        return ON;
     };
     let mut packet = XdpPacket::<false> {
         ctx: XdpContext::new(ctx),
@@ -281,7 +278,7 @@ extern "C" fn forwarder_through(ctx: *mut xdp_md, ingress_ifindex: u32) -> u64 {
         hook: Hook::Xdp,
         ingress_ifindex,
     };
-    express::through(&mut packet, &mut KernelTables, &env, settings, &walk.inside).map_or(NOTHING, pack)
+    express::through(&mut packet, &mut KernelTables, &env, settings, &walk.inside).map_or(ON, pack)
 }
 
 /// `datapath::overlay::enter` for a frame in native XDP.

@@ -600,7 +600,8 @@ impl Tables for MemoryTables {
     }
 
     fn tunnel_port(&self, port: u16) -> Option<TunnelPort> {
-        self.tunnel_ports.get(&port).copied()
+        // The kernel's is an array: each port has a meaning.
+        Some(self.tunnel_ports.get(&port).copied().unwrap_or_default())
     }
 
     fn tunnel_endpoint(&self, key: &TunnelEndpointKey) -> Option<&TunnelEndpoint> {

@@ -521,6 +521,9 @@ fn congestion_is_heard_behind_the_tunnel() {
             };
             let may_leave = overlay::check_congestion(0xb8 | inner, outer_ecn).is_ok();
             assert_eq!(may_leave, expected.is_some(), "{inner} in {outer_ecn}");
+            if !overlay::may_carry_congestion(outer_ecn) {
+                assert_eq!(expected, Some(inner), "{inner} in {outer_ecn}: the short way");
+            }
             let mut packet = MemoryPacket::<Native>::new(frame);
             overlay::carry_congestion(&mut packet, &inside).unwrap();
             if let Some(expected) = expected {

@@ -18,7 +18,7 @@ use forwarder_tests::{
         measured::{Gateway, Packets, Way},
     },
     invariants::{self, Arrival},
-    packet::wrong_checksums,
+    packet::{ETHERNET_LEN, fold, patched, sum, wrong_checksums},
     tables::{CLIENT_SIDE, MemoryTables, Program},
 };
 use proptest::prelude::*;
@@ -178,6 +178,106 @@ fn established_flows_and_strangers_take_the_short_way() {
             }
         }
     }
+}
+
+/// Which packets of tunnels go short; that they become the same as on the walk is what `MemoryTables::forward` sees to.
+#[test]
+fn what_is_seldom_about_a_tunnel_s_packet_is_for_the_walk() {
+    let gateway = Gateway {
+        way: Way::Tunnel("IPIP", false),
+        ..Gateway::PLAIN
+    };
+    let check = |what: &str, mut world: MemoryTables, ifindex: u32, frame: &[u8], is_short: bool| {
+        assert_eq!(world.takes_the_short_way(ifindex, frame), is_short, "{what}");
+        world.forward(Program::Native, ifindex, frame).0.reason
+    };
+    let (request, world) = gateway.stream_and_tables(Packets::Request).unwrap();
+    let (reply, after_reply) = gateway.stream_and_tables(Packets::Reply).unwrap();
+    let changed = |world: &MemoryTables, change: &dyn Fn(&mut MemoryTables)| {
+        let mut world = world.clone();
+        change(&mut world);
+        world
+    };
+    let len = u16::try_from(request.frame.len() - ETHERNET_LEN).unwrap();
+    let with_mtu = |mtu_bytes| changed(&world, &|world| world.flows[0].request_hop.mtu_bytes = mtu_bytes);
+    let there = |what, world, is_short| check(what, world, request.ifindex, &request.frame, is_short);
+    there("as large as the tunnel's MTU", with_mtu(len), true);
+    let reason = there("larger", with_mtu(len - 1), false);
+    assert_eq!(reason, Reason::REQUEST_TO_STACK, "it may be fragmented");
+    let tagged = changed(&world, &|world| world.flows[0].request_hop.vlans = [5, 6]);
+    there("tagged as it leaves", tagged, true);
+    let reason = there(
+        "no such far end",
+        changed(&world, &|world| world.tunnel_peers.clear()),
+        true,
+    );
+    assert_eq!(reason, Reason::INTERNAL);
+
+    let back =
+        |what, frame: &[u8], is_short| check(what, after_reply.clone(), reply.ifindex, frame, is_short);
+    let outer_len = ETHERNET_LEN + 20;
+    let inner = &reply.frame[outer_len..];
+    back("as it is", &reply.frame, true);
+    let tag = |frame: &[u8]| [&frame[..12], &[0x81, 0, 0, 5], &frame[12..]].concat();
+    back("a tag outside", &tag(&reply.frame), true);
+    back("two", &tag(&tag(&reply.frame)), true);
+    back("padding", &[&reply.frame[..], &[0xa5; 6]].concat(), true);
+    back(
+        "ECT(1) outside",
+        &patched(reply.frame.clone(), ETHERNET_LEN + 1, &[1]),
+        false,
+    );
+    let into_another = changed(&after_reply, &|world| world.flows[0].reply_hop.peer = 1);
+    check(
+        "into another tunnel",
+        into_another.clone(),
+        reply.ifindex,
+        &reply.frame,
+        false,
+    );
+    let plain = [&request.frame[..ETHERNET_LEN], inner].concat();
+    check("a reply into a tunnel", into_another, reply.ifindex, &plain, true);
+
+    // A client's packet in the same tunnel, to a backend on this side.
+    let local = changed(&world, &|world| world.flows[0].request_hop.peer = 0);
+    let inner = &request.frame[ETHERNET_LEN..];
+    let total_len = u16::try_from(20 + inner.len()).unwrap().to_be_bytes();
+    let outer = patched(reply.frame[..outer_len].to_vec(), ETHERNET_LEN + 2, &total_len);
+    let from_tunnel = [&outer[..], inner].concat();
+    let reason = check(
+        "a request out of a tunnel",
+        local,
+        reply.ifindex,
+        &from_tunnel,
+        true,
+    );
+    assert_eq!(reason, Reason::REQUEST_FORWARDED);
+    check("and into it", world.clone(), reply.ifindex, &from_tunnel, false);
+
+    let partial =
+        |world: &MemoryTables| changed(world, &|world| world.settings.flags |= flag::PARTIAL_CHECKSUMS);
+    let with_partial = |frame: &[u8], network: usize| {
+        // Of the pseudo-header: addresses, protocol, length.
+        let len = frame.len() - network - 20;
+        let partial = fold(sum(&frame[network + 12..network + 20]) + 6 + len as u64);
+        patched(frame.to_vec(), network + 20 + 16, &partial.to_be_bytes())
+    };
+    let frame = with_partial(&request.frame, ETHERNET_LEN);
+    check(
+        "a partial checksum",
+        partial(&world),
+        request.ifindex,
+        &frame,
+        false,
+    );
+    let frame = with_partial(&reply.frame, outer_len);
+    check(
+        "a partial checksum inside",
+        partial(&after_reply),
+        reply.ifindex,
+        &frame,
+        false,
+    );
 }
 
 #[test]

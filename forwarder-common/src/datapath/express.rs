@@ -1,6 +1,6 @@
 //! The short way, which most packets take: IP without options, extension headers or tags, a segment of an established
-//! connection or a datagram, of a flow that is known with its next hop, into a tunnel and out of one as well; and what is addressed to
-//! nobody here.
+//! connection or a datagram, of a flow that is known with its next hop; the same out of a tunnel or into one; and what is
+//! addressed to nobody here.
 //!
 //! It decides nothing that the walk would decide otherwise: the same packet comes out, the same is counted, the tables
 //! are left the same. What it does not know at first sight it leaves to the walk, unchanged. Tests hold every packet of
@@ -12,7 +12,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    ChecksumOffload, Env, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict,
+    ChecksumOffload, Env, Hook, Outcome, Packet, Stop, Tables, TrafficEvent, Verdict,
     hint::{Fingerprint, Hint},
     next_hop,
     overlay::{self, Entrant, Inside},
@@ -93,7 +93,7 @@ struct Ip {
 /// The headers of a packet in one piece, as one family has them.
 ///
 /// They end with those of TCP: a datagram of UDP with twelve bytes of payload is as long, as every frame of IPv4 on a
-/// real network is (IEEE 802.3 §3.2.8).
+/// real network is (IEEE 802.3 §3.2.8). A shorter one that a tunnel carries takes the walk.
 trait Headers: WireHeader {
     type Key: PartialEq;
     const ETHERTYPE: Be16;
@@ -147,7 +147,12 @@ fn look_up<const INSIDE: bool, H: Headers, P: Packet, T: Tables, E: Env>(
     settings: &Settings,
     offset: usize,
 ) -> Option<Outcome> {
-    let frame_bytes = packet.linear_len();
+    // Of what came through a tunnel it is known that all of it is there, in one piece or in several.
+    let frame_bytes = if INSIDE {
+        packet.frame_len()
+    } else {
+        packet.linear_len()
+    };
     let headers = packet.header::<H>(offset).ok()?;
     let ip = headers.ip()?;
     if offset + EthernetHeader::LEN + ip.total_len as usize > frame_bytes {
@@ -164,7 +169,7 @@ fn look_up<const INSIDE: bool, H: Headers, P: Packet, T: Tables, E: Env>(
         if ip.protocol != PROTOCOL_UDP || claimed < UdpHeader::LEN as u32 || claimed > transport_len {
             return None;
         }
-        // Tunnels come in UDP.
+        // Outer packets are not of flows.
         let port = headers.udp().destination_port;
         if !INSIDE
             && settings.flags & flag::TUNNELS != 0
@@ -211,14 +216,14 @@ fn look_up<const INSIDE: bool, H: Headers, P: Packet, T: Tables, E: Env>(
         is_tcp,
     };
     if hint.direction() == Direction::REQUEST {
-        let carried = carry::<INSIDE, true, H, T, E>(headers, tables, env, settings, id, &arrival)?;
+        let departing = carry::<INSIDE, true, H, T, E>(headers, tables, env, settings, id, &arrival)?;
         Some(leave::<INSIDE, true, P, T>(
-            packet, tables, settings, offset, &carried,
+            packet, tables, settings, offset, &departing,
         ))
     } else {
-        let carried = carry::<INSIDE, false, H, T, E>(headers, tables, env, settings, id, &arrival)?;
+        let departing = carry::<INSIDE, false, H, T, E>(headers, tables, env, settings, id, &arrival)?;
         Some(leave::<INSIDE, false, P, T>(
-            packet, tables, settings, offset, &carried,
+            packet, tables, settings, offset, &departing,
         ))
     }
 }
@@ -233,7 +238,7 @@ struct Arrival<K> {
 }
 
 /// A packet that is ready to leave, but for outer headers.
-struct Carried {
+struct Departing {
     id: FlowId,
     listener: ListenerId,
     backend: BackendId,
@@ -255,7 +260,7 @@ fn carry<const INSIDE: bool, const REQUEST: bool, H: Headers, T: Tables, E: Env>
     settings: &Settings,
     id: FlowId,
     arrival: &Arrival<H::Key>,
-) -> Option<Carried> {
+) -> Option<Departing> {
     let Arrival {
         key,
         fingerprint,
@@ -278,10 +283,11 @@ fn carry<const INSIDE: bool, const REQUEST: bool, H: Headers, T: Tables, E: Env>
     } else {
         &entry.reply_hop
     };
+    let is_into_tunnel = !INSIDE && env.hook() == Hook::Xdp && hop.peer != 0;
     if hop.kind != HopKind::DIRECT
         || hop.generation != settings.route_generation
         || hop.hook != env.hook() as u8
-        || !(hop.is_plain() || hop.peer != 0 && !INSIDE)
+        || !(hop.is_plain() || is_into_tunnel)
         || (hop.mtu_bytes != 0 && ip.total_len > u32::from(hop.mtu_bytes))
     {
         return None;
@@ -309,7 +315,7 @@ fn carry<const INSIDE: bool, const REQUEST: bool, H: Headers, T: Tables, E: Env>
 
     // From here on it goes. What is read of the entry is read before the packet is written: the compiler does not know
     // that these are different places.
-    let carried = Carried {
+    let departing = Departing {
         id,
         listener: entry.listener,
         backend: entry.backend,
@@ -340,10 +346,10 @@ fn carry<const INSIDE: bool, const REQUEST: bool, H: Headers, T: Tables, E: Env>
     if INSIDE {
         let ethertype = H::ETHERTYPE;
         *headers.ethernet() = EthernetHeader { link, ethertype };
-    } else if carried.peer == PeerId::NONE {
+    } else if departing.peer == PeerId::NONE {
         headers.ethernet().link = link;
     }
-    Some(carried)
+    Some(departing)
 }
 
 /// Takes off what is before `offset`, or puts a packet into its tunnel, if it has one, and counts it.
@@ -353,9 +359,9 @@ fn leave<const INSIDE: bool, const REQUEST: bool, P: Packet, T: Tables>(
     tables: &mut T,
     settings: &Settings,
     offset: usize,
-    carried: &Carried,
+    departing: &Departing,
 ) -> Outcome {
-    let Carried {
+    let Departing {
         id,
         listener,
         backend,
@@ -363,7 +369,7 @@ fn leave<const INSIDE: bool, const REQUEST: bool, P: Packet, T: Tables>(
         peer,
         total_len,
         frame_bytes,
-    } = *carried;
+    } = *departing;
     let (direction, event, reason) = if REQUEST {
         (
             Direction::REQUEST,

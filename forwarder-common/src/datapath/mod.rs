@@ -675,7 +675,7 @@ pub trait Env {
     /// [`express::through`], wherever it runs; the walk has what is inside.
     #[inline(always)]
     fn pass_through<P: Packet, T: Tables>(
-        &mut self,
+        &self,
         packet: &mut P,
         tables: &mut T,
         settings: &Settings,
@@ -687,7 +687,8 @@ pub trait Env {
         express::through(packet, tables, self, settings, &walk.inside)
     }
 
-    /// Captures a packet that comes, if the filter may be true of it (`capture`). The walk is room to work in.
+    /// Captures a packet that comes, if the filter may be true of it (`capture`). The walk is room to work in, but for what
+    /// it has of the inside.
     #[inline(always)]
     fn capture<P: Packet>(&mut self, _packet: &mut P, _walk: &mut Walk) {}
 

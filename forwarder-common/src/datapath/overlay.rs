@@ -1,7 +1,7 @@
 //! Tunnels in the data path: what is inside a packet of ours, and putting headers in front of one.
 //!
 //! [`recognise`] only reads. The walk then looks at the inner packet where it stands; the outer headers are taken off
-//! when the packet is sent on ([`strip`], or [`encapsulate`] when it goes into another tunnel), so a packet that
+//! when the packet is sent on (`rewrite::leave`, or [`encapsulate`] when it goes into another tunnel), so a packet that
 //! turns out to be somebody else's reaches the kernel's device as it came. What is not exactly what a tunnel of ours
 //! sends (options that must be understood, checksums in GRE, fragments) is left to the kernel as well.
 //!
@@ -355,7 +355,8 @@ pub const fn decapsulated_tos(inner_tos: u8, outer_tos: u8) -> u8 {
     }
 }
 
-/// May the inner packet's type of service change as it leaves a packet with this one? Not with ECT(0) and without ECN.
+/// Can the outer packet's type of service change the inner one's ([`decapsulated_tos`]), or its end ([`check_congestion`])?
+/// Not with ECT(0), nor without ECN.
 #[inline(always)]
 pub const fn may_carry_congestion(outer_tos: u8) -> bool {
     // Of ECT(1) and CE.

@@ -3,7 +3,7 @@
 //! The tunnel device is the interface `tunnel0`, behind which [`REMOTE`]'s server is; the far end is a host on the
 //! servers' side, so what goes into the tunnel leaves there and what comes out of it came in there.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 
 use forwarder_common::{
     abi::{
@@ -18,12 +18,12 @@ use forwarder_common::{
 };
 
 use super::{
-    CLIENT, Case, REMOTE, Step, Traffic, UNRESOLVED_CLIENT, VIP, binding, client_mac,
+    CLIENT, Case, DNS, REMOTE, Step, Traffic, UNRESOLVED_CLIENT, VIP, binding, client_mac,
     fragments::{cut, cut_v6},
-    from_client, to_client, to_server, world,
+    from_client, query, to_client, to_server, world,
 };
 use crate::{
-    packet::{self, Builder, ETHERNET_LEN, patched, segment},
+    packet::{self, Builder, Checksum, ETHERNET_LEN, patched, segment},
     tables::{CLIENT_SIDE, MemoryTables, SERVER_SIDE, TUNNEL_SIDE, V6_PREFIX, in_v6, mac_of},
     tunnel::{Carrier, Outer, geneve, gue, vxlan},
 };
@@ -362,6 +362,7 @@ pub(super) fn all() -> Vec<Case> {
         }
     }
     cases.extend(edges());
+    cases.extend(established());
     cases.into_iter().map(Case::v4_only).collect()
 }
 
@@ -537,6 +538,98 @@ fn edges() -> Vec<Case> {
             let out = syn.clone().from(binding(0)).to(REMOTE.server);
             Step::to_stack(&syn, &out).counts(REMOTE.opened())
         }),
+    ]
+}
+
+/// What the packets of flows that are known show, which take the short way.
+fn established() -> [Case; 2] {
+    /// RFC 6040 §4.2, figure 4: rows are the inner field, columns the outer one; `None`: dropped.
+    const ECN: [[Option<u8>; 4]; 4] = [
+        [Some(0), Some(0), Some(0), None],
+        [Some(1), Some(1), Some(1), Some(3)],
+        [Some(2), Some(1), Some(2), Some(3)],
+        [Some(3), Some(3), Some(3), Some(3)],
+    ];
+    let setting = Setting {
+        tunnel: VXLAN,
+        is_v6: false,
+        is_inner_v6: false,
+    };
+    let handshake = [
+        setting
+            .request(&from_client(segment::SYN, CLIENT, REMOTE))
+            .counts(REMOTE.opened()),
+        setting
+            .reply(&from_remote(segment::SYN_ACK))
+            .counts(REMOTE.first_answer()),
+    ];
+    let reply = from_remote(segment::ACK).payload(33);
+    let out = to_client(&reply, REMOTE.vip(), CLIENT).build();
+    let marked = (0..16_u8).map(|fields| {
+        let (inner_tos, outer_tos) = (fields / 4, fields % 4);
+        let inner = with_tos(reply.build(), inner_tos);
+        let mut outer = setting.outer(0, true);
+        outer.tos = outer_tos;
+        let frame = outer.around(&inner);
+        match ECN[usize::from(inner_tos)][usize::from(outer_tos)] {
+            Some(tos) => {
+                let verdict = Verdict::redirect(CLIENT_SIDE.ifindex);
+                Step::new(&SERVER_SIDE, frame, verdict, Reason::REPLY_FORWARDED)
+                    .inside(inner)
+                    .out(with_tos(out.clone(), tos))
+                    .counts(REMOTE.reply())
+            }
+            None => Step::new(&SERVER_SIDE, frame, Verdict::DROP, Reason::CONGESTION_UNHEARD),
+        }
+    });
+
+    let mut world = setting.world();
+    let server = SocketAddrV4::new(*REMOTE.server.ip(), DNS.server.port());
+    world.backends[DNS.backend.0 as usize].address = (*server.ip()).into();
+    let key = FlowKey {
+        source: (*CLIENT.ip()).into(),
+        destination: VIP.into(),
+        source_port: Be16::new(CLIENT.port()),
+        destination_port: Be16::new(DNS.port),
+        protocol: 17,
+    };
+    let there = |query: Builder| {
+        let out = to_server(&query, binding(0), server).build();
+        let verdict = Verdict::redirect(SERVER_SIDE.ifindex);
+        Step::new(&CLIENT_SIDE, query.build(), verdict, Reason::REQUEST_FORWARDED)
+            .out(setting.outer(flow_hash(&key, 0x5eed), false).around(&out))
+    };
+    let back = |answer: Builder| {
+        let out = to_client(&answer, DNS.vip(), CLIENT).build();
+        let verdict = Verdict::redirect(CLIENT_SIDE.ifindex);
+        Step::new(
+            &SERVER_SIDE,
+            setting.received(&answer),
+            verdict,
+            Reason::REPLY_FORWARDED,
+        )
+        .inside(answer.build())
+        .out(out)
+    };
+    let answer = |len| Builder::udp(server, binding(0)).payload(len);
+    [
+        Case::new(
+            "Marks of congestion meet those inside of an established connection",
+            setting.world(),
+        )
+        .all(handshake)
+        .all(marked),
+        Case::new(
+            "Datagrams go through a tunnel, with and without a checksum, and short ones",
+            world,
+        )
+        .then(there(query(DNS)).counts(DNS.opened()))
+        .then(back(answer(120)).counts(DNS.first_answer()))
+        .then(there(query(DNS)).counts(DNS.request()))
+        .then(there(query(DNS).checksum(Checksum::Fixed(0))).counts(DNS.request()))
+        .then(back(answer(12)).counts(DNS.reply()))
+        .then(back(answer(11)).counts(DNS.reply()))
+        .then(back(answer(120).checksum(Checksum::Fixed(0))).counts(DNS.reply())),
     ]
 }
 
