@@ -12,7 +12,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::util::KernelVersion;
 use forwarder_tests::lab::{
     self, Lifetime, Namespace,
     agent::{self, Agent, ShowLog},
@@ -48,6 +47,9 @@ fn play(
     }
     let site = Site::cross_region(Lifetime::Process, Extras::default())?;
     dual_stack::add(&site)?;
+    // As on network cards. A veth hands XDP what is still to be cut, and what XDP leaves to the stack of that crashes the socket
+    // that gets it (Linux 6.1.192 and 6.12.117: `sctp_ulpevent_make_rcvmsg` trims a packet of several pages).
+    site.offload("tx-sctp-segmentation", false)?;
     // Asked for by a socket, the module would be loaded as well, if the machine allows that.
     site.gateway.run("modprobe sctp")?;
     let show_log = ShowLog::of(&site.lab);
@@ -210,10 +212,6 @@ fn full_nat_to_a_local_server() -> Result<()> {
 
 #[test]
 fn full_nat_to_a_remote_server() -> Result<()> {
-    if KernelVersion::current()? < KernelVersion::new(6, 12, 0) {
-        println!("SKIP: the client's SCTP socket crashes in the kernel (Linux 6.1.192, sctp_chunk_put)");
-        return Ok(());
-    }
     for offload in [true, false] {
         association("native", "full", "ecs02", offload)?;
     }

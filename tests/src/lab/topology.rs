@@ -558,9 +558,14 @@ impl Site {
     /// Switches transmit checksum offload of every client and server: with it, their packets come to XDP on
     /// the gateway with a checksum that is not computed yet.
     pub fn checksum_offload(&self, on: bool) -> Result<()> {
+        self.offload("tx", on)
+    }
+
+    /// Switches an offload of every client and server, by its name in ethtool.
+    pub fn offload(&self, feature: &str, on: bool) -> Result<()> {
         let servers = self.servers.iter().map(|server| &server.namespace);
         for host in self.clients.iter().chain(servers).chain(&self.remote_client) {
-            host.offload("eth0", "tx", on)?;
+            host.offload("eth0", feature, on)?;
         }
         Ok(())
     }
