@@ -970,9 +970,9 @@ The agent serves them at `http://127.0.0.1:9469/metrics`; `metrics_address` in t
 Beside them, at `/`, is a [page for people](operations.md#status-page). The format is OpenMetrics 1.0, which Prometheus reads.
 
 - Counters of listeners, groups, backends and packets are the data path's: they go on when the agent is restarted or reloaded, and
-  start at zero with new tables. A group's do not fall when a backend leaves it. What the agent counts itself (ejections, flows
-  that it ended, resets it sent for them) starts at zero with it. *In* is from clients to backends (requests), *out* is back (replies), on
-  whatever interface. A *connection* is a TCP connection or a UDP flow.
+  start at zero with new tables. A group's do not fall when a backend leaves it. What the agent counts itself (failed probes,
+  ejections, flows that it ended, resets it sent for them, refused changes) starts at zero with it. *In* is from clients to backends
+  (requests), *out* is back (replies), on whatever interface. A *connection* is a TCP connection or a UDP flow.
 - There are no rates: `rate(forwarder_listener_connections_total[1m])` computes them. `forwarder status` shows some.
 - The number of series is bounded by the configuration: it does not grow with clients or flows.
 - A histogram is three kinds of samples: `…_bucket` by the label `le` (seconds), `…_count`, `…_sum`. All have the same buckets,

@@ -424,8 +424,11 @@ fn requests(sites: &mut [NatSite], extent: Extent, measured: &mut Measured) -> R
             } else {
                 rate.show(0)
             };
+            let name = format!("{}, {}", work.name(), contender.name());
+            if contender == Contender::Wire {
+                measured.figure(&name, own.median);
+            }
             if !contender.is_floor() {
-                let name = format!("{}, {}", work.name(), contender.name());
                 measured.figure(&name, own.median);
                 measured.figure(&format!("{name}, less a wire"), at_work.median);
                 bars.push((work, colour, contender, own));

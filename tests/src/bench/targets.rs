@@ -49,7 +49,7 @@ struct Target {
 const P: &str = packets::NAME;
 const N: &str = nat::NAME;
 
-const TARGETS: [Target; 10] = [
+const TARGETS: [Target; 11] = [
     Target {
         what: "established, full NAT, 1 flow: at most 1.3 × the minimal program",
         limit: Limit::AtMost(1.3),
@@ -200,7 +200,7 @@ const TARGETS: [Target; 10] = [
                 "4 MiB each, 4 connections, forwarder",
             ),
         ],
-        reason: "most of what is left is one more veth link, see the next line; of a large transfer HAProxy handles segments \
+        reason: "most of what is left is one more veth link, see the next two lines; of a large transfer HAProxy handles segments \
                  of up to 64 kB (GRO, splice), the forwarder every frame",
     },
     Target {
@@ -227,6 +227,31 @@ const TARGETS: [Target; 10] = [
             ),
         ],
         reason: "of a large transfer HAProxy handles segments of up to 64 kB, the forwarder every frame",
+    },
+    Target {
+        what: "the same of the wire itself, which hands over what comes",
+        limit: Limit::AtLeast(10.0),
+        parts: &[
+            part(
+                "kept connections",
+                N,
+                "keep-alive, 32 connections, HAProxy",
+                "keep-alive, 32 connections, a wire",
+            ),
+            part(
+                "new connections",
+                N,
+                "a connection per request, 32 at a time, HAProxy",
+                "a connection per request, 32 at a time, a wire",
+            ),
+            part(
+                "large transfers",
+                N,
+                "4 MiB each, 4 connections, HAProxy",
+                "4 MiB each, 4 connections, a wire",
+            ),
+        ],
+        reason: "so by no gateway that is a veth link away",
     },
 ];
 
