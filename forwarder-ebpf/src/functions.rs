@@ -290,11 +290,10 @@ pub(crate) fn enter_tunnel(ctx: *mut xdp_md, entrant: &overlay::Entrant) -> Resu
         peer,
         total_len,
     } = *entrant;
-    let is_request = u32::from(direction == Direction::REQUEST);
     outcome(forwarder_enter(
         ctx,
         id.0,
-        is_request,
+        direction.0,
         u32::from(peer.0),
         u32::from(total_len),
     ))
@@ -302,7 +301,7 @@ pub(crate) fn enter_tunnel(ctx: *mut xdp_md, entrant: &overlay::Entrant) -> Resu
 
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn forwarder_enter(ctx: *mut xdp_md, id: u32, is_request: u32, peer: u32, total_len: u32) -> i64 {
+extern "C" fn forwarder_enter(ctx: *mut xdp_md, id: u32, direction: u32, peer: u32, total_len: u32) -> i64 {
     let Some(settings) = KernelTables::settings() else {
         return i64::from(Reason::INTERNAL.0);
     };
@@ -311,11 +310,7 @@ extern "C" fn forwarder_enter(ctx: *mut xdp_md, id: u32, is_request: u32, peer: 
     };
     let entrant = overlay::Entrant {
         id: FlowId(id),
-        direction: if is_request != 0 {
-            Direction::REQUEST
-        } else {
-            Direction::REPLY
-        },
+        direction: Direction(direction),
         peer: PeerId(peer as u16),
         total_len: total_len as u16,
     };

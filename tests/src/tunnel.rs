@@ -4,6 +4,14 @@ use std::net::IpAddr;
 
 use crate::packet::{ETHERNET_LEN, Mac, fold, sum};
 
+/// The ECN field behind a tunnel (RFC 6040 §4.2, figure 4): rows are the inner field, columns the outer one; `None`: dropped.
+pub const ECN_BEHIND: [[Option<u8>; 4]; 4] = [
+    [Some(0), Some(0), Some(0), None],
+    [Some(1), Some(1), Some(1), Some(3)],
+    [Some(2), Some(1), Some(2), Some(3)],
+    [Some(3), Some(3), Some(3), Some(3)],
+];
+
 /// What stands in front of an inner packet.
 #[derive(Clone, Debug)]
 pub struct Outer {

@@ -16,7 +16,7 @@ use forwarder_common::{
 use forwarder_tests::{
     packet::{Builder, Checksum, ETHERNET_LEN, Mac, patched, segment, wrong_checksums},
     tables::MemoryTables,
-    tunnel::{Carrier, Outer, geneve, gue, vxlan},
+    tunnel::{Carrier, ECN_BEHIND, Outer, geneve, gue, vxlan},
 };
 use forwarder_user::datapath::packet::{MemoryPacket, Native};
 
@@ -501,16 +501,9 @@ fn packets_that_may_be_fragmented_differ_in_their_identification() {
     assert_eq!(seen.len(), 50);
 }
 
-/// RFC 6040 §4.2, figure 4: rows are the inner field, columns the outer one; `None`: dropped.
 #[test]
 fn congestion_is_heard_behind_the_tunnel() {
-    const TABLE: [[Option<u8>; 4]; 4] = [
-        [Some(0), Some(0), Some(0), None],
-        [Some(1), Some(1), Some(1), Some(3)],
-        [Some(2), Some(1), Some(2), Some(3)],
-        [Some(3), Some(3), Some(3), Some(3)],
-    ];
-    for (inner, row) in (0..).zip(TABLE) {
+    for (inner, row) in (0..).zip(ECN_BEHIND) {
         for (outer_ecn, expected) in (0..).zip(row) {
             let frame = patched_tos(&inner_packets()[0].1.build(), 0xb8 | inner);
             let inside = Inside {

@@ -425,11 +425,10 @@ fn requests(sites: &mut [NatSite], extent: Extent, measured: &mut Measured) -> R
                 rate.show(0)
             };
             let name = format!("{}, {}", work.name(), contender.name());
-            if contender == Contender::Wire {
+            if contender != Contender::Nobody {
                 measured.figure(&name, own.median);
             }
             if !contender.is_floor() {
-                measured.figure(&name, own.median);
                 measured.figure(&format!("{name}, less a wire"), at_work.median);
                 bars.push((work, colour, contender, own));
                 if is_the_generator(rate.median, alone) {

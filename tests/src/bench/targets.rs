@@ -251,7 +251,7 @@ const TARGETS: [Target; 11] = [
                 "4 MiB each, 4 connections, a wire",
             ),
         ],
-        reason: "so by no gateway that is a veth link away",
+        reason: "so by none that hands over frame by frame",
     },
 ];
 

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     packet::{self, Builder, Checksum, ETHERNET_LEN, patched, segment},
     tables::{CLIENT_SIDE, MemoryTables, SERVER_SIDE, TUNNEL_SIDE, V6_PREFIX, in_v6, mac_of},
-    tunnel::{Carrier, Outer, geneve, gue, vxlan},
+    tunnel::{Carrier, ECN_BEHIND, Outer, geneve, gue, vxlan},
 };
 
 /// A host on the servers' side.
@@ -543,13 +543,6 @@ fn edges() -> Vec<Case> {
 
 /// What the packets of flows that are known show, which take the short way.
 fn established() -> [Case; 2] {
-    /// RFC 6040 §4.2, figure 4: rows are the inner field, columns the outer one; `None`: dropped.
-    const ECN: [[Option<u8>; 4]; 4] = [
-        [Some(0), Some(0), Some(0), None],
-        [Some(1), Some(1), Some(1), Some(3)],
-        [Some(2), Some(1), Some(2), Some(3)],
-        [Some(3), Some(3), Some(3), Some(3)],
-    ];
     let setting = Setting {
         tunnel: VXLAN,
         is_v6: false,
@@ -571,7 +564,7 @@ fn established() -> [Case; 2] {
         let mut outer = setting.outer(0, true);
         outer.tos = outer_tos;
         let frame = outer.around(&inner);
-        match ECN[usize::from(inner_tos)][usize::from(outer_tos)] {
+        match ECN_BEHIND[usize::from(inner_tos)][usize::from(outer_tos)] {
             Some(tos) => {
                 let verdict = Verdict::redirect(CLIENT_SIDE.ifindex);
                 Step::new(&SERVER_SIDE, frame, verdict, Reason::REPLY_FORWARDED)
