@@ -210,6 +210,9 @@ fn a_tunnel_that_is_cut_and_a_server_that_is_down_are_told_apart() -> Result<()>
         text.contains("192.168.1.10") && !text.contains("tunnel"),
         "{text}"
     );
+    // Its router looks for it for three seconds; until then, nobody blames a rule.
+    let log = fs::read_to_string(agent.log())?;
+    ensure!(!log.contains("cause=filtered"), "{log}");
 
     // The check leaves the configuration while it holds backends: they are let go.
     site.far_router.run_with_input("nft -f -", Some(cut))?;

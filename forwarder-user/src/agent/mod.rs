@@ -72,8 +72,8 @@ use timing::{Event, Timing, Turn};
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 /// A backend that stays unhealthy is looked at again after this long: the first cause may have hidden another.
 const DIAGNOSIS_INTERVAL: Duration = Duration::from_secs(3);
-/// Diagnoses under way at once; each sends a handful of echo requests.
-const MAX_DIAGNOSES: usize = 4;
+/// Diagnoses under way at once; each sends a dozen echo requests at most, in one second to four.
+const MAX_DIAGNOSES: usize = 16;
 /// Reports that may wait for the loop.
 const QUEUE: usize = 1024;
 

@@ -16,8 +16,11 @@ use surge_ping::{
 };
 use tokio::time::sleep;
 
-/// How long an answer may take. More than a round trip around the Earth; the bound of a whole diagnosis.
+/// How long an answer may take. More than a round trip around the Earth.
 pub(super) const PATIENCE: Duration = Duration::from_millis(900);
+/// How long a router may take to say that it finds no host. Linux asks three times for it, a second apart
+/// (`mcast_solicit` and `retrans_time_ms`, `Documentation/networking/ip-sysctl.rst`; arp(7)), and so do others.
+pub(super) const SEARCH_PATIENCE: Duration = Duration::from_millis(3300);
 
 /// Size of an echo request that no path is too narrow for, in bytes with its IP header.
 const SMALL_BYTES: usize = 60;
@@ -84,12 +87,21 @@ impl Pinger {
 
     /// Asks `target` twice, [`SECOND_AFTER`] apart; the first answer counts. Takes [`PATIENCE`] at most.
     pub(super) async fn ask(&self, target: Option<IpAddr>) -> Echo {
-        self.ask_sized(target, SMALL_BYTES).await
+        self.ask_within(PATIENCE, target, SMALL_BYTES).await
     }
 
     /// As [`Self::ask`], with packets of `packet_bytes`. The kernel sets "don't fragment" in them as long as they
     /// fit what it knows of the path.
     pub(super) async fn ask_sized(&self, target: Option<IpAddr>, packet_bytes: usize) -> Echo {
+        self.ask_within(PATIENCE, target, packet_bytes).await
+    }
+
+    /// As [`Self::ask`], and waits for up to [`SEARCH_PATIENCE`] for what a router has to say that looks for `target`.
+    pub(super) async fn search(&self, target: Option<IpAddr>) -> Echo {
+        self.ask_within(SEARCH_PATIENCE, target, SMALL_BYTES).await
+    }
+
+    async fn ask_within(&self, patience: Duration, target: Option<IpAddr>, packet_bytes: usize) -> Echo {
         let Some(target) = target else {
             return Echo::NotTried;
         };
@@ -101,9 +113,9 @@ impl Pinger {
         };
         let second = async {
             sleep(SECOND_AFTER).await;
-            request(client, target, 1, &payload, PATIENCE - SECOND_AFTER).await
+            request(client, target, 1, &payload, patience - SECOND_AFTER).await
         };
-        let first = request(client, target, 0, &payload, PATIENCE);
+        let first = request(client, target, 0, &payload, patience);
         tokio::pin!(first, second);
         tokio::select! {
             echo = &mut first => match echo {

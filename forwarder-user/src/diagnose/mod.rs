@@ -57,8 +57,9 @@ impl Subject {
 
 /// Explains why the probe of `subject` ended in `failure`.
 ///
-/// Failures that explain themselves (wrong status) return at once. For the others it takes up to one
-/// second and sends up to eight echo requests, so callers with many silent backends should ask about a few.
+/// Failures that explain themselves (wrong status) return at once. For the others it takes up to one second, or four
+/// where a router answers and the server behind it does not: the router may still be looking for it. Up to twelve echo
+/// requests are sent, so callers with many silent backends should ask about a few.
 /// Never fails: what cannot be found out makes the answer less precise.
 ///
 /// Runs in the network namespace of the calling thread, which must be that of `network`. Needs CAP_NET_RAW.
@@ -156,6 +157,10 @@ async fn gather(network: &Network, subject: &Subject, failure: &ProbeFailure) ->
         Some(pinger) => pinger.ask(target).await,
         None => Echo::NotTried,
     };
+    let search_from_own = async || match &from_own {
+        Some(pinger) => pinger.search(Some(backend)).await,
+        None => Echo::NotTried,
+    };
     (
         evidence.router_from_own,
         evidence.backend_from_own,
@@ -167,6 +172,12 @@ async fn gather(network: &Network, subject: &Subject, failure: &ProbeFailure) ->
         from_probe.ask(route.gateway),
         from_probe.ask(Some(backend)),
     );
+    if evidence.may_be_searched_for() {
+        // From both: the probes themselves may have used up what the router says to the probe address
+        // (`icmp_ratelimit`, by address).
+        (evidence.backend_from_own, evidence.backend_from_probe) =
+            tokio::join!(search_from_own(), from_probe.search(Some(backend)));
+    }
     if egress.has_neighbours {
         let neighbour = network.neighbour(route.interface, next_hop).await.ok().flatten();
         evidence.neighbour = neighbour.map(|neighbour| neighbour.state);

@@ -8,7 +8,8 @@
 //! router  own probe | backend own probe |
 //!         any  any  |         any  yes  | port-filtered: all paths work, so it is the port
 //!         yes  no   |         any  no   | no-return-route: the router doesn't know the way back to the pool
-//!         any  yes  |         any  no   | filtered: behind the router, a rule or the way back is missing
+//!         any  yes  |         any  no   | filtered: behind the router, a rule or the way back is missing; or
+//!                   |                   | server-down, if the router says to either that it finds no host
 //!         no   no   |         yes  no   | no-return-route-or-filtered: it lets only our own address through
 //!         no   no   |         no   no   | next-hop-silent
 //! no router         |         yes  no   | no-return-route-or-filtered
@@ -190,6 +191,15 @@ pub(super) struct Evidence {
     pub(super) router_from_probe: Echo,
     pub(super) backend_from_own: Echo,
     pub(super) backend_from_probe: Echo,
+}
+
+impl Evidence {
+    /// Whether the backend may be silent as its router is still looking for it, which takes longer than an answer.
+    pub(super) fn may_be_searched_for(&self) -> bool {
+        self.router_from_probe.is_answered()
+            && matches!(self.backend_from_own, Echo::Silent | Echo::NotTried)
+            && self.backend_from_probe == Echo::Silent
+    }
 }
 
 /// What the failure alone says, where nothing about the path is in doubt; else `None`.
@@ -523,7 +533,14 @@ fn backend_said_something(subject: &Subject, evidence: &Evidence) -> Option<Diag
             );
         }
         Echo::Rejected { by, why } => (by, why),
-        Echo::Silent | Echo::NotSent(_) | Echo::NotTried => return None,
+        Echo::Silent | Echo::NotSent(_) | Echo::NotTried => match evidence.backend_from_own {
+            // Whoever asks: the host is not there.
+            Echo::Rejected {
+                by,
+                why: why @ Rejection::HostUnreachable,
+            } => (by, why),
+            _ => return None,
+        },
     };
     Some(match why {
         Rejection::NetworkUnreachable => Diagnosis::new(
@@ -1044,6 +1061,39 @@ mod tests {
             assert_eq!(diagnosis.cause, cause);
             assert!(diagnosis.text.contains("10.255.0.2"), "{}", diagnosis.text);
         }
+    }
+
+    /// A router that has sent the probe address too many errors lately tells only our own address.
+    #[test]
+    fn a_host_that_is_not_found_is_down_whoever_is_told() {
+        let told_own = |why| {
+            judged(|evidence| {
+                evidence.router_from_own = Echo::Answered;
+                evidence.router_from_probe = Echo::Answered;
+                evidence.backend_from_own = Echo::Rejected { by: ROUTER, why };
+            })
+        };
+        assert_eq!(told_own(Rejection::HostUnreachable).cause, Cause::ServerDown);
+        // What is forbidden to our own address says nothing about the pool's.
+        assert_eq!(told_own(Rejection::Prohibited).cause, Cause::Filtered);
+    }
+
+    #[test]
+    fn a_router_is_given_time_to_look_for_a_silent_server() {
+        let waits = |change: fn(&mut Evidence)| {
+            let mut evidence = evidence();
+            evidence.router_from_probe = Echo::Answered;
+            change(&mut evidence);
+            evidence.may_be_searched_for()
+        };
+        assert!(waits(|_| {}));
+        assert!(waits(|evidence| evidence.backend_from_own = Echo::NotTried));
+        assert!(!waits(|evidence| evidence.router_from_probe = Echo::Silent));
+        assert!(!waits(|evidence| evidence.backend_from_own = Echo::Answered));
+        assert!(!waits(|evidence| evidence.backend_from_probe = Echo::Answered));
+        assert!(!waits(
+            |evidence| evidence.backend_from_probe = Echo::NotSent(Errno::EPERM)
+        ));
     }
 
     /// The table in the module's comment, all 2^4 rows with a router and all 2^2 without.

@@ -27,7 +27,7 @@ use crate::{
 const PROBE_INTERFACE: &str = "lo";
 /// Backends asked at once.
 const MAX_PROBES: usize = 256;
-/// Diagnoses at once, and in all: each takes a second and a handful of echo requests.
+/// Diagnoses at once, and in all: each takes one second to four, and a dozen echo requests at most.
 const MAX_DIAGNOSES: usize = 16;
 const MAX_DIAGNOSED: usize = 128;
 /// How long a probe waits at least: one lost SYN is sent again after a second.
