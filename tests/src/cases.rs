@@ -1688,6 +1688,21 @@ fn shared_ways() -> Vec<Case> {
             &asks,
         ),
         case(
+            "A backend's way that a packet of another interface has found is not taken",
+            |world| divert(world).ingress_ifindex = SERVER_SIDE.ifindex,
+            &asks,
+        ),
+        Case::new(
+            "Where the way to a backend is known, it is still asked whether the ingress interface forwards",
+            sharing.clone(),
+        )
+        .then(web_opening())
+        .then(
+            Step::dropped(next.build(), Reason::FORWARDING_DISABLED)
+                .by(&CLOSED_SIDE)
+                .counts(WEB.opened_only()),
+        ),
+        case(
             "Where ways depend on more than the backend, each new flow asks for its own",
             |world| {
                 divert(world);

@@ -105,4 +105,7 @@ pub struct BackendHop {
     /// The backend's: its number may be another's by now.
     pub address: IpAddress,
     pub hop: NextHop,
+    /// Where the flow's packet came in: whether that interface forwards is part of the answer.
+    pub ingress_ifindex: u32,
+    pub reserved: u32,
 }

@@ -5,7 +5,8 @@
 //! kernel again. So a hit costs no route lookup and none is ever stale.
 //!
 //! Where the way to a backend depends on its address alone ([`ONE_WAY`]), a new flow takes the one that the last new
-//! flow to it has found, of the same generation: so the kernel is asked once for each backend, and not for each flow.
+//! flow to it has found that came in by the same interface, of the same generation: so the kernel is asked once for each
+//! backend, and not for each flow.
 
 use super::{
     Env, Hook, Packet, Route, Stop, Tables, Verdict, Walk,
@@ -55,10 +56,10 @@ pub fn find<T: Tables, E: Env>(
     settings: &Settings,
     walk: &mut Walk,
 ) -> Result<(), Stop> {
-    let hook = env.hook();
+    let (hook, ingress_ifindex) = (env.hook(), env.ingress_ifindex());
     let is_shared = is_shared(settings, walk);
     let Walk { hit, key, .. } = walk;
-    if is_shared && recall(tables, settings, hook, hit) {
+    if is_shared && recall(tables, settings, hook, ingress_ifindex, hit) {
         flow::store_hop(tables, hit.id, hit.direction, &hit.hop);
         return Ok(());
     }
@@ -85,7 +86,7 @@ pub fn find<T: Tables, E: Env>(
         && let Some(id) = peer(tables, &route, key.is_v4())
     {
         if into_tunnel(tables, env, key, id, hop) {
-            remember(tables, is_shared, hit);
+            remember(tables, is_shared, ingress_ifindex, hit);
         }
         return Ok(());
     }
@@ -115,7 +116,7 @@ pub fn find<T: Tables, E: Env>(
         Route::None => return Err(Stop::drop(Reason::NO_ROUTE)),
         Route::ForwardingDisabled => return Err(Stop::drop(Reason::FORWARDING_DISABLED)),
     }
-    remember(tables, is_shared, hit);
+    remember(tables, is_shared, ingress_ifindex, hit);
     Ok(())
 }
 
@@ -129,13 +130,20 @@ fn is_shared(settings: &Settings, walk: &Walk) -> bool {
 
 /// Takes the way to the hit's backend from what is known of it, if that holds.
 #[inline(always)]
-fn recall<T: Tables>(tables: &mut T, settings: &Settings, hook: Hook, hit: &mut Hit) -> bool {
+fn recall<T: Tables>(
+    tables: &mut T,
+    settings: &Settings,
+    hook: Hook,
+    ingress_ifindex: u32,
+    hit: &mut Hit,
+) -> bool {
     let Some(known) = tables.backend_hop(hit.backend) else {
         return false;
     };
     let holds = known.hop.kind != HopKind::UNKNOWN
         && known.hop.generation == settings.route_generation
         && known.hop.hook == hook as u8
+        && known.ingress_ifindex == ingress_ifindex
         && known.address == hit.rewrite.destination;
     if holds {
         hit.hop = known.hop.copied();
@@ -145,11 +153,12 @@ fn recall<T: Tables>(tables: &mut T, settings: &Settings, hook: Hook, hit: &mut 
 
 /// Remembers where the hit's packets go, in its flow and for those of its backend that it shares its way with.
 #[inline(always)]
-fn remember<T: Tables>(tables: &mut T, is_shared: bool, hit: &Hit) {
+fn remember<T: Tables>(tables: &mut T, is_shared: bool, ingress_ifindex: u32, hit: &Hit) {
     flow::store_hop(tables, hit.id, hit.direction, &hit.hop);
     if is_shared && let Some(known) = tables.backend_hop(hit.backend) {
         known.address = hit.rewrite.destination.copied();
         known.hop = hit.hop.copied();
+        known.ingress_ifindex = ingress_ifindex;
     }
 }
 
