@@ -962,7 +962,7 @@ fn lifecycles() -> Vec<Case> {
         Case::new("A reply of a freed binding's last flow is dropped", world())
             .then(web_opening())
             .change(|world| {
-                world.flow_index.clear();
+                unlink_all(world);
                 world.flows[0].state = FlowState::FREE;
             })
             .then(

@@ -10,6 +10,7 @@ use std::{
     cell::RefCell,
     fs,
     iter::Cycle,
+    panic::{self, AssertUnwindSafe},
     path::Path,
     time::{Duration, Instant},
     vec::IntoIter,
@@ -142,9 +143,16 @@ fn compare_tables(kernel: &mut Kernel, world: &MemoryTables) -> Result<(), Strin
     }
 }
 
-/// Runs a script in both places; how many packets there were, by reason.
+/// Runs a script in both places; how many packets there were, by reason. What panics is different, too.
 fn compare_script(kernel: &mut Kernel, script: &Script) -> Result<Vec<u64>, String> {
     stay_on_next_cpu();
+    panic::catch_unwind(AssertUnwindSafe(|| play_in_both(kernel, script))).unwrap_or_else(|payload| {
+        let message = payload.downcast_ref::<String>().cloned();
+        Err(message.unwrap_or_else(|| "a panic, see above".to_owned()))
+    })
+}
+
+fn play_in_both(kernel: &mut Kernel, script: &Script) -> Result<Vec<u64>, String> {
     kernel
         .fill(&script.world())
         .map_err(|error| format!("{error:#}"))?;
