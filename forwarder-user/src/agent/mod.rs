@@ -32,7 +32,7 @@ use crate::{
         maps::{ControlMaps, CounterMaps},
         pin::PinDirectory,
     },
-    diagnose::{self, Diagnosis, Subject},
+    diagnose::{self, Depth, Diagnosis, Subject},
     error::Error,
     fragments::FragmentHolder,
     health::{self, Health, ProbeFailure, Report, Target},
@@ -569,13 +569,19 @@ impl Agent {
             return;
         }
         notes.is_being_diagnosed = true;
+        // Somebody waits for the first word; those after it may take their time.
+        let depth = if notes.diagnosis.is_none() {
+            Depth::Quick
+        } else {
+            Depth::Thorough
+        };
         let subject = subject(&self.config, report.target.address);
         let (network, failure, name) = (self.network.clone(), failure.clone(), name.clone());
         let (diagnosing, sender) = (diagnosing.clone(), sender.clone());
         tokio::spawn(async move {
             // The semaphore is never closed.
             let _permit = diagnosing.acquire().await;
-            let diagnosis = diagnose::diagnose(&network, &subject, &failure).await;
+            let diagnosis = diagnose::diagnose(&network, &subject, &failure, depth).await;
             // The loop has ended: nobody wants to know.
             let _ = sender.send((name, diagnosis)).await;
         });

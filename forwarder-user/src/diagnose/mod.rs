@@ -55,15 +55,29 @@ impl Subject {
     }
 }
 
+/// How much time a diagnosis may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// A second.
+    Quick,
+    /// Four seconds where a router answers and the server behind it does not, as the router may still be looking for it.
+    /// Else a second.
+    Thorough,
+}
+
 /// Explains why the probe of `subject` ended in `failure`.
 ///
-/// Failures that explain themselves (wrong status) return at once. For the others it takes up to one second, or four
-/// where a router answers and the server behind it does not: the router may still be looking for it. Up to twelve echo
-/// requests are sent, so callers with many silent backends should ask about a few.
+/// Failures that explain themselves (wrong status) return at once. For the others it takes as long as `depth` says, and
+/// sends up to twelve echo requests, so callers with many silent backends should ask about a few.
 /// Never fails: what cannot be found out makes the answer less precise.
 ///
 /// Runs in the network namespace of the calling thread, which must be that of `network`. Needs CAP_NET_RAW.
-pub async fn diagnose(network: &Network, subject: &Subject, failure: &ProbeFailure) -> Diagnosis {
+pub async fn diagnose(
+    network: &Network,
+    subject: &Subject,
+    failure: &ProbeFailure,
+    depth: Depth,
+) -> Diagnosis {
     if *failure == ProbeFailure::Refused
         && let Some(diagnosis) = verdict::from_refusal(subject, &ask_again(network, subject).await)
     {
@@ -72,7 +86,7 @@ pub async fn diagnose(network: &Network, subject: &Subject, failure: &ProbeFailu
     if let Some(diagnosis) = verdict::from_failure(subject, failure) {
         return diagnosis;
     }
-    let evidence = gather(network, subject, failure).await;
+    let evidence = gather(network, subject, failure, depth).await;
     tracing::debug!(backend = %subject.backend, ?evidence, "evidence");
     verdict::from_evidence(subject, &evidence)
 }
@@ -119,7 +133,7 @@ async fn ask_again(network: &Network, subject: &Subject) -> Refusal {
     }
 }
 
-async fn gather(network: &Network, subject: &Subject, failure: &ProbeFailure) -> Evidence {
+async fn gather(network: &Network, subject: &Subject, failure: &ProbeFailure, depth: Depth) -> Evidence {
     let backend = subject.backend.ip();
     let tunnel = look_at_tunnel(network, subject).await;
     let route = network.route_to(backend, Some(subject.probe_source)).await;
@@ -172,7 +186,7 @@ async fn gather(network: &Network, subject: &Subject, failure: &ProbeFailure) ->
         from_probe.ask(route.gateway),
         from_probe.ask(Some(backend)),
     );
-    if evidence.may_be_searched_for() {
+    if depth == Depth::Thorough && evidence.may_be_searched_for() {
         // From both: the probes themselves may have used up what the router says to the probe address
         // (`icmp_ratelimit`, by address).
         (evidence.backend_from_own, evidence.backend_from_probe) =

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     config::{Config, Group, HealthCheck, Ports, Probe, Protocol, RoutingTable},
-    diagnose::{self, Diagnosis, Subject},
+    diagnose::{self, Depth, Diagnosis, Subject},
     error::Error,
     health::{self, Origin, ProbeFailure, Stage, Target, tcp},
     network::{self, Network, PolicyRule, RouteError, Rule, Selector},
@@ -442,7 +442,7 @@ async fn explain(network: &Network, facts: &mut Facts) {
             };
             let failure = failure.clone();
             diagnoses.push(async move {
-                let diagnosis = diagnose::diagnose(network, &subject, &failure).await;
+                let diagnosis = diagnose::diagnose(network, &subject, &failure, Depth::Thorough).await;
                 (number, attempt, diagnosis)
             });
         }
