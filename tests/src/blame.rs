@@ -65,6 +65,9 @@ pub struct Fault {
     /// What it can do to connections that are open, and to those that are being opened.
     pub old: Vec<Kind>,
     pub new: Vec<Kind>,
+    /// No connection that was open to one of its servers outlives it: the kernel of a process that was killed sends what the
+    /// process had written, and the end after it. So whenever that end arrives, this is why.
+    pub is_fatal: bool,
 }
 
 impl fmt::Display for Fault {
@@ -94,6 +97,14 @@ pub struct Service {
 
 /// Of TCP, before a client loses its patience: that is twice as long.
 const LONGEST_PAUSE: Duration = Duration::from_secs(6);
+
+/// Why a request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Explanation<'a> {
+    pub fault: &'a Fault,
+    /// It had broken the connection long before, and that was told only now.
+    pub is_late: bool,
+}
 
 /// Everything that happened.
 #[derive(Clone, Debug)]
@@ -154,10 +165,18 @@ impl History {
     }
 
     /// The fault that explains a failure.
-    pub fn explanation(&self, failure: &Failure) -> Option<&Fault> {
-        self.felt(failure)
+    pub fn explanation(&self, failure: &Failure) -> Option<Explanation<'_>> {
+        let in_force = self
+            .felt(failure)
             .find(|(fault, felt)| self.explains(fault, *felt, failure))
-            .map(|(fault, _)| fault)
+            .map(|(fault, _)| fault);
+        let fatal = || self.faults.iter().find(|fault| was_fatal(fault, failure));
+        in_force
+            .map(|fault| Explanation {
+                fault,
+                is_late: false,
+            })
+            .or_else(|| fatal().map(|fault| Explanation { fault, is_late: true }))
     }
 
     /// All faults, and when something of them was felt by the client whose request failed.
@@ -295,6 +314,19 @@ impl History {
     }
 }
 
+/// Whether a connection was open to a server when that was killed, so that it had to end early.
+fn was_fatal(fault: &Fault, failure: &Failure) -> bool {
+    let (Place::Servers(servers), Some(server)) = (&fault.place, failure.server) else {
+        return false;
+    };
+    // Whoever began after the end of the fault is with another process.
+    fault.is_fatal
+        && servers.contains(&server)
+        && failure.kind == Kind::Reset
+        && !failure.is_udp
+        && fault.span.meets(failure.began_ns, failure.at_ns)
+}
+
 fn hits(fault: &Fault, failure: &Failure, service: &Service) -> bool {
     match &fault.place {
         Place::Gateway => true,
@@ -345,11 +377,13 @@ mod tests {
             place: Place::Servers(vec![server]),
             old: vec![Kind::Reset],
             new: vec![Kind::Refused, Kind::Reset],
+            is_fatal: true,
         }
     }
 
     fn failure(kind: Kind, server: Option<u16>, since_s: u64, at_s: u64) -> Failure {
         Failure {
+            began_ns: since_s * SECOND,
             since_ns: since_s * SECOND,
             at_ns: at_s * SECOND,
             kind,
@@ -382,6 +416,62 @@ mod tests {
             "within the bound"
         );
         assert!(!explained(&failure(Kind::Reset, Some(1), 114, 120)), "after it");
+    }
+
+    #[test]
+    fn a_connection_that_was_open_to_a_killed_server_ends_whenever_its_client_hears_of_it() {
+        let history = history(vec![killed(1, 100, 102)]);
+        let ended = Failure {
+            began_ns: 99 * SECOND,
+            ..failure(Kind::Reset, Some(1), 110, 110)
+        };
+        let explained = |failure: &Failure| history.explanation(failure).is_some_and(|why| why.is_late);
+        assert!(explained(&ended));
+        for (other, why) in [
+            (
+                Failure {
+                    began_ns: 103 * SECOND,
+                    ..ended.clone()
+                },
+                "with the next process",
+            ),
+            (
+                Failure {
+                    server: Some(2),
+                    ..ended.clone()
+                },
+                "a neighbour's",
+            ),
+            (
+                Failure {
+                    server: None,
+                    ..ended.clone()
+                },
+                "whose it was is not known",
+            ),
+            (
+                Failure {
+                    kind: Kind::Silence,
+                    ..ended.clone()
+                },
+                "no end",
+            ),
+            (
+                Failure {
+                    is_udp: true,
+                    ..ended.clone()
+                },
+                "no connection",
+            ),
+        ] {
+            assert!(!explained(&other), "{why}");
+            assert!(history.explanation(&other).is_none(), "{why}");
+        }
+        let cut = Fault {
+            is_fatal: false,
+            ..killed(1, 100, 102)
+        };
+        assert!(self::history(vec![cut]).explanation(&ended).is_none());
     }
 
     #[test]

@@ -251,7 +251,9 @@ pub enum Kind {
 /// A request that failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// When the connection was known to be well for the last time, or began: a moment of the monotonic clock.
+    /// When the client began to open the connection: a moment of the monotonic clock, as those below.
+    pub began_ns: u64,
+    /// When the connection was known to be well for the last time, or began.
     pub since_ns: u64,
     pub at_ns: u64,
     pub kind: Kind,

@@ -18,7 +18,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use forwarder_tests::{
-    blame::{History, seconds},
+    blame::{Explanation, History, seconds},
     lab::{
         self,
         agent::{self, ShowLog},
@@ -132,8 +132,9 @@ fn judge(stage: &Stage<'_>, resets: Option<&Resets>, seed: u64) -> Result<()> {
     let mut unexplained = Vec::new();
     for failure in &testimony.failures {
         match history.explanation(failure) {
-            Some(fault) => {
-                let what = format!("{:?}: {}", failure.kind, fault.name);
+            Some(Explanation { fault, is_late }) => {
+                let late = if is_late { ", told late" } else { "" };
+                let what = format!("{:?}: {}{late}", failure.kind, fault.name);
                 *explained.entry(what).or_default() += 1;
             }
             None => unexplained.push(failure),

@@ -259,14 +259,19 @@ impl<'a> Stage<'a> {
 
     /// Lets a fault begin; returns its number.
     fn begin(&self, name: String, place: Place, old: &[Kind], new: &[Kind]) -> usize {
-        let mut faults = lock(&self.faults);
-        faults.push(Fault {
+        self.begin_fault(Fault {
             name,
             span: span_from_now(),
             place,
             old: old.to_vec(),
             new: new.to_vec(),
-        });
+            is_fatal: false,
+        })
+    }
+
+    fn begin_fault(&self, fault: Fault) -> usize {
+        let mut faults = lock(&self.faults);
+        faults.push(fault);
         faults.len() - 1
     }
 
@@ -312,12 +317,14 @@ impl<'a> Stage<'a> {
         let servers = Place::Servers(vec![number]);
         match card {
             HostCard::KillServer => {
-                let fault = self.begin(
-                    format!("kill -9 on {role}"),
-                    servers,
-                    &[Reset, Silence],
-                    &[Refused, Reset, Silence],
-                );
+                let fault = self.begin_fault(Fault {
+                    name: format!("kill -9 on {role}"),
+                    span: span_from_now(),
+                    place: servers,
+                    old: vec![Reset, Silence],
+                    new: vec![Refused, Reset, Silence],
+                    is_fatal: true,
+                });
                 lock(&self.servers)[usize::from(number) - 1].kill()?;
                 rest(random, LASTS_MS);
                 let witness = self.site.serve(number)?;

@@ -225,6 +225,7 @@ struct Connection<'a> {
 
 /// Opens a connection, asks on it as often as the manner says, and closes it.
 fn connection(target: Target, manner: &Manner) -> Result<(), Record> {
+    let began_ns = now_ns();
     let mut this = Connection {
         target,
         manner,
@@ -234,7 +235,7 @@ fn connection(target: Target, manner: &Manner) -> Result<(), Record> {
         server: None,
         sent: 0,
         received: 0,
-        good_at_ns: now_ns(),
+        good_at_ns: began_ns,
         totals: Totals::default(),
     };
     let outcome = this.live();
@@ -245,6 +246,7 @@ fn connection(target: Target, manner: &Manner) -> Result<(), Record> {
             what: format!("client {}: {what}", target.client),
         },
         Trouble::Failed(error) => Record::Failure(Failure {
+            began_ns,
             since_ns: this.good_at_ns,
             at_ns: now_ns(),
             kind: match kind(&error) {
@@ -370,7 +372,8 @@ fn datagrams(target: Target, manner: &Manner) -> Result<(), Record> {
     let number = target.connection();
     let mut totals = Totals::default();
     let mut server = None;
-    let mut since_ns = now_ns();
+    let began_ns = now_ns();
+    let mut since_ns = began_ns;
     let outcome = (|| {
         let socket = UdpSocket::bind((target.from, 0))?;
         totals.connections += 1;
@@ -397,6 +400,7 @@ fn datagrams(target: Target, manner: &Manner) -> Result<(), Record> {
             what: format!("client {}: {what}", target.client),
         },
         Trouble::Failed(error) => Record::Failure(Failure {
+            began_ns,
             since_ns,
             at_ns: now_ns(),
             kind: kind(&error),
