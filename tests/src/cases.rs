@@ -10,7 +10,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use forwarder_common::{
     abi::{
         backend::{BackendHop, BackendId, BackendState, GroupId, NatMode},
-        flow::{Direction, FlowId, FlowKey, FlowReference, FlowState},
+        flow::{Direction, FlowId, FlowKey, FlowReference, FlowState, HopKind},
         interface::InterfaceKey,
         listener::{ListenerId, ListenerKey},
         reason::Reason,
@@ -25,7 +25,7 @@ use crate::{
     packet::{Arp, Builder, Checksum, ETHERNET_LEN, Mac, fold, ip_len, is_reset, patched, segment, sum},
     tables::{
         CLIENT_SIDE, CLOSED_SIDE, Link, Live, MemoryTables, Program, ROUTER, SERVER_SIDE, SIZES, TUNNEL_SIDE,
-        mac_of,
+        in_v6, mac_of,
     },
 };
 
@@ -1655,6 +1655,16 @@ fn shared_ways() -> Vec<Case> {
     let next = from_client(segment::SYN, OTHER_CLIENT, WEB);
     let asks = to_server(&next, binding(1), SERVER);
     let shares = asks.clone().link(REMEMBERED[0], REMEMBERED[1]);
+    let mut over_v6 = sharing.clone();
+    let generation = over_v6.settings.route_generation;
+    let known = divert(&mut over_v6);
+    known.address = in_v6(*SERVER.ip()).into();
+    known.ingress_ifindex = CLIENT_SIDE.ifindex;
+    known.hop.ifindex = SERVER_SIDE.ifindex;
+    known.hop.generation = generation;
+    known.hop.kind = HopKind::DIRECT;
+    known.hop.hook = Hook::Xdp as u8;
+    let first = syn(WEB);
     let case = |sentence: &str, change: fn(&mut MemoryTables), out: &Builder| {
         Case::new(sentence, sharing.clone())
             .then(web_opening())
@@ -1710,6 +1720,18 @@ fn shared_ways() -> Vec<Case> {
             },
             &asks,
         ),
+        Case::new(
+            "Over IPv6, whose routes may depend on the source, each new flow asks for its own",
+            over_v6,
+        )
+        .then(
+            Step::request(
+                &first.clone().in_v6(),
+                &to_server(&first, binding(0), SERVER).in_v6(),
+            )
+            .counts(WEB.opened()),
+        )
+        .in_ipv6_world(),
     ]
 }
 
