@@ -109,9 +109,12 @@ impl Results {
         outcome.measured.figure(name, value);
     }
 
-    /// Everything that is made from them: text by path below the root of the sources.
+    /// They, and everything that is made from them: text by path below the root of the sources.
     pub fn files(&self) -> Result<BTreeMap<PathBuf, String>> {
-        let mut files = BTreeMap::from([(PathBuf::from(PAGE), self.page())]);
+        let mut files = BTreeMap::from([
+            (PathBuf::from(DATA), serde_json::to_string_pretty(self)? + "\n"),
+            (PathBuf::from(PAGE), self.page()),
+        ]);
         for outcome in self.0.values() {
             for picture in &outcome.measured.plots {
                 files.insert(image(&picture.name), plot::svg(picture)?);
@@ -120,11 +123,8 @@ impl Results {
         Ok(files)
     }
 
-    /// Writes them, and the data.
+    /// Writes all of that.
     pub fn write(&self, root: &Path) -> Result<()> {
-        let data = root.join(DATA);
-        fs::write(&data, serde_json::to_string_pretty(self)? + "\n")
-            .with_context(|| data.display().to_string())?;
         for (path, text) in self.files()? {
             let path = root.join(path);
             fs::write(&path, text).with_context(|| path.display().to_string())?;
