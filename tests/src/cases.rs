@@ -39,6 +39,7 @@ mod icmp_errors;
 mod ipv6;
 pub mod measured;
 mod overlay;
+pub mod recorded;
 mod sctp;
 mod selection;
 mod twin;

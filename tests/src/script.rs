@@ -1,12 +1,12 @@
 //! Sequences of packets as bytes: what fuzzers change, and what the comparison of library and kernel draws at random.
 //!
-//! Any bytes are a script, so no change is for nothing; and every packet case is one (`of_case`), so what is changed are
-//! packets that mean something, in tables where they do. A script names the case whose tables it begins with, and then
-//! has steps: frames as they stand there; and packets made of earlier ones, which have the addresses and ports of flows
+//! Any bytes are a script, so no change is for nothing; and every packet case is one (`of_case`), and what real clients have
+//! sent (`cases::recorded`): so what is changed are packets that mean something, in tables where they do. A script names the
+//! case whose tables it begins with, and then has steps: frames as they stand there; and packets made of earlier ones, which have the addresses and ports of flows
 //! there are: their repetition, the answer to what left, ICMP errors about that, the pieces of a packet in any order.
 //!
 //! ```text
-//! case     4 bytes   what its sentence sums up to
+//! case     4 bytes   what its sentence, or a recording's name, sums up to
 //! step     kind, then up to 4 bytes; a frame: way, length (2 bytes, little-endian), bytes
 //! ```
 
@@ -17,11 +17,14 @@ use forwarder_common::datapath::{Action, Outcome};
 use rand::{RngExt as _, rngs::StdRng};
 
 use crate::{
-    cases::{self, Case, Event},
+    cases::{
+        self, Case, Event,
+        recorded::{Recording, recordings},
+    },
     invariants::{Arrival, turned_back},
     layers::{self, Layer, protocol},
     packet::{Builder, crc32c, fold, segment, sum},
-    tables::{LINKS, MemoryTables, Program},
+    tables::{CLIENT_SIDE, LINKS, MemoryTables, Program},
 };
 
 /// Packets that one script sends at most.
@@ -31,31 +34,75 @@ const MOST_BYTES: usize = 3400;
 
 /// The tables that scripts begin with, in the order of their numbers.
 static CONTEXTS: LazyLock<Vec<Context>> = LazyLock::new(|| {
-    let mut contexts: Vec<Context> = cases::with_twins().into_iter().map(Context::new).collect();
+    let cases = cases::with_twins().into_iter().map(Context::of_case);
+    let recordings = recordings();
+    let recorded = recordings.iter().flat_map(Context::of_recording);
+    let mut contexts: Vec<Context> = cases.chain(recorded).collect();
     contexts.sort_by_key(|context| context.number);
     contexts
 });
+/// Of these, what was recorded.
+static RECORDED: LazyLock<Vec<&Context>> =
+    LazyLock::new(|| CONTEXTS.iter().filter(|context| context.is_recorded).collect());
+/// One of so many scripts is of a recording, of which there are few.
+const RECORDED_SHARE: u32 = 8;
 
-/// A case with its number.
+/// A case with its number, or a recording.
 struct Context {
     number: u32,
-    case: Case,
+    name: String,
+    world: MemoryTables,
+    steps: Vec<Step>,
     changes: Vec<fn(&mut MemoryTables)>,
     /// UDP ports that mean a tunnel.
     ports: Vec<u16>,
+    /// There is something in it that a run in the kernel cannot show.
+    is_library_only: bool,
+    is_recorded: bool,
 }
 
 impl Context {
-    fn new(case: Case) -> Self {
+    fn of_case(case: Case) -> Self {
         let changes = case.events.iter().filter_map(|event| match event {
             Event::Change(change) => Some(*change),
             Event::Packet(_) => None,
         });
         Self {
-            number: number_of(&case),
+            number: number_of(&case.sentence),
+            steps: steps_of(&case),
             changes: changes.collect(),
             ports: case.world.tunnel_ports.keys().copied().collect(),
-            case,
+            is_library_only: case.library_only.is_some(),
+            is_recorded: false,
+            name: case.sentence,
+            world: case.world,
+        }
+    }
+
+    /// In native and in generic XDP.
+    fn of_recording(recording: &Recording) -> [Self; 2] {
+        [(Program::Native, ""), (Program::Generic, " (generic XDP)")].map(|(program, mode)| {
+            let Recording { name, world, frames } = recording.clone();
+            let name = name + mode;
+            let way = Way::of(program, CLIENT_SIDE.ifindex);
+            let frames = frames.into_iter().map(|frame| Step::Frame { way, frame });
+            Self {
+                number: number_of(&name),
+                name,
+                world,
+                steps: frames.collect(),
+                changes: Vec::new(),
+                ports: Vec::new(),
+                is_library_only: false,
+                is_recorded: true,
+            }
+        })
+    }
+
+    fn script(&self) -> Script {
+        Script {
+            number: self.number,
+            steps: self.steps.clone(),
         }
     }
 
@@ -66,8 +113,23 @@ impl Context {
     }
 }
 
-fn number_of(case: &Case) -> u32 {
-    crc32c(case.sentence.as_bytes())
+fn number_of(name: &str) -> u32 {
+    crc32c(name.as_bytes())
+}
+
+fn steps_of(case: &Case) -> Vec<Step> {
+    let mut changes = 0;
+    let steps = case.events.iter().map(|event| match event {
+        Event::Packet(step) => Step::Frame {
+            way: Way::of(step.program, step.ifindex),
+            frame: step.frame.clone(),
+        },
+        Event::Change(_) => {
+            changes += 1;
+            Step::Change(changes - 1)
+        }
+    });
+    steps.collect()
 }
 
 /// What steps a script may have: which of its bytes mean which.
@@ -172,24 +234,15 @@ impl Script {
 
     /// The script of a packet case.
     pub fn of_case(case: &Case) -> Self {
-        let mut steps = Vec::new();
-        let mut changes = 0;
-        for event in &case.events {
-            steps.push(match event {
-                Event::Packet(step) => Step::Frame {
-                    way: Way::of(step.program, step.ifindex),
-                    frame: step.frame.clone(),
-                },
-                Event::Change(_) => {
-                    changes += 1;
-                    Step::Change(changes - 1)
-                }
-            });
-        }
         Self {
-            number: number_of(case),
-            steps,
+            number: number_of(&case.sentence),
+            steps: steps_of(case),
         }
+    }
+
+    /// The scripts of what real clients have sent.
+    pub fn recorded() -> Vec<Self> {
+        RECORDED.iter().map(|context| context.script()).collect()
     }
 
     /// The same before steps that seldom are in cases: some of what has left is answered, reported and cut.
@@ -222,12 +275,12 @@ impl Script {
 
     /// The tables that it begins with.
     pub fn world(&self) -> MemoryTables {
-        Context::get(self.number).case.world.clone()
+        Context::get(self.number).world.clone()
     }
 
     /// Is there something in the case that a run in the kernel cannot show?
     pub fn is_library_only(&self) -> bool {
-        Context::get(self.number).case.library_only.is_some()
+        Context::get(self.number).is_library_only
     }
 
     /// Does each thing in turn: `forward` is given packets and the numbers of their groups, of which pieces of one packet
@@ -264,7 +317,7 @@ impl Script {
 
     /// For a look at it.
     pub fn describe(&self) -> String {
-        let mut text = format!("tables of {:?}", Context::get(self.number).case.sentence);
+        let mut text = format!("tables of {:?}", Context::get(self.number).name);
         for step in &self.steps {
             text += &match step {
                 Step::Frame { way, frame } => format!("\n  way {way:#04x}, frame {frame:02x?}"),
@@ -288,19 +341,18 @@ impl Script {
         self
     }
 
-    /// A script of a packet case, changed at random.
+    /// A script of a packet case or a recording, changed at random.
     pub fn random(rng: &mut StdRng) -> Self {
-        Self::of_case(&any_case(rng).case).changed_again(rng)
+        any_context(rng).script().changed_again(rng)
     }
 
     /// The same tables, and the steps of the same case changed otherwise: a little, or made many.
     #[must_use]
     pub fn changed_again(&self, rng: &mut StdRng) -> Self {
-        let mut script = Self::of_case(&Context::get(self.number).case);
+        let mut script = Context::get(self.number).script();
         let most = if rng.random_range(0..4) == 0 { 4 } else { 120 };
         for _ in 0..rng.random_range(0..most) {
-            let others = Self::of_case(&any_case(rng).case).steps;
-            script.change(&others, rng);
+            script.change(&any_context(rng).steps, rng);
         }
         script
     }
@@ -388,8 +440,12 @@ impl Script {
     }
 }
 
-fn any_case(rng: &mut StdRng) -> &'static Context {
-    &CONTEXTS[rng.random_range(0..CONTEXTS.len())]
+fn any_context(rng: &mut StdRng) -> &'static Context {
+    if rng.random_range(0..RECORDED_SHARE) == 0 {
+        RECORDED[rng.random_range(0..RECORDED.len())]
+    } else {
+        &CONTEXTS[rng.random_range(0..CONTEXTS.len())]
+    }
 }
 
 /// Changes a frame: bits, length fields, its end, or its headers for those of another frame.

@@ -44,6 +44,7 @@ fn seeds(kinds: Kinds) -> Vec<Vec<u8>> {
             Kinds::All => Script::of_case(case),
             _ => Script::of_case_and(case, kinds),
         })
+        .chain(Script::recorded())
         .map(|script| script.bytes())
         .collect()
 }
