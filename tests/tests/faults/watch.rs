@@ -2,12 +2,14 @@
 
 use std::{
     fs,
+    os::fd::{AsFd as _, AsRawFd as _},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use aya::maps::MapData;
 use forwarder_tests::lab::status::Metrics;
 
 use super::{script::Stage, site::Site};
@@ -35,6 +37,8 @@ pub(crate) struct Sample {
     pub(crate) resident_kib: u64,
     pub(crate) files: u64,
     pub(crate) threads: u64,
+    /// What the kernel takes for the tables.
+    pub(crate) table_bytes: u64,
 }
 
 /// Looks until it is told to end.
@@ -55,7 +59,7 @@ pub(crate) fn watch(stage: &Stage<'_>, has_ended: &AtomicBool) -> Result<Vec<Sam
                     .collect();
                 ensure!(fallen.is_empty(), "counters fell: {fallen:#?}");
             }
-            samples.push(sample(agent.pid())?);
+            samples.push(sample(stage.site, agent.pid())?);
             last = Some(metrics);
         }
         // A pace: samples are compared over time.
@@ -64,7 +68,7 @@ pub(crate) fn watch(stage: &Stage<'_>, has_ended: &AtomicBool) -> Result<Vec<Sam
     Ok(samples)
 }
 
-fn sample(pid: i32) -> Result<Sample> {
+fn sample(site: &Site, pid: i32) -> Result<Sample> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let field = |name: &str| -> Result<u64> {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -78,7 +82,25 @@ fn sample(pid: i32) -> Result<Sample> {
         resident_kib: field("VmRSS:")?,
         files: fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64,
         threads: field("Threads:")?,
+        table_bytes: table_bytes(site)?,
     })
+}
+
+/// Of all pinned tables together, as their descriptors say it (`/proc/self/fdinfo`).
+fn table_bytes(site: &Site) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(site.lab.pin_directory())? {
+        // A link is no table; a list of free flows may just have gone.
+        let Ok(table) = MapData::from_pin(entry?.path()) else {
+            continue;
+        };
+        let number = table.fd().as_fd().as_raw_fd();
+        let shown = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
+        let line = shown.lines().find_map(|line| line.strip_prefix("memlock:"));
+        bytes += line.context("no memlock")?.trim().parse::<u64>()?;
+    }
+    ensure!(bytes > 1 << 20, "the tables take {bytes} bytes only");
+    Ok(bytes)
 }
 
 /// A quantity that has to be flat: its name, how to read it, and how much the later half may exceed the earlier one by.
@@ -88,7 +110,7 @@ struct Flat {
     slack: fn(u64) -> u64,
 }
 
-const FLAT: [Flat; 3] = [
+const FLAT: [Flat; 4] = [
     Flat {
         name: "resident memory, KiB",
         of: |sample| sample.resident_kib,
@@ -105,6 +127,12 @@ const FLAT: [Flat; 3] = [
         name: "threads",
         of: |sample| sample.threads,
         slack: |_| 4,
+    },
+    Flat {
+        name: "tables, bytes",
+        of: |sample| sample.table_bytes,
+        // Of tables that are not allocated beforehand the kernel counts the entries.
+        slack: |before| before / 200,
     },
 ];
 
