@@ -222,7 +222,10 @@ const LEFT_OUT: [(&str, &str); 13] = [
     ),
     ("netns_floods", "compares rates"),
     ("netns_getting_started", "says nothing about the kernel"),
-    ("netns_health", "ten thousand backends, each in its turn"),
+    (
+        "netns_health",
+        "ten thousand backends, each in its turn; its other labs count seconds",
+    ),
     ("netns_lab", "says nothing about the data path"),
     ("netns_page", "a browser, and nothing about the kernel"),
     (
