@@ -157,6 +157,26 @@ fn a_frame_that_is_not_translated_is_an_error() {
 }
 
 #[test]
+fn a_frame_that_shows_its_client_to_the_server_is_an_error() {
+    let Some(object) = object() else { return };
+    let site = NatSite::build(Contender::Nftables, &object).unwrap();
+    let mut ways = Ways::open(&object, &site).unwrap();
+    // Its destination is right, its source is still the client's.
+    let rule = "flush ruleset
+        table ip nat {
+            chain inbound {
+                type nat hook prerouting priority dstnat;
+                ip protocol udp dnat to 172.16.1.16
+            }
+        }";
+    site.gateway.run_with_input("nft -f -", Some(rule)).unwrap();
+    site.gateway.run("conntrack -F").unwrap();
+    let (_, way) = &mut ways.ways[0];
+    let error = way.trial(FEW).unwrap_err();
+    says(&error, "0 packets as they have to be and 20000 others");
+}
+
+#[test]
 fn a_gateway_that_has_opened_no_flow_gives_no_figure() {
     let Some(object) = object() else { return };
     let site = NatSite::build(Contender::Nftables, &object).unwrap();

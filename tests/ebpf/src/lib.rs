@@ -67,15 +67,17 @@ pub struct Arrivals {
     pub bad: u64,
     /// Length of the frame.
     pub len: u32,
-    /// How far from the end the inner IPv4 addresses stand, source first; the destination it has to be.
+    /// How far from the end the inner IPv4 addresses stand, source first.
     pub addresses_back: u32,
+    /// What they have to be, and ones where they have to be as said.
+    pub source: u32,
+    pub source_mask: u32,
     pub destination: u32,
-    /// Ones where the destination has to be as said.
     pub destination_mask: u32,
     /// Both addresses of the last packet, and its source port.
-    pub source: u32,
+    pub last_source: u32,
     pub last_destination: u32,
-    pub source_port: u16,
+    pub last_source_port: u16,
     pub reserved: [u16; 3],
 }
 

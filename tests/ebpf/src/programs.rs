@@ -226,9 +226,11 @@ pub(crate) fn bench_take(ctx: TcContext) -> i32 {
     ) else {
         return TC_ACT_UNSPEC;
     };
-    (arrivals.source, arrivals.source_port) = (source, port);
+    (arrivals.last_source, arrivals.last_source_port) = (source, port);
     arrivals.last_destination = destination;
-    if len == arrivals.len && (destination ^ arrivals.destination) & arrivals.destination_mask == 0 {
+    let is_from_there = (source ^ arrivals.source) & arrivals.source_mask == 0;
+    let is_to_there = (destination ^ arrivals.destination) & arrivals.destination_mask == 0;
+    if len == arrivals.len && is_from_there && is_to_there {
         arrivals.good += 1;
     } else {
         arrivals.bad += 1;

@@ -22,6 +22,7 @@ use aya::{
 use bytemuck::Zeroable as _;
 use forwarder_bench_ebpf::{Arrivals, Scenario, TEMPLATE_BYTES};
 use forwarder_user::datapath::pod::AsPod;
+use ipnet::Ipv4Net;
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::{Pid, gettid},
@@ -48,6 +49,9 @@ const ADDRESSES_BACK: u32 = PAYLOAD as u32 + 8 + 8;
 const DEADLINE: Duration = Duration::from_secs(5);
 /// A gateway that is this close to the generator alone may be faster than that: then the generator was measured.
 pub const GENERATOR_MARGIN: f64 = 0.9;
+
+/// What gateways translate sources to: the pools of all contenders are below it.
+pub const POOLS: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 16);
 
 /// Where frames are generated and go out, or where they arrive.
 pub type End<'a> = (&'a Namespace, &'a str);
@@ -77,12 +81,12 @@ pub fn is_the_generator(packets_per_second: f64, alone: f64) -> bool {
     packets_per_second > alone * GENERATOR_MARGIN
 }
 
-/// What has to arrive: frames of a length, to a destination below a prefix.
+/// What has to arrive: frames of a length, from and to addresses below a prefix.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
     pub len: usize,
-    pub destination: Ipv4Addr,
-    pub prefix_len: u8,
+    pub source: Ipv4Net,
+    pub destination: Ipv4Net,
 }
 
 /// The source and the destination of a packet that arrived.
@@ -110,6 +114,11 @@ pub(super) fn ksoftirqd() -> Result<String> {
         }
     }
     anyhow::bail!("no {wanted}")
+}
+
+/// An address as it stands in a packet.
+const fn word(address: Ipv4Addr) -> u32 {
+    u32::from_ne_bytes(address.octets())
 }
 
 impl OneWay {
@@ -160,11 +169,10 @@ impl OneWay {
                 mark,
                 len: wanted.len as u32,
                 addresses_back: ADDRESSES_BACK,
-                destination: u32::from_ne_bytes(wanted.destination.octets()),
-                destination_mask: u32::MAX
-                    .checked_shl(32 - u32::from(wanted.prefix_len))
-                    .unwrap_or(0)
-                    .to_be(),
+                source: word(wanted.source.network()),
+                source_mask: word(wanted.source.netmask()),
+                destination: word(wanted.destination.network()),
+                destination_mask: word(wanted.destination.netmask()),
                 ..Arrivals::zeroed()
             },
         })
@@ -181,8 +189,8 @@ impl OneWay {
         let arrived = self.arrivals()?.get(&0, 0)?.0;
         Ok(Seen {
             source: SocketAddrV4::new(
-                arrived.source.to_ne_bytes().into(),
-                u16::from_be(arrived.source_port),
+                arrived.last_source.to_ne_bytes().into(),
+                u16::from_be(arrived.last_source_port),
             ),
             destination: arrived.last_destination.to_ne_bytes().into(),
         })
@@ -327,8 +335,8 @@ pub fn between_neighbours(
         .build();
     let wanted = Wanted {
         len: frame.len(),
-        destination: *to.1.ip(),
-        prefix_len: 32,
+        source: (*from.1.ip()).into(),
+        destination: (*to.1.ip()).into(),
     };
     OneWay::new(object, from.0, to.0, frame, flows, wanted)
 }

@@ -141,8 +141,8 @@ impl Ways {
                 .build();
             let wanted = Wanted {
                 len: frame.len(),
-                destination: *client.ip(),
-                prefix_len: 32,
+                source: site::VIP.into(),
+                destination: (*client.ip()).into(),
             };
             OneWay::new(object, far, near, frame, 1, wanted)?
         };

@@ -425,9 +425,20 @@ fn plans(effort: Effort) -> Vec<(String, Plan)> {
         ..plain
     };
     let v6 = Gateway { is_v6: true, ..plain };
-    for (name, packets) in ways {
-        plans.push(gateway(&format!("{name}, DNAT"), dnat, packets));
-        plans.push(gateway(&format!("{name}, full NAT, IPv6"), v6, packets));
+    let few_or_many_flows = [1, 65_536].map(many_flows);
+    for flows in few_or_many_flows {
+        for (name, packets) in ways {
+            plans.push(gateway(
+                &format!("{name}, DNAT"),
+                Gateway { flows, ..dnat },
+                packets,
+            ));
+            plans.push(gateway(
+                &format!("{name}, full NAT, IPv6"),
+                Gateway { flows, ..v6 },
+                packets,
+            ));
+        }
     }
     let tunnels = [
         ("VXLAN", false),
@@ -439,14 +450,23 @@ fn plans(effort: Effort) -> Vec<(String, Plan)> {
         ("GUE", false),
         ("FOU", false),
     ];
+    let tunnel_of_many = Way::Tunnel("VXLAN", false);
     // Each one loads the data path anew, which takes a second.
     let tunnels = effort.pick(&tunnels[..], &tunnels[..1]);
     for &(tunnel, is_v6) in tunnels {
         let way = Way::Tunnel(tunnel, is_v6);
         let over = if is_v6 { " over IPv6" } else { "" };
-        let tunnelled = Gateway { way, ..plain };
-        for ((_, packets), how) in ways.into_iter().zip(["request into", "reply out of"]) {
-            plans.push(gateway(&format!("{how} {tunnel}{over}"), tunnelled, packets));
+        // All are written by the same stages: one shows what many flows cost.
+        let flows = if way == tunnel_of_many {
+            &few_or_many_flows[..]
+        } else {
+            &[1]
+        };
+        for &flows in flows {
+            for ((_, packets), how) in ways.into_iter().zip(["request into", "reply out of"]) {
+                let tunnelled = Gateway { way, flows, ..plain };
+                plans.push(gateway(&format!("{how} {tunnel}{over}"), tunnelled, packets));
+            }
         }
     }
     let many = Gateway {
@@ -487,12 +507,20 @@ fn plans(effort: Effort) -> Vec<(String, Plan)> {
             way,
             ..plain
         };
-        let name = if way == Way::Dnat {
-            "new flow, DNAT"
-        } else {
-            "new flow, full NAT"
-        };
-        plans.push(gateway(name, new, Packets::Opening));
+        if way == Way::Dnat {
+            plans.push(gateway("new flow, DNAT", new, Packets::Opening));
+            continue;
+        }
+        for (name, new) in [
+            ("new flow, full NAT", new),
+            (
+                "new flow, full NAT, which asks for its way",
+                Gateway { asks: true, ..new },
+            ),
+            ("new flow, full NAT, IPv6", Gateway { is_v6: true, ..new }),
+        ] {
+            plans.push(gateway(name, new, Packets::Opening));
+        }
     }
     for (name, packets) in [
         ("SYN while no flow is free", Packets::Refused),
@@ -501,6 +529,11 @@ fn plans(effort: Effort) -> Vec<(String, Plan)> {
     ] {
         plans.push(gateway(name, plain, packets));
     }
+    plans.push(gateway(
+        &format!("{NOT_OURS}, beside a group in DNAT"),
+        dnat,
+        Packets::Others,
+    ));
     plans
 }
 

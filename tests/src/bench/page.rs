@@ -23,8 +23,8 @@ const INTRODUCTION: &str = "\
 What the forwarder costs, beside the least that it could and beside what else could do its work. Absolute figures are one
 machine's; ratios are of one run. `cargo xtask bench` measures all of it and writes this page (`cargo xtask bench packets`
 prints one part, with `--write` it replaces that part here). Every benchmark fails, instead of
-telling a figure, where a packet, a flow or an answer is not what it has to be; the tests break each one on purpose to see
-that. What clients notice of failures: [failover](failover.md).";
+telling a figure, where a packet, a flow or an answer is not what it has to be; the tests break packets, flows and answers on
+purpose to see that. What clients notice of failures: [failover](failover.md).";
 
 /// A part of the page: what it is called, and the words that go with it.
 struct Part {

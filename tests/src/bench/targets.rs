@@ -49,7 +49,7 @@ struct Target {
 const P: &str = packets::NAME;
 const N: &str = nat::NAME;
 
-const TARGETS: [Target; 11] = [
+const TARGETS: [Target; 12] = [
     Target {
         what: "established, full NAT, 1 flow: at most 1.3 × the minimal program",
         limit: Limit::AtMost(1.3),
@@ -176,6 +176,32 @@ const TARGETS: [Target; 11] = [
             ),
         ],
         reason: "what is left has one more veth link in it, which a network card would not have",
+    },
+    Target {
+        what: "the same of requests over TCP",
+        limit: Limit::AtLeast(5.0),
+        parts: &[
+            part(
+                "kept connections",
+                N,
+                "keep-alive, 32 connections, nftables",
+                "keep-alive, 32 connections, forwarder",
+            ),
+            part(
+                "new connections",
+                N,
+                "a connection per request, 32 at a time, nftables",
+                "a connection per request, 32 at a time, forwarder",
+            ),
+            part(
+                "large transfers",
+                N,
+                "4 MiB each, 4 connections, nftables",
+                "4 MiB each, 4 connections, forwarder",
+            ),
+        ],
+        reason: "most of what is left is one more veth link, as below; of a large transfer nftables handles segments of up to \
+                 64 kB (GRO), the forwarder every frame",
     },
     Target {
         what: "at least 10 × the packets per CPU second of HAProxy",

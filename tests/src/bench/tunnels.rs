@@ -7,10 +7,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use ipnet::Ipv4Net;
 
 use super::{
     Bar, Effort, Measured, Plot, PlotKind, Spread, Table,
-    frames::{OneWay, PAYLOAD, Trial, Wanted, between_neighbours, is_the_generator, mac, payload},
+    frames::{OneWay, PAYLOAD, POOLS, Trial, Wanted, between_neighbours, is_the_generator, mac, payload},
     in_turns, times,
 };
 use crate::{
@@ -260,7 +261,7 @@ fn gateway(object: &Path, who: Who) -> Result<Candidate> {
         far,
         request.clone(),
         1,
-        wanted(tunnelled_len, *backend.ip()),
+        wanted(tunnelled_len, POOLS, *backend.ip()),
     )?;
     requests.warm_up(1)?;
     let binding = requests.seen()?.source;
@@ -272,7 +273,7 @@ fn gateway(object: &Path, who: Who) -> Result<Candidate> {
         client_side,
         frame,
         1,
-        wanted(request.len(), *client.ip()),
+        wanted(request.len(), (*vip.ip()).into(), *client.ip()),
     )?;
     replies.warm_up(1)?;
     Ok(Candidate {
@@ -285,11 +286,11 @@ fn gateway(object: &Path, who: Who) -> Result<Candidate> {
     })
 }
 
-const fn wanted(len: usize, destination: Ipv4Addr) -> Wanted {
+fn wanted(len: usize, source: Ipv4Net, destination: Ipv4Addr) -> Wanted {
     Wanted {
         len,
-        destination,
-        prefix_len: 32,
+        source,
+        destination: destination.into(),
     }
 }
 

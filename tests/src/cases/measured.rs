@@ -65,6 +65,8 @@ pub struct Gateway {
     pub flows: u32,
     pub listeners: u32,
     pub backends: u32,
+    /// Each new flow asks for its way, as where that depends on more than the backend (ADR 21).
+    pub asks: bool,
 }
 
 /// How packets get to the backend.
@@ -119,6 +121,7 @@ impl Gateway {
         flows: 1,
         listeners: 1,
         backends: 1,
+        asks: false,
     };
 
     fn service(&self) -> Service {
@@ -158,8 +161,9 @@ impl Gateway {
     pub fn tables(&self) -> MemoryTables {
         let mut tables = self.setting().map_or_else(world, |setting| setting.world());
         tables.settings.pool.v4.runs[0].count = MOST_FLOWS.div_ceil(PORTS_PER_ADDRESS);
-        // As of a gateway whose routes are plain.
-        tables.settings.flags |= settings::flag::ONE_WAY;
+        if !self.asks {
+            tables.settings.flags |= settings::flag::ONE_WAY;
+        }
         self.add_listeners(&mut tables);
         self.add_backends(&mut tables);
         if self.way != Way::Dnat {

@@ -9,13 +9,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use ipnet::Ipv4Net;
 
 use super::{
     contender::{self, Contender, Running},
     cpu,
 };
 use crate::{
-    bench::frames::{End, Wanted},
+    bench::frames::{End, POOLS, Wanted},
     lab::{
         Lab, Lifetime, Namespace, Process,
         nginx::large_file,
@@ -33,8 +34,8 @@ pub const SERVERS: [Ipv4Addr; 4] = [
 /// What a packet has to be when it comes to the servers; its length is to follow.
 pub(super) const SERVERS_WANTED: Wanted = Wanted {
     len: 0,
-    destination: SERVERS[0],
-    prefix_len: 30,
+    source: POOLS,
+    destination: Ipv4Net::new_assert(SERVERS[0], 30),
 };
 pub const UDP_PORT: u16 = 5353;
 /// First and last of the gateway's addresses in nftables' rules.
