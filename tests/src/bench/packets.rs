@@ -585,7 +585,11 @@ pub fn figure(name: &str, flows: u32) -> String {
 
 fn report(results: &[Judged], extent: Extent) -> Measured {
     let mut measured = Measured::default();
-    let mut floors = BTreeMap::new();
+    let floors: BTreeMap<u32, f64> = results
+        .iter()
+        .filter(|result| result.subject.floor == Some("bench_minimal"))
+        .map(|result| (result.subject.gateway.flows, result.own.median))
+        .collect();
     let mut inserts = None;
     let mut rows = Vec::new();
     for Judged {
@@ -604,9 +608,6 @@ fn report(results: &[Judged], extent: Extent) -> Measured {
             ]);
         }
         let flows = subject.gateway.flows;
-        if subject.floor == Some("bench_minimal") {
-            floors.insert(flows, own.median);
-        }
         if subject.is_opening && subject.floor.is_some() {
             inserts = Some(own.median);
         }
