@@ -49,7 +49,7 @@ struct Target {
 const P: &str = packets::NAME;
 const N: &str = nat::NAME;
 
-const TARGETS: [Target; 12] = [
+const TARGETS: [Target; 13] = [
     Target {
         what: "established, full NAT, 1 flow: at most 1.3 × the minimal program",
         limit: Limit::AtMost(1.3),
@@ -81,6 +81,17 @@ const TARGETS: [Target; 12] = [
         reason: "a lookup that finds nothing costs as much as one that does, and the minimal program has two",
     },
     Target {
+        what: "the same beside a group in DNAT",
+        limit: Limit::AtMost(0.5),
+        parts: &[part(
+            "",
+            P,
+            "not for us, beside a group in DNAT @ 1",
+            "minimal program @ 1",
+        )],
+        reason: "every address may be that of a client who has a flow there, so each packet's 5-tuple is looked up",
+    },
+    Target {
         what: "new flow: at most 1.5 × its inserts",
         limit: Limit::AtMost(1.5),
         parts: &[
@@ -110,13 +121,25 @@ const TARGETS: [Target; 12] = [
                 "inserts of a flow with one key and its entry @ 1048576",
             ),
             part(
+                "full NAT, which asks for its way",
+                P,
+                "new flow, full NAT, which asks for its way @ 1048576",
+                "inserts of a flow with one key and its entry @ 1048576",
+            ),
+            part(
+                "full NAT, IPv6",
+                P,
+                "new flow, full NAT, IPv6 @ 1048576",
+                "inserts of a flow with one key and its entry @ 1048576",
+            ),
+            part(
                 "DNAT",
                 P,
                 "new flow, DNAT @ 1048576",
                 "inserts of a flow with two keys and its entry @ 1048576",
             ),
         ],
-        reason: "as above, without the entry",
+        reason: "as above, without the entry; those two ask for a route each",
     },
     Target {
         what: "flat within 10 % from 1 to 10 000 listeners",
