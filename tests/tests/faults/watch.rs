@@ -3,6 +3,7 @@
 use std::{
     fs,
     os::fd::{AsFd as _, AsRawFd as _},
+    path::Path,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -90,8 +91,12 @@ fn sample(site: &Site, pid: i32) -> Result<Sample> {
 fn table_bytes(site: &Site) -> Result<u64> {
     let mut bytes = 0;
     for entry in fs::read_dir(site.lab.pin_directory())? {
-        // A link is no table; a list of free flows may just have gone.
-        let Ok(table) = MapData::from_pin(entry?.path()) else {
+        let path = entry?.path();
+        if is_link(&path) {
+            continue;
+        }
+        // A list of free flows may just have gone.
+        let Ok(table) = MapData::from_pin(&path) else {
             continue;
         };
         let number = table.fd().as_fd().as_raw_fd();
@@ -156,6 +161,12 @@ pub(crate) fn ensure_flat(samples: &[Sample]) -> Result<()> {
     Ok(())
 }
 
+/// Whether a program's link is pinned there, and no table.
+fn is_link(pin: &Path) -> bool {
+    pin.file_name()
+        .is_some_and(|name| name.to_string_lossy().starts_with("link-"))
+}
+
 /// What groups have counted with backends that have left: a group each.
 const SUMS: &str = "PAST";
 
@@ -182,7 +193,7 @@ pub(crate) fn tables(site: &Site) -> Result<Vec<Table>> {
         let name = name
             .trim_end_matches(|letter: char| letter.is_ascii_digit())
             .to_owned();
-        if name.starts_with("link-") || name == SUMS {
+        if is_link(&path) || name == SUMS {
             continue;
         }
         let Ok(shown) = ask(&format!("bpftool -j map show pinned {}", path.display())) else {
