@@ -4,10 +4,11 @@
 set -eu
 file=$(dirname "$(realpath "$0")")/clients.pcap
 directory=$(mktemp --directory)
-client=recorded-client
-vip=recorded-vip
+client=recorded-client-$$
+vip=recorded-vip-$$
 started=
 finish() {
+    # Whichever of them there are by now.
     for process in $started; do kill "$process" 2>/dev/null || true; done
     ip netns delete $client 2>/dev/null || true
     ip netns delete $vip 2>/dev/null || true
@@ -29,7 +30,9 @@ for one in "$client 172.18.0.10 fd00::ac12:a" "$vip 172.18.0.100 fd00::ac12:64";
     # Frames as they are on a wire: whole checksums, segments of their own.
     ip netns exec "$1" ethtool -K eth0 tx off tso off gso off gro off >/dev/null
 done
-in_client() { ip netns exec $client timeout 20 "$@" >/dev/null 2>&1 || true; }
+in_client() { ip netns exec $client timeout 20 "$@" >/dev/null; }
+# Somebody has to refuse it, else something else is recorded than is meant.
+refused() { if in_client "$@" 2>/dev/null </dev/null; then echo "not refused: $*" >&2; exit 1; fi; }
 
 printf 'daemon off; master_process off; pid %s/pid; error_log %s/log;
     events {} http { access_log off; client_body_temp_path %s/body; proxy_temp_path %s/a; fastcgi_temp_path %s/b;
@@ -51,18 +54,18 @@ for address in 172.18.0.100 '[fd00::ac12:64]'; do
     # One request, two on one connection, a body in several segments, one with ECN, one without timestamps.
     in_client curl -s "http://$address/"
     in_client curl -s "http://$address/one" "http://$address/two"
-    head -c 9000 /dev/zero | ip netns exec $client timeout 20 curl -s -T - "http://$address/" >/dev/null || true
+    head -c 9000 /dev/zero | in_client curl -s -T - "http://$address/"
     ip netns exec $client sysctl -qw net.ipv4.tcp_ecn=1 net.ipv4.tcp_timestamps=0
     in_client curl -s "http://$address/"
     ip netns exec $client sysctl -qw net.ipv4.tcp_ecn=2 net.ipv4.tcp_timestamps=1
     # One that is closed with an answer unread, so by a reset, one to a port without a listener.
-    printf 'GET / HTTP/1.1\r\nHost: vip\r\n\r\n' | ip netns exec $client timeout 5 socat -u - "TCP:$address:80" || true
-    in_client curl -s "http://$address:81/"
+    printf 'GET / HTTP/1.1\r\nHost: vip\r\n\r\n' | in_client socat -u - "TCP:$address:80"
+    refused curl -s "http://$address:81/"
     # What a TLS client begins with, to a server that speaks none.
-    in_client openssl s_client -connect "$address:80"
+    refused openssl s_client -connect "$address:80"
     # Datagrams: small, empty but for a line, in fragments.
     for bytes in 33 1 4000; do
-        head -c $bytes /dev/zero | ip netns exec $client timeout 5 socat -t 0.5 - "UDP:$address:53" >/dev/null || true
+        head -c $bytes /dev/zero | in_client socat -t 0.5 - "UDP:$address:53"
     done
     plain=$(echo "$address" | tr -d '[]')
     in_client ping -n -c 2 -i 0.2 "$plain"
@@ -76,4 +79,4 @@ ip -n $client neighbour flush dev eth0
 in_client ping -n -c 1 172.18.0.100
 in_client ping -n -c 1 fd00::ac12:64
 kill -INT $recorder
-wait $recorder || true
+wait $recorder

@@ -129,24 +129,34 @@ fn a_frame_that_does_not_arrive_is_an_error() {
     }
 }
 
+/// Lets a gateway by nftables send all datagrams there, with their clients' sources.
+fn translate_destinations_only(site: &NatSite, server: &str) {
+    let rules = format!(
+        "flush ruleset
+        table ip nat {{
+            chain inbound {{
+                type nat hook prerouting priority dstnat;
+                ip protocol udp dnat to {server}
+            }}
+        }}"
+    );
+    site.gateway
+        .run_with_input("nft -f -", Some(&rules))
+        .expect("nftables takes the rules");
+    // Flows that exist would go on as before.
+    site.gateway.run("conntrack -F").expect("flows are forgotten");
+}
+
 #[test]
 fn a_frame_that_is_not_translated_is_an_error() {
     let Some(object) = object() else { return };
     let site = NatSite::build(Contender::Nftables, &object).unwrap();
     let mut ways = Ways::open(&object, &site).unwrap();
-    // Flows that exist go on; new ones go where the servers are not meant to be.
-    let rule = "flush ruleset
-        table ip nat {
-            chain inbound {
-                type nat hook prerouting priority dstnat;
-                ip protocol udp dnat to 172.16.1.20
-            }
-        }";
-    site.gateway.run_with_input("nft -f -", Some(rule)).unwrap();
+    // Where the servers are not meant to be.
     site.servers
         .run("ip address add 172.16.1.20/24 dev eth0")
         .unwrap();
-    site.gateway.run("conntrack -F").unwrap();
+    translate_destinations_only(&site, "172.16.1.20");
     let (_, way) = &mut ways.ways[0];
     let mut last = None;
     // The first ones find the neighbour.
@@ -161,16 +171,8 @@ fn a_frame_that_shows_its_client_to_the_server_is_an_error() {
     let Some(object) = object() else { return };
     let site = NatSite::build(Contender::Nftables, &object).unwrap();
     let mut ways = Ways::open(&object, &site).unwrap();
-    // Its destination is right, its source is still the client's.
-    let rule = "flush ruleset
-        table ip nat {
-            chain inbound {
-                type nat hook prerouting priority dstnat;
-                ip protocol udp dnat to 172.16.1.16
-            }
-        }";
-    site.gateway.run_with_input("nft -f -", Some(rule)).unwrap();
-    site.gateway.run("conntrack -F").unwrap();
+    // One of the servers.
+    translate_destinations_only(&site, "172.16.1.16");
     let (_, way) = &mut ways.ways[0];
     let error = way.trial(FEW).unwrap_err();
     says(&error, "0 packets as they have to be and 20000 others");
