@@ -13,7 +13,6 @@ use bytemuck::Zeroable;
 use forwarder_common::{
     abi::{
         ABI_VERSION,
-        address_filter::AddressFilter,
         backend::{Backend, BackendGroup, BackendHop, BackendId, BackendState, GroupId, NatMode},
         counter::{IcmpBudget, ReasonCounters, TrafficCounters},
         flow::{Direction, FlowEntry, FlowId, FlowKey, FlowReference, FlowState},
@@ -273,7 +272,7 @@ impl MemoryTables {
             nat,
             ..BackendGroup::zeroed()
         };
-        self.note_own_addresses();
+        self.note_addresses();
         Listener {
             id: ListenerId(id),
             group: GroupId(id),
@@ -461,13 +460,17 @@ impl MemoryTables {
         found
     }
 
-    /// Enters the VIPs into the filter of own addresses, as the agent does.
-    pub fn note_own_addresses(&mut self) {
-        if self.groups.iter().any(|group| group.nat == NatMode::DNAT) {
-            self.settings.own = AddressFilter::ALL;
-        }
+    /// Enters the VIPs and the backends in DNAT mode into the address filters, as the agent does.
+    pub fn note_addresses(&mut self) {
+        let filters = &mut self.settings.filters;
         for key in self.vips.keys() {
-            self.settings.own.add(key.address);
+            filters.vips.add(key.address);
+        }
+        for group in self.groups.iter().filter(|group| group.nat == NatMode::DNAT) {
+            let count = group.slot_count + group.overflow_slot_count;
+            for id in &self.slots[group.first_slot as usize..][..count as usize] {
+                filters.dnat_backends.add(self.backends[id.0 as usize].address);
+            }
         }
     }
 

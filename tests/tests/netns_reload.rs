@@ -21,6 +21,11 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Runs `test` at a site with four servers of which the agent knows `names`.
 fn play(names: &[&str], test: impl FnOnce(&Site, &Agent) -> Result<()>) -> Result<()> {
+    play_in("full", names, test)
+}
+
+/// The same with a NAT mode.
+fn play_in(nat: &str, names: &[&str], test: impl FnOnce(&Site, &Agent) -> Result<()>) -> Result<()> {
     if !lab::can_run_test(Some(agent::binary())) {
         return Ok(());
     }
@@ -31,7 +36,11 @@ fn play(names: &[&str], test: impl FnOnce(&Site, &Agent) -> Result<()>) -> Resul
     let site = Site::cross_region(Lifetime::Process, extras)?;
     let show_log = ShowLog::of(&site.lab);
     let agent = site.start_agent(
-        &with(&site, &names.iter().map(|name| (*name, 100)).collect::<Vec<_>>()),
+        &with_nat(
+            &site,
+            nat,
+            &names.iter().map(|name| (*name, 100)).collect::<Vec<_>>(),
+        ),
         GROUP,
     )?;
     test(&site, &agent)?;
@@ -41,7 +50,11 @@ fn play(names: &[&str], test: impl FnOnce(&Site, &Agent) -> Result<()>) -> Resul
 
 /// One listener, and a group of these servers with their weights.
 fn with(site: &Site, servers: &[(&str, u16)]) -> Configuration {
-    let mut configuration = site.configuration(&[]).group(GROUP, "full", Check::Http);
+    with_nat(site, "full", servers)
+}
+
+fn with_nat(site: &Site, nat: &str, servers: &[(&str, u16)]) -> Configuration {
+    let mut configuration = site.configuration(&[]).group(GROUP, nat, Check::Http);
     for (name, weight) in servers {
         let address = site.server(name).expect("a server of the site").address;
         configuration = configuration.backend(GROUP, name, address, PORT, *weight);
@@ -190,6 +203,38 @@ fn backends_come_and_go_and_open_connections_stay() -> Result<()> {
         let agent = site.start_agent(&with(site, &[("ecs01", 100), ("ecs04", 100)]), GROUP)?;
         ensure!(group_opened(&agent)? >= of_group);
         Ok(())
+    })
+}
+
+#[test]
+fn connections_in_dnat_stay_when_their_backends_have_gone_and_other_agents_come() -> Result<()> {
+    play_in("dnat", &["ecs01", "ecs02"], |site, agent| {
+        let mut kept = Vec::new();
+        for name in ["ecs01", "ecs02"] {
+            let page = &site.server(name)?.page;
+            let (connection, _) = wait_until("a connection to each server", DEADLINE, || {
+                let mut connection = KeptConnection::open(site.client(), site.vip, PORT)?;
+                ensure!(connection.get()? == *page);
+                Ok(connection)
+            })?;
+            kept.push((connection, page.clone()));
+        }
+        let mut answers = || -> Result<()> {
+            for (connection, page) in &mut kept {
+                assert_eq!(connection.get()?, *page);
+            }
+            Ok(())
+        };
+        let others = with_nat(site, "dnat", &[("ecs03", 100)]);
+        apply(site, agent, &others)?;
+        answers()?;
+        agent.end(Signal::SIGKILL)?;
+        answers()?;
+        let agent = site.start_agent(&others, GROUP)?;
+        answers()?;
+        // A configuration that has forgotten them twice.
+        apply(site, &agent, &with_nat(site, "dnat", &[("ecs04", 100)]))?;
+        answers()
     })
 }
 

@@ -1,8 +1,7 @@
-//! Which destinations may concern us: a Bloom filter with one hash, so that what passes by costs no lookup.
+//! Which addresses may concern us: Bloom filters with one hash, so that what passes by costs no lookup.
 //!
-//! An address that was added is always found; of those that were not, as many as there are bits set, in 4096. VIPs are
-//! in it, and stay in it when their listener goes, as their flows go on; the SNAT pool needs none. In DNAT mode replies
-//! are addressed to clients, so to anybody: then everything is.
+//! An address that was added is always found; of those that were not, as many as there are bits set, in 4096. An address
+//! stays when its listener or backend goes, as its flows go on.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -27,22 +26,10 @@ impl Default for AddressFilter {
 }
 
 impl AddressFilter {
-    /// Finds every address.
-    pub const ALL: Self = Self {
-        words: [u64::MAX; WORDS],
-    };
-
     /// Adds an address.
     pub fn add(&mut self, address: IpAddress) {
         let (word, bit) = place(address);
         self.words[word] |= bit;
-    }
-
-    /// Adds all that another has.
-    pub fn add_all(&mut self, other: &Self) {
-        for (word, other) in self.words.iter_mut().zip(other.words) {
-            *word |= other;
-        }
     }
 
     /// Was this address added? Yes, or perhaps.
@@ -51,6 +38,17 @@ impl AddressFilter {
         let (word, bit) = place(address);
         self.words[word] & bit != 0
     }
+}
+
+/// A whole packet of TCP or UDP that none of these finds is not ours, but for those that come to the SNAT pool, which
+/// tells by itself. ICMP errors are told by the packet that they quote, and fragments by that which has the ports.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+pub struct AddressFilters {
+    /// VIPs: where requests go.
+    pub vips: AddressFilter,
+    /// Backends of groups in DNAT mode: where replies come from that are addressed to clients, so to anybody.
+    pub dnat_backends: AddressFilter,
 }
 
 /// The word of an address and its bit in that. The multiplier is Knuth's for hashes of 32 bits (The Art of Computer
@@ -82,10 +80,6 @@ mod tests {
             filter.add(address);
         }
         assert!(addresses().all(|address| filter.may_have(address)));
-        assert!(addresses().all(|address| AddressFilter::ALL.may_have(address)));
-        let mut other = AddressFilter::default();
-        other.add_all(&filter);
-        assert_eq!(other, filter);
     }
 
     #[test]

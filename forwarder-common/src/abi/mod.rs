@@ -23,4 +23,4 @@ pub mod snat;
 pub mod tunnel;
 
 /// Number of the layout of everything in this module; it changes whenever a type here does.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{address_filter::AddressFilter, snat::SnatPool};
+use super::{address_filter::AddressFilters, snat::SnatPool};
 
 /// Bits of [`Settings::flags`].
 pub mod flag {
@@ -44,6 +44,6 @@ pub struct Settings {
     pub least_mtu_bytes: u32,
     pub reserved: u32,
     pub pool: SnatPool,
-    /// Destinations that may be of a VIP or of a DNAT flow.
-    pub own: AddressFilter,
+    /// What tells packets that are not ours.
+    pub filters: AddressFilters,
 }

@@ -34,7 +34,7 @@ pub const fn admit(frame: &Frame) -> Result<(), Stop> {
 #[inline(always)]
 pub fn is_own<T: Tables>(tables: &T, settings: &Settings, address: IpAddress) -> bool {
     settings.pool.contains(address)
-        || (settings.own.may_have(address) && tables.vip(&VipKey { address }).is_some())
+        || (settings.filters.vips.may_have(address) && tables.vip(&VipKey { address }).is_some())
 }
 
 /// A packet from one of our own addresses has come back to us, or is forged. In DNAT mode it would even keep that

@@ -104,6 +104,7 @@ trait Headers: WireHeader {
 
     /// The IP header; `None`: the walk must look at it.
     fn ip(&self) -> Option<Ip>;
+    fn source(&self) -> IpAddress;
     fn destination(&self) -> IpAddress;
     fn key(&self, protocol: u8) -> Self::Key;
     fn fingerprint(key: &Self::Key) -> Fingerprint;
@@ -182,7 +183,9 @@ fn look_up<const INSIDE: bool, H: Headers, P: Packet, T: Tables, E: Env>(
     let is_opening_or_closing = is_tcp && headers.tcp().flags & (FLAG_SYN | FLAG_FIN | FLAG_RST) != 0;
     let is_seldom = is_opening_or_closing || ip.ttl <= 1;
     let key = headers.key(ip.protocol);
-    let is_known = settings.own.may_have(headers.destination());
+    let filters = &settings.filters;
+    let is_known = filters.vips.may_have(headers.destination())
+        || (filters.dnat_backends.may_have(headers.source()) && headers.pool_flow(&settings.pool).is_none());
     let is_looked_up = is_known && !is_seldom;
     let fingerprint = H::fingerprint(&key);
     let mut hint = Hint::NONE;
@@ -521,6 +524,11 @@ impl Headers for HeadersV4 {
     }
 
     #[inline(always)]
+    fn source(&self) -> IpAddress {
+        IpAddress::from_v4(self.ip.source)
+    }
+
+    #[inline(always)]
     fn destination(&self) -> IpAddress {
         IpAddress::from_v4(self.ip.destination)
     }
@@ -610,6 +618,11 @@ impl Headers for HeadersV6 {
             protocol: ip.next_header,
             ttl: ip.hop_limit,
         })
+    }
+
+    #[inline(always)]
+    fn source(&self) -> IpAddress {
+        self.ip.source()
     }
 
     #[inline(always)]

@@ -13,7 +13,7 @@ use crate::abi::{
 pub fn lookup<T: Tables>(tables: &T, settings: &Settings, key: &FlowKey) -> Result<Listener, Stop> {
     let address = key.destination;
     // First, as most packets that are not ours end here.
-    if !settings.own.may_have(address) {
+    if !settings.filters.vips.may_have(address) {
         return Err(Stop::pass(Reason::NOT_OURS));
     }
     let (protocol, port) = (key.protocol as u8, key.destination_port);

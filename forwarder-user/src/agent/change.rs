@@ -137,7 +137,7 @@ impl Agent {
                 .filter(|(name, _)| ids.backends.contains_key(*name))
                 .map(|(name, orders)| (name.clone(), *orders))
                 .collect(),
-            own: self.applied.desired.settings.own,
+            filters: self.applied.desired.settings.filters,
             ..self.observed.clone()
         };
         self.begin_slow_starts(&config, &ids, &self.applied.desired.backends, &mut observed);

@@ -141,7 +141,7 @@ impl Agent {
                 key => key,
             },
             cpus: online_cpus(),
-            own: before.desired.settings.own,
+            filters: before.desired.settings.filters,
         };
         let ebpf = Arc::new(Mutex::new(ebpf));
         let (names, names_seen) = watch::channel(Arc::new(Names::of(&config, &applied.ids, &attachments)));

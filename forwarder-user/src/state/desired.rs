@@ -9,7 +9,7 @@ use std::{
 use forwarder_common::{
     abi::{
         ABI_VERSION,
-        address_filter::AddressFilter,
+        address_filter::AddressFilters,
         backend::{Backend, BackendId, BackendState, GroupId, NatMode, Selection},
         interface::Interface,
         listener::{Listener, ListenerId, ListenerKey, ListenerRangeKey, SourceKey, Vip, listener_flag},
@@ -59,8 +59,8 @@ pub struct Observations {
     pub cookie_key: [u64; 2],
     /// CPUs that packets come to; zero is one.
     pub cpus: u32,
-    /// Addresses that were ours before: there may be flows of them.
-    pub own: AddressFilter,
+    /// Addresses that concerned us before: there may be flows of them.
+    pub filters: AddressFilters,
 }
 
 impl Observations {
@@ -211,7 +211,7 @@ impl Desired {
             least_mtu_bytes: least_mtu(observed),
             reserved: 0,
             pool: pool(&config.snat),
-            own: own_addresses(config, &observed.own),
+            filters: filters(config, &observed.filters),
         };
         desired.interfaces.clone_from(&observed.interfaces);
         desired.tunnels.clone_from(&observed.tunnels);
@@ -414,23 +414,23 @@ fn whole_secs(time: Duration) -> u32 {
     (time.as_secs() + u64::from(time.subsec_nanos() > 0)) as u32
 }
 
-/// What the configuration says about flags of the settings.
-/// Destinations that may be of a VIP or of a DNAT flow, now or since before.
-fn own_addresses(config: &Config, before: &AddressFilter) -> AddressFilter {
-    if config
-        .groups
-        .values()
-        .any(|group| group.nat == config::NatMode::Dnat)
-    {
-        return AddressFilter::ALL;
-    }
-    let mut own = *before;
+/// VIPs and backends in DNAT mode, those of now and those of before.
+fn filters(config: &Config, before: &AddressFilters) -> AddressFilters {
+    let mut filters = *before;
     for vip in config.vips() {
-        own.add(vip.into());
+        filters.vips.add(vip.into());
     }
-    own
+    for group in config.groups.values() {
+        if group.nat == config::NatMode::Dnat {
+            for backend in group.backends.values() {
+                filters.dnat_backends.add(backend.address.into());
+            }
+        }
+    }
+    filters
 }
 
+/// What the configuration says about flags of the settings.
 fn configured_flags(config: &Config) -> u32 {
     // Does the pool run out before the flow table does?
     let pool = u64::from(config.agent.max_flows) >= config.snat.bindings();
@@ -470,6 +470,8 @@ pub fn pool(snat: &config::SnatPool) -> SnatPool {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+
+    use forwarder_common::abi::address_filter::AddressFilter;
 
     use super::*;
 
@@ -524,30 +526,42 @@ mod tests {
     }
 
     #[test]
-    fn the_filter_has_every_vip_and_keeps_those_that_went() {
-        let parse = |vip: &str, nat: &str| {
+    fn the_filters_have_every_vip_and_dnat_backend_and_keep_those_that_went() {
+        let parse = |vip: &str, backend: &str, nat: &str| {
             let text = format!(
                 "[snat]\nprefixes = [\"100.64.0.0/26\"]\n[interface.eth0]\n[group.web]\nnat = \"{nat}\"\n\
-                 backend.a = {{ address = \"10.0.0.1\", port = 80 }}\n\
+                 backend.a = {{ address = \"{backend}\", port = 80 }}\n\
                  [listener.web]\nvip = \"{vip}\"\nport = 80\ngroup = \"web\"\n"
             );
             config::load::parse(&text, Path::new("test.toml")).unwrap()
         };
         let address = |text: &str| IpAddress::from(text.parse::<std::net::IpAddr>().unwrap());
-        let (old, new, other) = ("10.0.0.100", "10.0.0.101", address("10.0.0.102"));
-        let first = own_addresses(&parse(old, "full"), &AddressFilter::default());
-        assert!(first.may_have(address(old)) && !first.may_have(address(new)));
-        let second = own_addresses(&parse(new, "full"), &first);
-        assert!(
-            second.may_have(address(old)) && second.may_have(address(new)),
+        let vips = ["10.0.0.100", "10.0.0.101"];
+        let backends = ["10.0.0.1", "10.0.0.2"];
+        let has = |filter: &AddressFilter, addresses: [&str; 2]| {
+            addresses.map(|text| filter.may_have(address(text)))
+        };
+
+        let first = filters(&parse(vips[0], backends[0], "full"), &AddressFilters::default());
+        assert_eq!(has(&first.vips, vips), [true, false]);
+        assert_eq!(
+            has(&first.dnat_backends, backends),
+            [false; 2],
+            "their replies come to the pool"
+        );
+        let dnat = filters(&parse(vips[1], backends[0], "dnat"), &first);
+        assert_eq!(
+            has(&dnat.vips, vips),
+            [true; 2],
             "there may be flows of the old one"
         );
-        assert!(!second.may_have(other));
-        let dnat = own_addresses(&parse(new, "dnat"), &second);
-        assert!(
-            dnat.may_have(other),
-            "a reply in DNAT mode is addressed to a client"
+        assert_eq!(has(&dnat.dnat_backends, backends), [true, false]);
+        let other = filters(&parse(vips[1], backends[1], "dnat"), &dnat);
+        assert_eq!(
+            has(&other.dnat_backends, backends),
+            [true; 2],
+            "the old one may have flows"
         );
-        assert_eq!(own_addresses(&parse(new, "full"), &dnat), dnat);
+        assert_eq!(filters(&parse(vips[1], backends[1], "full"), &other), other);
     }
 }

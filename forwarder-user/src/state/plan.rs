@@ -304,7 +304,7 @@ impl SettingsChange {
                 format!("smallest MTU {}", to.least_mtu_bytes),
             ),
             (from.pool != to.pool, "SNAT pool".to_owned()),
-            (from.own != to.own, "filter of own addresses".to_owned()),
+            (from.filters != to.filters, "address filters".to_owned()),
         ]
         .into_iter()
         .filter_map(|(differs, what)| differs.then_some(what))
@@ -504,8 +504,7 @@ mod tests {
             .iter()
             .map(ToString::to_string)
             .collect();
-        let settings =
-            format!("settings: layout {ABI_VERSION}, hash seed, SNAT pool, filter of own addresses");
+        let settings = format!("settings: layout {ABI_VERSION}, hash seed, SNAT pool, address filters");
         assert_eq!(
             writes,
             [

@@ -89,7 +89,7 @@ const TARGETS: [Target; 13] = [
             "not for us, beside a group in DNAT @ 1",
             "minimal program @ 1",
         )],
-        reason: "every address may be that of a client who has a flow there, so each packet's 5-tuple is looked up",
+        reason: "as above",
     },
     Target {
         what: "new flow: at most 1.5 × its inserts",

@@ -85,7 +85,7 @@ impl Way {
                     (key, value)
                 })
                 .collect();
-            world.note_own_addresses();
+            world.note_addresses();
             world.listeners = world
                 .listeners
                 .drain()

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use bytemuck::Zeroable as _;
 use forwarder_bench_ebpf::{CHECKED_BYTES, FloorEntry, FloorKey, Scenario, TEMPLATE_BYTES};
 use forwarder_common::abi::{
-    address_filter::AddressFilter,
+    address_filter::AddressFilters,
     backend::{Backend, BackendHop, BackendId, BackendState, GroupId, NatMode},
     counter::TrafficCounters,
     flow::{FlowEntry, FlowId},
@@ -167,13 +167,12 @@ impl Gateway {
         self.add_listeners(&mut tables);
         self.add_backends(&mut tables);
         if self.way != Way::Dnat {
-            // Where there are DNAT groups, every address may be of a flow.
             for group in &mut tables.groups {
                 group.nat = NatMode::FULL;
             }
-            tables.settings.own = AddressFilter::default();
-            tables.note_own_addresses();
         }
+        tables.settings.filters = AddressFilters::default();
+        tables.note_addresses();
         tables.flow_keys = self.flows as usize * 2;
         tables.flows.clear();
         tables.hints.clear();

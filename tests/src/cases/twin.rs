@@ -87,13 +87,13 @@ fn twin(address: IpAddress) -> IpAddress {
 pub(super) fn in_ipv6(tables: &MemoryTables) -> MemoryTables {
     let mut tables = tables.clone();
     rename(&mut tables.vips, |key| key.address = twin(key.address));
-    tables.note_own_addresses();
     rename(&mut tables.listeners, |key| key.vip = twin(key.vip));
     rename(&mut tables.listener_ranges, |key| key.vip = twin(key.vip));
     rename(&mut tables.sources, |key| key.address = twin(key.address));
     for backend in &mut tables.backends {
         backend.address = twin(backend.address);
     }
+    tables.note_addresses();
     for group in &mut tables.groups {
         group.persistence_bits_v6 = IpAddress::V4_PREFIX_BITS + group.persistence_bits_v4;
     }

@@ -382,6 +382,7 @@ fn world() -> impl Strategy<Value = MemoryTables> {
         |world| {
             world.add_listener(VIP, 86, 6, NatMode::DNAT, &[BackendId(0)]);
             world.groups[0].nat = NatMode::DNAT;
+            world.note_addresses();
         },
     ];
     let plain = prop_oneof![Just(cases::world()), Just(cases::world_with_partial_checksums()),];
