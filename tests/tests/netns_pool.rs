@@ -302,9 +302,8 @@ fn many_connections_to_eight_backends_stay_where_they_were_opened() -> Result<()
                 backend.name
             );
         }
-        timed("closed", || clients.close(crowd))?;
-        // Of so many some are closed unseen, see `close_all`: those time out.
-        await_used(&agent, 0, IDLE_TIMEOUT + HOLD)?;
+        timed("closed", || close_all(&agent, &mut clients))?;
+        await_used(&agent, 0, HOLD)?;
         Ok(())
     })
 }
