@@ -64,8 +64,7 @@ fn syntax_error(report: &Report, text: &str, error: &toml::de::Error) -> Reporte
     let message = error.message();
     let span = error.span();
     let found = span.clone().and_then(|span| text.get(span)).unwrap_or_default();
-    // Escaped: what is not TOML may be anything, and a terminal obeys control characters.
-    let found = found.trim_matches(['"', '\'']).escape_debug();
+    let found = found.trim_matches(['"', '\'']);
     let error = if message.starts_with("duplicate key") {
         Error::usage(format!("\"{found}\" is written twice"))
             .hint("keep one of the two; keys of one table stand together below its [header]")
@@ -77,7 +76,7 @@ fn syntax_error(report: &Report, text: &str, error: &toml::de::Error) -> Reporte
             "quote words, addresses and durations: \"tcp\", \"10.0.0.1\", \"2s\"; only numbers stand bare",
         )
     } else {
-        Error::usage(format!("not valid TOML: {}", message.escape_debug()))
+        Error::usage(format!("not valid TOML: {message}"))
     };
     report.error(span.map(|span| span.start), error)
 }

@@ -123,14 +123,17 @@ impl Report {
         self.line_starts.partition_point(|start| *start <= offset)
     }
 
-    /// Adds an error about what stands at `at`, or about the whole file.
+    /// Adds an error about what stands at `at`, or about the whole file. Its words may repeat any of the file as it is:
+    /// control characters are escaped here.
     pub fn error(&self, at: impl Into<Option<usize>>, error: Error) -> Reported {
         let at = at.into();
         let line = at.map_or(0, |offset| self.line(offset));
-        let error = error.at(Location {
+        let mut error = error.at(Location {
             file: self.file.clone(),
             line,
         });
+        error.what = printable(&error.what);
+        error.hint = error.hint.as_deref().map(printable);
         self.errors.borrow_mut().push((at, error));
         Reported(())
     }
@@ -146,6 +149,18 @@ impl Report {
             }
         }
     }
+}
+
+/// A text without control characters, which a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars().fold(String::new(), |mut shown, character| {
+        if character.is_control() {
+            shown.extend(character.escape_debug());
+        } else {
+            shown.push(character);
+        }
+        shown
+    })
 }
 
 /// One table being read.
@@ -507,12 +522,11 @@ fn show(value: &DeValue<'_>) -> String {
     }
 }
 
-/// A number as a message repeats it. Of one that is none the parser hands on what stands there, whatever it is: a terminal
-/// would obey it.
+/// A number as a message repeats it. Of one that is none the parser hands on what stands there, whatever it is.
 fn as_written(number: &str) -> String {
     let shown: String = number.chars().take(SHOWN_CHARACTERS).collect();
     let more = if shown.len() < number.len() { "..." } else { "" };
-    format!("{}{more}", shown.escape_debug())
+    format!("{shown}{more}")
 }
 
 /// The value of a TOML integer, where it fits.

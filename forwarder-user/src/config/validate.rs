@@ -784,8 +784,7 @@ impl<'d> Check<'d> {
             return Ok(name.value.clone());
         }
         let names: Vec<&str> = known.keys().map(String::as_str).collect();
-        // They may be no names: that is another error.
-        let list = names.join(", ").escape_debug().to_string();
+        let list = names.join(", ");
         let hint = match did_you_mean(&name.value, names) {
             Some(similar) => format!("did you mean {similar:?}?  Known {kind}s: {list}"),
             None if list.is_empty() => format!("there is no {kind} yet: write a table [{kind}.NAME]"),
