@@ -1,14 +1,16 @@
 //! Clients: `curl` for a request that is looked at, `wrk` for many.
 
 use std::{
+    ffi::OsStr,
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
 
-use super::Namespace;
+use super::{Lab, Namespace, Process, Service, find};
 
 /// What one request of curl's ended with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,27 +144,54 @@ pub fn wrk(
     )
 }
 
+impl Wrk<'_> {
+    /// Its command line.
+    fn words(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        if let Some(cpu) = self.cpu {
+            words.extend(["taskset", "-c", &cpu.to_string()].map(str::to_owned));
+        }
+        words.extend([
+            "wrk".to_owned(),
+            format!("-t{}", self.threads),
+            format!("-c{}", self.connections),
+            format!("-d{}s", self.duration.as_secs()),
+        ]);
+        if self.has_latency {
+            words.push("--latency".to_owned());
+        }
+        if self.kind == Connections::PerRequest {
+            words.extend(["-H", "Connection: close"].map(str::to_owned));
+        }
+        words.push(self.url.to_owned());
+        words
+    }
+}
+
+/// Starts a `wrk` that may run into failures; whoever has the process stops it.
+///
+/// Once it runs, it goes on whatever becomes of its connections. But its very first one blocks it until that is answered:
+/// a load of many short runs may be none while a server is silent.
+pub fn start_wrk(lab: &Lab, client: &Namespace, wrk: &Wrk<'_>) -> Result<Process> {
+    let words = wrk.words();
+    let program = find(&words[0]).with_context(|| format!("{} is not installed", words[0]))?;
+    let arguments: Vec<&OsStr> = words[1..].iter().map(OsStr::new).collect();
+    let service = Service {
+        name: "wrk",
+        program: &program,
+        arguments: &arguments,
+        environment: &[],
+        stop_signal: Signal::SIGTERM,
+        log: &lab.directory().join("wrk.log"),
+    };
+    lab.spawn(client, &service)
+}
+
 /// Runs `wrk` to its end.
 pub fn run_wrk(client: &Namespace, wrk: &Wrk<'_>) -> Result<Load> {
-    let mut arguments = vec![
-        format!("-t{}", wrk.threads),
-        format!("-c{}", wrk.connections),
-        format!("-d{}s", wrk.duration.as_secs()),
-    ];
-    if wrk.has_latency {
-        arguments.push("--latency".to_owned());
-    }
-    if wrk.kind == Connections::PerRequest {
-        arguments.extend(["-H", "Connection: close"].map(str::to_owned));
-    }
-    arguments.push(wrk.url.to_owned());
-    let mut program = "wrk";
-    if let Some(cpu) = wrk.cpu {
-        program = "taskset";
-        arguments.splice(0..0, ["-c".to_owned(), cpu.to_string(), "wrk".to_owned()]);
-    }
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let output = client.output(program, &arguments)?;
+    let words = wrk.words();
+    let arguments: Vec<&str> = words[1..].iter().map(String::as_str).collect();
+    let output = client.output(&words[0], &arguments)?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
         bail!(
