@@ -97,7 +97,8 @@ impl Ring {
 /// Files of ring 3 whose tests may run while another's do: they wait for most of their time, assert nothing about speed, and
 /// look at nothing of the machine but their own labs. Those that take longest come first. All others, and so each new
 /// one, have the machine for themselves.
-const SIDE_BY_SIDE: [&str; 17] = [
+const SIDE_BY_SIDE: [&str; 18] = [
+    "netns_pool",
     "netns_doctor",
     "netns_rules",
     "netns_families",
