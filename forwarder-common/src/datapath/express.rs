@@ -1,6 +1,6 @@
 //! The short way, which most packets take: IP without options, extension headers or tags, a segment of an established
 //! connection or a datagram, of a flow that is known with its next hop; the same out of a tunnel or into one; and what is
-//! addressed to nobody here.
+//! neither to nor from ours.
 //!
 //! It decides nothing that the walk would decide otherwise: the same packet comes out, the same is counted, the tables
 //! are left the same. What it does not know at first sight it leaves to the walk, unchanged. Tests hold every packet of

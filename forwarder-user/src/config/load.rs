@@ -245,4 +245,13 @@ mod tests {
             .unwrap();
         assert_eq!(unknown.location.as_ref().unwrap().line, 3);
     }
+
+    #[test]
+    fn what_turns_the_direction_of_writing_around_is_shown_and_not_obeyed() {
+        for text in ["\"a\u{202e}b\" = 1\n", "\"a\u{202e}b\" = 1\n\"a\u{202e}b\" = 2\n"] {
+            let message = parse(text, Path::new("test.toml")).unwrap_err().to_string();
+            assert!(message.contains(r"a\u{202e}b"), "{message}");
+            assert!(!message.contains('\u{202e}'), "{message}");
+        }
+    }
 }

@@ -124,7 +124,7 @@ impl Report {
     }
 
     /// Adds an error about what stands at `at`, or about the whole file. Its words may repeat any of the file as it is:
-    /// control characters are escaped here.
+    /// what is not to be printed is escaped here.
     pub fn error(&self, at: impl Into<Option<usize>>, error: Error) -> Reported {
         let at = at.into();
         let line = at.map_or(0, |offset| self.line(offset));
@@ -151,13 +151,14 @@ impl Report {
     }
 }
 
-/// A text without control characters, which a terminal would obey.
+/// A text without what a terminal would obey instead of showing it: control characters, and those that turn the
+/// direction of writing around or have no width.
 fn printable(text: &str) -> String {
     text.chars().fold(String::new(), |mut shown, character| {
-        if character.is_control() {
-            shown.extend(character.escape_debug());
-        } else {
-            shown.push(character);
+        match character {
+            // Rust would escape these as well, for its own syntax.
+            '"' | '\'' | '\\' => shown.push(character),
+            _ => shown.extend(character.escape_debug()),
         }
         shown
     })

@@ -1,9 +1,10 @@
 //! The writes that lead from one state of the tables to the next, in an order that no reader can trip over.
 //!
-//! Names come first, so that a number is never in use without its name. Backends come before the slots that name
-//! them, slots before the group that points at them, groups before the listeners that name them; what goes, goes in
-//! the reverse order, after all that comes. A group's table alternates between two places of the slot table: the
-//! new one is written in full, then the group's entry is replaced, in one write.
+//! Names come first, so that a number is never in use without its name. The settings come next, as no packet is ours
+//! whose address their filters do not know. Backends come before the slots that name them, slots before the group that
+//! points at them, groups before the listeners that name them; what goes, goes in the reverse order, after all that
+//! comes. A group's table alternates between two places of the slot table: the new one is written in full, then the
+//! group's entry is replaced, in one write.
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr};
 
@@ -138,7 +139,8 @@ pub fn plan(before: &Desired, after: &Desired, placement: &mut Placement) -> Vec
     writes.extend(came(&tunnels.ports, &next.ports, |port, value| {
         MapWrite::TunnelPort(*port, Some(*value))
     }));
-    // With them, or behind them: a new route generation makes flows look for their next hops again.
+    // With them, or behind them: a new route generation makes flows look for their next hops again. Before what makes
+    // addresses ours: the replies of a backend in DNAT mode are none of ours until the filters know its address.
     if before.settings != after.settings {
         writes.push(MapWrite::Settings(Box::new(SettingsChange {
             from: before.settings,

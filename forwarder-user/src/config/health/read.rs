@@ -291,7 +291,7 @@ fn pattern(value: &DeValue<'_>) -> Result<Pattern, Wrong> {
         let message = error.to_string();
         let last = message.lines().next_back().unwrap_or_default();
         let why = last.strip_prefix("error: ").unwrap_or(last);
-        Wrong::must_be("a regular expression").hint(why.escape_debug().to_string())
+        Wrong::must_be("a regular expression").hint(why)
     })
 }
 
